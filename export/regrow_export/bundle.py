@@ -1,0 +1,137 @@
+"""`export_bundle`: check the request, trace, write, run against torch, and only then keep it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow_runtime.adapter import Adapter
+from regrow_runtime.errors import UsageError
+from regrow_runtime.files import check_output, new_folder, sha256_file
+from regrow_runtime.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
+
+from .extras import quiet, require_export, steady_torch
+from .source import ExportSource
+from .targets import check_adapter, head_widths, slot_targets
+
+if TYPE_CHECKING:
+    from .modes import Draft
+
+__all__ = ["export_bundle"]
+
+_PROBE = "probe.safetensors"
+
+
+def export_bundle(
+    source: ExportSource,
+    out: str | Path,
+    *,
+    mode: str = "swappable",
+    targets: Sequence[str] = (),
+    adapter: Adapter | None = None,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Write a bundle and check it against torch; nothing is left behind if any of it fails.
+
+    Args:
+        out: a new folder; `force` replaces an old one.
+        mode: "swappable", "merged" or "seeded".
+        targets: module paths of the layers that get slots; for "swappable" only.
+        adapter: what is built in; for "merged" and "seeded" only.
+        inputs: by argument name of `forward`, batch first: what the bundle is checked with.
+            Needed for models that optimum does not know, made up for others.
+
+    Raises:
+        UsageError: the request makes no sense: unknown targets, an adapter too many or missing.
+        MismatchError: the adapter belongs to another model.
+        RegrowError: tracing failed, or the bundle and torch disagree, or a slot has no effect.
+    """
+    out = Path(out)
+    _check_request(mode, targets, adapter)
+    check_output(out.absolute(), force=force)
+    require_export()
+    source.check()
+    if adapter is None:
+        slot_targets(source.model, targets)
+    else:
+        check_adapter(source, adapter)
+    head_widths(source, [t.name for t in adapter.targets] if adapter else targets)
+    with quiet(), steady_torch(source.model), new_folder(out, force=force) as folder:
+        return _export(source, folder, mode, targets, adapter, inputs)
+
+
+def _check_request(mode: str, targets: Sequence[str], adapter: Adapter | None) -> None:
+    if mode not in MODES:
+        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if isinstance(targets, str):
+        raise UsageError(f"targets must be a list of module paths, got the string {targets!r}")
+    if mode == "swappable":
+        if adapter is not None:
+            raise UsageError("adapter must be left out for mode swappable; swap it on the device")
+        return
+    if adapter is None:
+        raise UsageError(f"adapter must be given for mode {mode}, got none")
+    named = [target.name for target in adapter.targets]
+    if targets and sorted(targets) != sorted(named):
+        raise UsageError(f"targets must be the adapter's for mode {mode}: leave them out")
+
+
+def _export(
+    source: ExportSource,
+    folder: Path,
+    mode: str,
+    targets: Sequence[str],
+    adapter: Adapter | None,
+    inputs: Mapping[str, NDArray[Any]] | None,
+) -> Manifest:
+    from .modes import merged, seeded, swappable
+
+    if adapter is None:
+        draft = swappable(source, folder, targets, inputs)
+    else:
+        draft = (merged if mode == "merged" else seeded)(source, folder, adapter, inputs)
+    _write_probe(folder, draft)
+    for path in source.files:
+        shutil.copyfile(path, folder / path.name)
+    manifest = _manifest(source, folder, mode, adapter, draft)
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _write_probe(folder: Path, draft: Draft) -> None:
+    """The first two rows of the inputs that the bundle was checked with."""
+    from safetensors.numpy import save_file
+
+    probe = {name: np.ascontiguousarray(value[:2]) for name, value in draft.inputs.items()}
+    save_file(probe, folder / _PROBE)
+
+
+def _manifest(
+    source: ExportSource, folder: Path, mode: str, adapter: Adapter | None, draft: Draft
+) -> Manifest:
+    own_head = adapter.head if adapter else None
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return Manifest(
+        mode=mode,
+        task=source.task,
+        backbone_id=source.backbone_id,
+        opset=draft.opset,
+        ir_version=draft.ir_version,
+        graphs=(GraphSpec("model", draft.file, draft.input_specs, draft.output_specs),),
+        slots=draft.slots,
+        labels=own_head.labels if own_head else source.labels,
+        files=files,
+        adapter=adapter.digest() if adapter else None,
+        seeded=draft.seeded,
+        parity=draft.parity,
+    )

@@ -1,0 +1,130 @@
+"""The expansion of an adapter as ONNX nodes: a model of its own, or spliced into a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow_runtime.adapter import STORAGE, Adapter, Target
+from regrow_runtime.errors import UsageError
+from regrow_runtime.methods import get_method
+from regrow_runtime.philox import key_of
+
+from .methods import get_builder
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["adapter_inputs", "build_expander", "graph_storage", "input_types", "splice"]
+
+_PREFIX = "regrow"
+
+
+def graph_storage(storage: str) -> str:
+    """How a graph takes coefficients: codes of 2 to 8 bits as int8, others as fp32."""
+    if storage not in STORAGE:
+        raise UsageError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+    return "int8" if STORAGE[storage] <= 8 else "fp32"
+
+
+def input_types(
+    method: str, config: Mapping[str, Any], targets: Sequence[Target], storage: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every input of an expansion, by name: seed, coefficients, their scales."""
+    dtype = "int8" if graph_storage(storage) == "int8" else "float32"
+    found: dict[str, tuple[str, tuple[int, ...]]] = {"seed": ("uint32", (2,))}
+    for name, (rows, length) in get_method(method).layout(config, targets).items():
+        found[name] = (dtype, (rows, length))
+        found[f"{name}.scale"] = ("float32", (rows,))
+    return found
+
+
+def adapter_inputs(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    """An adapter's numbers as `input_types` lists them."""
+    found: dict[str, NDArray[Any]] = {"seed": np.array(key_of(adapter.seed), dtype=np.uint32)}
+    types = input_types(adapter.method, adapter.config, adapter.targets, adapter.storage)
+    for name, part in adapter.coefficients.items():
+        found[name] = part.values.astype(types[name][0])
+        found[f"{name}.scale"] = part.scale.astype(np.float32)
+    return found
+
+
+def build_expander(
+    config: Mapping[str, Any], targets: Sequence[Target], storage: str, method: str = "nola"
+) -> onnx.ModelProto:
+    """A model that takes a seed and coefficients and gives the tensors of the slots.
+
+    Args:
+        config: of the method, checked.
+        targets: sorted by the UTF-8 bytes of their names, as in an adapter.
+        storage: as in an adapter; what it says about the inputs' dtype is all that matters.
+
+    Returns:
+        A model with the inputs of `input_types` and outputs `<target>.adapter_A` [1, in, r] and
+        `<target>.adapter_B` [1, r, out], float32, in standard operators.
+    """
+    from onnx import TensorProto, helper, shape_inference
+
+    from .graph import IR_VERSION, OPSET
+
+    types = input_types(method, config, targets, storage)
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+        for name, (dtype, shape) in types.items()
+    ]
+    nodes, constants, names = _nodes(method, config, targets, storage)
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+    graph = helper.make_graph(nodes, "expander", inputs, outputs, constants)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="regrow"
+    )
+    model = shape_inference.infer_shapes(model, strict_mode=True)
+    del model.graph.value_info[:]
+    return model
+
+
+def _nodes(
+    method: str, config: Mapping[str, Any], targets: Sequence[Target], storage: str
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[str]]:
+    """Nodes and constants of an expansion, and the slot tensors that they end in."""
+    from .builder import GraphBuilder
+
+    g = GraphBuilder(_PREFIX)
+    inputs = {name: name for name in input_types(method, config, targets, storage)}
+    integer = graph_storage(storage) == "int8"
+    found = get_builder(method).build(g, inputs, config, targets, integer=integer)
+    names = []
+    for target, parts in found.items():
+        for part, value in parts.items():
+            names.append(g.op("Identity", value, to=f"{target}.adapter_{part}"))
+    return g.nodes, g.constants, names
+
+
+def splice(model: onnx.ModelProto, adapter: Adapter) -> None:
+    """Put an adapter's expansion before a traced backbone, its numbers as overridable inputs.
+
+    Raises:
+        RegrowError: the tracer lost a target.
+        UsageError: the method cannot be rebuilt in a graph, or an input of the model has the name
+            of one of the expansion.
+    """
+    from .graph import SlotTensor, add_input, take_out
+
+    nodes, constants, names = _nodes(
+        adapter.method, adapter.config, adapter.targets, adapter.storage
+    )
+    values = adapter_inputs(adapter)
+    clash = [value.name for value in model.graph.input if value.name in values]
+    if clash:
+        raise UsageError(f"model inputs must not be called {', '.join(values)}, got {clash}")
+    take_out(model, names)
+    for name, value in values.items():
+        add_input(model, SlotTensor(name, value, value.shape))
+    model.graph.initializer.extend(constants)
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])

@@ -1,0 +1,77 @@
+"""Adapters and heads as the tensors that slots take, by the name of the graph input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow_runtime.adapter import HeadLayer, Target
+from regrow_runtime.manifest import Slot
+from regrow_runtime.methods.base import Expansion
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Feeds", "expansion_feeds", "head_feeds", "head_slots", "low_rank_slots", "model_head"]
+
+Feeds = dict[str, NDArray[np.float32]]
+
+
+def low_rank_slots(targets: Sequence[Target]) -> tuple[Slot, ...]:
+    """The slots of targets; inputs are `<target>.adapter_A` and `<target>.adapter_B`."""
+    return tuple(
+        Slot(
+            target=t.name,
+            kind="low_rank",
+            in_features=t.in_features,
+            out_features=t.out_features,
+            inputs={part: f"{t.name}.adapter_{part}" for part in ("A", "B")},
+        )
+        for t in targets
+    )
+
+
+def head_slots(widths: Mapping[str, tuple[int, int]]) -> tuple[Slot, ...]:
+    """The slots of a head's layers; inputs are `<path>.weight` and `<path>.bias`."""
+    return tuple(
+        Slot(
+            target=path,
+            kind="head",
+            in_features=wide,
+            out_features=classes,
+            inputs={part: f"{path}.{part}" for part in ("weight", "bias")},
+        )
+        for path, (wide, classes) in widths.items()
+    )
+
+
+def expansion_feeds(expansion: Expansion) -> Feeds:
+    """`<target>.adapter_A` [1, in, r] and `<target>.adapter_B` [1, r, out]."""
+    return {
+        f"{target}.adapter_{part}": value[None]
+        for target, parts in expansion.items()
+        for part, value in parts.items()
+    }
+
+
+def head_feeds(layers: Sequence[HeadLayer]) -> Feeds:
+    """`<path>.weight` [1, in, classes] and `<path>.bias` [1, 1, classes]."""
+    feeds: Feeds = {}
+    for layer in layers:
+        feeds[f"{layer.name}.weight"] = np.ascontiguousarray(layer.weight.T[None])
+        feeds[f"{layer.name}.bias"] = layer.bias[None, None]
+    return feeds
+
+
+def model_head(model: torch.nn.Module, paths: Sequence[str]) -> tuple[HeadLayer, ...]:
+    """The backbone's own head; a layer without a bias has one of zeros."""
+    found = []
+    for path in paths:
+        values = {k: v.detach().numpy() for k, v in model.get_submodule(path).named_parameters()}
+        weight = values["weight"].astype(np.float32)
+        bias = values.get("bias", np.zeros(len(weight))).astype(np.float32)
+        found.append(HeadLayer(path, weight, bias))
+    return tuple(found)

@@ -1,0 +1,158 @@
+"""Passes over the traced graph: slots become inputs with a default, shapes and metadata follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from regrow_runtime.errors import RegrowError
+from regrow_runtime.manifest import TensorSpec
+
+__all__ = [
+    "IR_VERSION",
+    "OPSET",
+    "SlotTensor",
+    "add_input",
+    "describe",
+    "open_slots",
+    "specs",
+    "take_out",
+]
+
+_SMALL = 256  # entries: shapes and indices, whose values inference follows
+OPSET = 18  # the lowest with bitwise operators, which the seeded mode needs
+IR_VERSION = 9  # ONNX Runtime 1.20 reads up to 10
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTensor:
+    """A graph input with a default: its name, the default, and its shape with dynamic names."""
+
+    name: str
+    default: NDArray[Any]
+    shape: tuple[int | str, ...]
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g)
+
+
+def take_out(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Remove slot initializers by name, leaving the nodes that read them.
+
+    Raises:
+        RegrowError: the tracer lost one, or no node reads it: the slot would have no effect.
+    """
+    graph = model.graph
+    read = {name for node in _all_nodes(graph) for name in node.input}
+    there = {initializer.name for initializer in graph.initializer}
+    lost = [name for name in names if name not in read or name not in there]
+    if lost:
+        targets = sorted({name.rpartition(".")[0] for name in lost})
+        raise RegrowError(
+            "targets must be reached by the model's forward pass, got no trace of "
+            f"{', '.join(targets)}; drop them from the targets"
+        )
+    kept = [value for value in graph.initializer if value.name not in set(names)]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def add_input(model: onnx.ModelProto, slot: SlotTensor) -> None:
+    """Add an overridable input: a graph input that is also an initializer."""
+    kind = helper.np_dtype_to_tensor_dtype(slot.default.dtype)
+    shape = list(slot.shape)
+    model.graph.input.append(helper.make_tensor_value_info(slot.name, kind, shape))
+    value = np.ascontiguousarray(slot.default)
+    model.graph.initializer.append(numpy_helper.from_array(value, slot.name))
+
+
+def open_slots(model: onnx.ModelProto, slots: Sequence[SlotTensor]) -> None:
+    """Turn traced initializers into overridable inputs with the slots' defaults and shapes."""
+    take_out(model, [slot.name for slot in slots])
+    for slot in slots:
+        add_input(model, slot)
+    _free_outputs(model)
+
+
+def _free_outputs(model: onnx.ModelProto) -> None:
+    """Infer the outputs' shapes anew: a head with other classes must not contradict the graph."""
+    outputs = {output.name: _dims(output) for output in model.graph.output}
+    del model.graph.value_info[:]
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    found = {value.name: _dims(value) for value in _light_inference(model).graph.output}
+    for output in model.graph.output:
+        traced, inferred = outputs[output.name], found[output.name]
+        if len(traced) != len(inferred):
+            inferred = tuple(f"{output.name}_{axis}" for axis in range(len(traced)))
+        dims = [
+            _join(*pair, f"{output.name}_{i}")
+            for i, pair in enumerate(zip(traced, inferred, strict=True))
+        ]
+        kind = output.type.tensor_type.elem_type
+        output.CopyFrom(helper.make_tensor_value_info(output.name, kind, dims))
+
+
+def _join(traced: int | str, inferred: int | str, name: str) -> int | str:
+    """A name that the exporter gave stays; a number only where inference finds the same one."""
+    if isinstance(traced, str) and traced:
+        return traced
+    made_up = isinstance(inferred, str) and (not inferred or inferred.startswith("unk__"))
+    return name if made_up else inferred
+
+
+def _light_inference(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Shape inference on a copy without the large weights, so that their size is no matter."""
+    light = onnx.ModelProto(ir_version=IR_VERSION, opset_import=model.opset_import)
+    for part in ("node", "input", "output"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    light.graph.name = model.graph.name
+    inputs = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.name in inputs:
+            continue  # a default's shape is not the input's
+        if math.prod(tensor.dims) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            light.graph.input.append(value)
+    return onnx.shape_inference.infer_shapes(light, data_prop=True)
+
+
+def describe(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+    """Pin the IR version, name the producer, and write `metadata_props`."""
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "regrow", ""
+    model.graph.name = "backbone"
+    helper.set_model_props(model, dict(metadata))
+
+
+def _dims(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(
+        d.dim_value if d.HasField("dim_value") else d.dim_param
+        for d in value.type.tensor_type.shape.dim
+    )
+
+
+def specs(
+    values: Sequence[onnx.ValueInfoProto], without: Sequence[str] = ()
+) -> tuple[TensorSpec, ...]:
+    """Names, dtypes and shapes of graph inputs or outputs for the manifest."""
+    found = []
+    for value in values:
+        if value.name not in without:
+            dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            found.append(TensorSpec(value.name, str(dtype), _dims(value)))
+    return tuple(found)

@@ -1,0 +1,202 @@
+"""Running a fresh bundle against torch: the base, an adapter, and that every slot does something.
+
+An absolute tolerance on random inputs misses an adapter without effect, so effects are asserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow_runtime.errors import RegrowError
+from regrow_runtime.manifest import Slot
+
+from .feeds import Feeds
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ATOL", "RTOL", "Checker", "check_adapter", "check_slots"]
+
+# ONNX Runtime and torch sum in different orders; optimum's own default is an atol of 1e-4.
+RTOL, ATOL = 1e-3, 1e-4
+_RANK = 4
+_BATCHES = (2, 3)
+
+Arrays = Mapping[str, NDArray[Any]]
+Reference = Callable[[Arrays], Arrays]
+
+
+class Checker:
+    """Holds a bundle's session and the inputs to check it with.
+
+    Args:
+        path: the graph.
+        inputs: batch 3.
+        outputs: names of the outputs that are compared.
+    """
+
+    def __init__(self, path: Path, inputs: Arrays, outputs: Sequence[str]) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # it warns once per overridable input; errors are raised too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.inputs, self.outputs = inputs, list(outputs)
+        self._base: Arrays = {}
+        try:
+            self.session = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise RegrowError(f"ONNX Runtime must load the exported graph, got: {error}") from error
+
+    def rows(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Some rows of the inputs."""
+        return {name: value[start:stop] for name, value in self.inputs.items()}
+
+    def run(self, inputs: Arrays, feeds: Arrays, what: str) -> dict[str, NDArray[Any]]:
+        """Outputs by name; `RegrowError` says what was being checked."""
+        try:
+            found = self.session.run(self.outputs, {**inputs, **feeds})
+        except Exception as error:  # as above
+            raise RegrowError(f"{what}: ONNX Runtime could not run the graph: {error}") from error
+        return dict(zip(self.outputs, found, strict=True))
+
+    def against(self, reference: Reference, feeds: Arrays, what: str) -> float:
+        """Largest |ONNX Runtime - torch| on batches of 2 and 3."""
+        worst = 0.0
+        for batch in _BATCHES:
+            inputs = self.rows(0, batch)
+            worst = max(
+                worst, self._compare(self.run(inputs, feeds, what), reference(inputs), what)
+            )
+        return worst
+
+    def mixed(self, reference: Callable[[int, Arrays], Arrays], feeds: Arrays) -> float:
+        """One adapter per sample: every row must equal a run of its own with its adapter."""
+        what, count = "a batch with one adapter per sample", _BATCHES[-1]
+        try:
+            together = self.run(self.rows(0, count), feeds, what)
+        except RegrowError as error:
+            raise RegrowError(
+                f"{error}\n  targets must see the samples of the batch first; a model that puts "
+                "something else first can be exported merged"
+            ) from error
+        worst = 0.0
+        for row in range(count):
+            alone = reference(row, self.rows(row, row + 1))
+            part = {name: value[row : row + 1] for name, value in together.items()}
+            worst = max(worst, self._compare(part, alone, what))
+        return worst
+
+    def effect(self, feeds: Arrays, what: str) -> float:
+        """Largest |with feeds - without|; `RegrowError` if it is 0."""
+        if not self._base:
+            self._base = self.run(self.rows(0, 1), {}, "base")
+        found = largest_change(self._base, self.run(self.rows(0, 1), feeds, what))
+        if found == 0:
+            raise RegrowError(
+                f"{what} must change the output, got no change; drop it from the targets, or give "
+                "inputs that reach it"
+            )
+        return found
+
+    def _compare(self, got: Arrays, want: Arrays, what: str) -> float:
+        worst = 0.0
+        for name in self.outputs:
+            if name not in want:
+                raise RegrowError(f"{what}: torch must give {name}, got {', '.join(want)}")
+            worst = max(worst, compare(got[name], want[name], f"{what}, output {name}"))
+        return worst
+
+
+def largest_change(one: Arrays, other: Arrays) -> float:
+    """Largest absolute difference over all outputs; infinite where shapes differ."""
+    changes = [0.0]
+    for name, value in one.items():
+        same = value.shape == other[name].shape
+        changes.append(float(np.abs(value - other[name]).max(initial=0.0)) if same else np.inf)
+    return max(changes)
+
+
+def compare(got: NDArray[Any], want: NDArray[Any], what: str) -> float:
+    """Largest |got - want|; `RegrowError` beyond the tolerance, which grows with max |want|."""
+    if got.shape != want.shape:
+        raise RegrowError(f"{what}: shape must be {list(want.shape)}, got {list(got.shape)}")
+    delta = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    worst = float(delta.max(initial=0.0))
+    size = float(np.abs(want).max(initial=0.0))
+    limit = ATOL * max(1.0, size) + RTOL * np.abs(want)
+    if not (delta <= limit).all():  # not so for NaN either
+        raise RegrowError(
+            f"{what}: ONNX Runtime and torch must agree within rtol {RTOL:g} and atol {ATOL:g}, "
+            f"got a difference of {worst:.3g} where outputs reach {size:.3g}"
+        )
+    return worst
+
+
+def random_feeds(slots: Sequence[Slot], count: int) -> Feeds:
+    """`count` made adapters of rank 4, the same at every call, large enough to be seen."""
+    rng = np.random.default_rng(0)
+    feeds: Feeds = {}
+    for slot in slots:
+        wide, high = slot.in_features, slot.out_features
+        low_rank = slot.kind == "low_rank"
+        shapes = [(wide, _RANK), (_RANK, high)] if low_rank else [(wide, high), (1, high)]
+        names = [slot.inputs[part] for part in (("A", "B") if low_rank else ("weight", "bias"))]
+        for name, shape in zip(names, shapes, strict=True):
+            value = rng.standard_normal((count, *shape)) / np.sqrt(shape[0])
+            feeds[name] = value.astype(np.float32)
+    return feeds
+
+
+def check_slots(checker: Checker, slotted: nn.Module, slots: Sequence[Slot]) -> dict[str, float]:
+    """A made adapter in every slot, in each slot alone, and one per sample; figures by name.
+
+    Args:
+        slotted: the torch model with the same slots; its slots are set.
+    """
+    from .slots import set_slots
+    from .trace import run_torch
+
+    reference = partial(run_torch, slotted)
+    feeds = random_feeds(slots, 1)
+    set_slots(slotted, feeds)
+    found = {"adapter_max_abs": checker.against(reference, feeds, "a made adapter")}
+    found["adapter_effect"] = checker.effect(feeds, "a made adapter")
+    found["slot_effect_min"] = min(
+        checker.effect({name: feeds[name] for name in slot.inputs.values()}, f"slot {slot.target}")
+        for slot in slots
+    )
+    many = random_feeds(slots, _BATCHES[-1])
+
+    def alone(row: int, inputs: Arrays) -> Arrays:
+        set_slots(slotted, {name: value[row : row + 1] for name, value in many.items()})
+        return reference(inputs)
+
+    found["mixed_max_abs"] = checker.mixed(alone, many)
+    return found
+
+
+def check_adapter(
+    checker: Checker, base: nn.Module, slotted: nn.Module, feeds: Feeds
+) -> dict[str, float]:
+    """A bundle with an adapter built in against torch with the adapter in its slots."""
+    from .slots import set_slots
+    from .trace import run_torch
+
+    set_slots(slotted, feeds)
+    found = {"adapter_max_abs": checker.against(partial(run_torch, slotted), {}, "the adapter")}
+    inputs = checker.rows(0, _BATCHES[0])
+    change = largest_change(run_torch(base, inputs), run_torch(slotted, inputs))
+    if change == 0 and any(feed.any() for name, feed in feeds.items() if name.endswith("_B")):
+        raise RegrowError("the adapter must change the output, got no change on the check's inputs")
+    if np.isfinite(change):  # with another number of classes there is no difference to take
+        found["adapter_effect"] = change
+    return found

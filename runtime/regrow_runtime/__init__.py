@@ -1,0 +1,42 @@
+"""regrow's device side: numpy and onnxruntime, no torch.
+
+Open a bundle, swap personal adapters without reloading the model, run it:
+
+    bundle = Bundle.open("digits-bundle")
+    cost = bundle.swap("user-17.safetensors")
+    logits = bundle.run({"pixel_values": x})["logits"]
+"""
+
+from .adapter import Adapter, Coefficients, Head, HeadLayer, Target, Validated
+from .basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
+from .bundle import PROFILES, Bundle, Profile, SwapCost
+from .errors import FormatError, MismatchError, RegrowError, UsageError
+from .manifest import Manifest, Slot
+from .preprocess import ImagePreprocessor, read_image
+
+__all__ = [
+    "PROFILES",
+    "Adapter",
+    "BasisCache",
+    "BasisSpec",
+    "Bundle",
+    "Coefficients",
+    "FormatError",
+    "Head",
+    "HeadLayer",
+    "ImagePreprocessor",
+    "Manifest",
+    "MismatchError",
+    "Profile",
+    "RegrowError",
+    "Role",
+    "Slot",
+    "SwapCost",
+    "Target",
+    "UsageError",
+    "Validated",
+    "locations",
+    "read_image",
+    "sign_bits",
+    "signs",
+]

@@ -1,0 +1,396 @@
+"""The adapter file: one safetensors file with the method, the seed, and a few numbers.
+
+`docs/adapter-format.md` describes it for other clients. Everything is checked before anything is
+allocated: sizes against the header, shapes against what the method's config says, finite values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save as save_safetensors
+
+from .basis import PHILOX_SIGN, BasisSpec
+from .errors import FormatError
+from .fields import Fields, dump_json, parse_json
+from .files import read_bytes, write_bytes
+from .methods import get_method
+from .philox import check_seed
+from .quantize import pack, packed_width, quantize, unpack
+
+__all__ = [
+    "FORMAT",
+    "STORAGE",
+    "Adapter",
+    "Coefficients",
+    "Head",
+    "HeadLayer",
+    "Target",
+    "Validated",
+]
+
+FORMAT = 1
+# What coefficients may be stored as, and how many bits a value takes. One scale per vector.
+STORAGE = {"fp32": 32, "fp16": 16, "int8": 8, **{f"int{bits}": bits for bits in range(2, 8)}}
+
+# Bounds of the format, far above any real adapter: they stop a hostile header, not a user.
+_MAX_FILE_BYTES = 1 << 30
+_MAX_TARGETS = 100_000
+_MAX_FEATURES = 1 << 24
+_MAX_CLASSES = 1 << 20
+
+_DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that the adapter changes: its module path and its widths."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """Stacked vectors of numbers, as stored.
+
+    Attributes:
+        values: [rows, length], int8 codes for integer storage, else float32.
+        scale: float32 [rows]; it includes every constant of the method, so that an expansion is
+            one sum times one number.
+    """
+
+    values: NDArray[Any]
+    scale: NDArray[np.float32]
+
+    @classmethod
+    def store(
+        cls, values: NDArray[np.float32], constant: NDArray[np.float32], storage: str
+    ) -> Coefficients:
+        """Round `values` [rows, length] as `storage` says; `constant` [rows] joins the scale."""
+        bits = STORAGE[storage]
+        if bits <= 8:
+            codes, scale = quantize(values, bits)
+            return cls(codes, (scale * constant).astype(np.float32))
+        dtype = np.float16 if bits == 16 else np.float32
+        return cls(values.astype(dtype).astype(np.float32), constant.astype(np.float32))
+
+    def dense(self) -> NDArray[np.float32]:
+        """float32 [rows, length]: values times scale."""
+        return self.values.astype(np.float32) * self.scale[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLayer:
+    """One linear layer of a task head: weight float32 [classes, in], bias float32 [classes]."""
+
+    name: str
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A task head of the adapter's own, with the names of its classes."""
+
+    layers: tuple[HeadLayer, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A score on samples that training did not see, before and after adaptation."""
+
+    variant: str
+    metric: str
+    before: float
+    after: float
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What an adapter file holds.
+
+    Attributes:
+        method: name of the method, such as "nola".
+        config: the method's own numbers, such as k, l, rank.
+        seed: uint64 from which the basis is regenerated.
+        backbone_id: the backbone that it was trained on, "sha256:…".
+        targets: the layers it changes, sorted by the UTF-8 bytes of their names.
+        coefficients: by tensor name, as the method's `layout` lists them.
+        storage: how coefficients are stored, a key of `STORAGE`.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    seed: int
+    backbone_id: str
+    targets: tuple[Target, ...]
+    coefficients: Mapping[str, Coefficients]
+    storage: str = "fp32"
+    basis: BasisSpec = PHILOX_SIGN
+    head: Head | None = None
+    validated: tuple[Validated, ...] = ()
+    user: Mapping[str, str] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes; the same adapter always gives the same ones."""
+        tensors: dict[str, NDArray[Any]] = {}
+        for name, part in self.coefficients.items():
+            tensors[name] = _stored(part.values, self.storage)
+            tensors[f"{name}.scale"] = part.scale
+        for layer in self.head.layers if self.head else ():
+            tensors[f"head.{layer.name}.weight"] = layer.weight.astype(np.float16)
+            tensors[f"head.{layer.name}.bias"] = layer.bias.astype(np.float16)
+        return save_safetensors(tensors, {"regrow": dump_json(_metadata(self))})
+
+    def save(self, path: str | Path) -> int:
+        """Write the file atomically; returns its size in bytes."""
+        data = self.to_bytes()
+        write_bytes(Path(path), data)
+        return len(data)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = "adapter") -> Adapter:
+        """Parse and check; raises `FormatError` with `where` in its message."""
+        return _parse(data, where)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """Read, parse and check a file."""
+        path = Path(path)
+        data = read_bytes(path, limit=_MAX_FILE_BYTES, what="an adapter")
+        return cls.from_bytes(data, str(path))
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the file's bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def _stored(values: NDArray[Any], storage: str) -> NDArray[Any]:
+    bits = STORAGE[storage]
+    if bits < 8:
+        return pack(values, bits)
+    return values.astype({8: np.int8, 16: np.float16, 32: np.float32}[bits])
+
+
+def _metadata(adapter: Adapter) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "method": adapter.method,
+        "config": dict(adapter.config),
+        "seed": str(check_seed(adapter.seed)),  # a string: JavaScript rounds large numbers
+        "basis": {"kind": adapter.basis.kind, "version": adapter.basis.version},
+        "backbone_id": adapter.backbone_id,
+        "storage": adapter.storage,
+        "targets": [[t.name, t.in_features, t.out_features] for t in adapter.targets],
+    }
+    if adapter.head:
+        names = [layer.name for layer in adapter.head.layers]
+        data["head"] = {"layers": names, "labels": list(adapter.head.labels)}
+    if adapter.validated:
+        data["validated"] = [vars(v) for v in adapter.validated]
+    if adapter.user:
+        data["user"] = dict(adapter.user)
+    return data
+
+
+def _parse(data: bytes, where: str) -> Adapter:
+    fields, tensors = _open(data, where)
+    _check_version(fields)
+    method = get_method(fields.take("method", str), where)
+    storage = fields.take("storage", str)
+    if storage not in STORAGE:
+        raise FormatError(f"{where}: storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+    config = method.check_config(fields.take("config", dict), where)
+    targets = _targets(fields)
+    coefficients = {
+        name: _coefficients(tensors, name, shape, storage)
+        for name, shape in method.layout(config, targets).items()
+    }
+    adapter = Adapter(
+        method=method.name,
+        config=config,
+        seed=_seed(fields),
+        backbone_id=fields.take("backbone_id", str),
+        targets=targets,
+        coefficients=coefficients,
+        storage=storage,
+        basis=_basis(fields),
+        head=_head(fields, tensors),
+        validated=_validated(fields),
+        user=_user(fields),
+    )
+    fields.done()
+    tensors.done()
+    return adapter
+
+
+class _Tensors:
+    """The tensors of a file; each is taken once, with the dtype and shape that it must have."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self.where = where
+        try:
+            self._left = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise FormatError(
+                f"{where} must be a whole safetensors file, got a broken one: {error}"
+            ) from None
+
+    def take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any]:
+        entry = self._left.pop(name, None)
+        if entry is None:
+            raise FormatError(f"{self.where}: tensor {name} is missing")
+        dtype, found = entry["dtype"], tuple(entry["shape"])
+        if dtype not in dtypes or found != shape:
+            raise FormatError(
+                f"{self.where}: tensor {name} must be {'/'.join(dtypes)} {list(shape)}, "
+                f"got {dtype} {list(found)}"
+            )
+        values = np.frombuffer(entry["data"], dtype=_DTYPES[dtype]).reshape(shape)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise FormatError(f"{self.where}: tensor {name} must be finite, got NaN or infinity")
+        return values
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entry = self._left.get(name)
+        if entry is None:
+            raise FormatError(f"{self.where}: tensor {name} is missing")
+        return tuple(entry["shape"])
+
+    def done(self) -> None:
+        if self._left:
+            raise FormatError(f"{self.where}: unknown tensors {', '.join(sorted(self._left))}")
+
+
+def _open(data: bytes, where: str) -> tuple[Fields, _Tensors]:
+    tensors = _Tensors(data, where)
+    size = int.from_bytes(data[:8], "little")
+    header = parse_json(data[8 : 8 + size], f"{where}: header")
+    metadata = header.take("__metadata__", dict, {})
+    text = metadata.get("regrow")
+    if not isinstance(text, str):
+        raise FormatError(f"{where} must be a regrow adapter, got safetensors without its metadata")
+    return parse_json(text, where), tensors
+
+
+def _check_version(fields: Fields) -> None:
+    version = fields.take("format", int)
+    if version != FORMAT:
+        raise FormatError(
+            f"{fields.where}: format must be {FORMAT}, the version read here, got {version}; "
+            "a newer regrow may read it"
+        )
+
+
+def _targets(fields: Fields) -> tuple[Target, ...]:
+    rows = fields.take("targets", list)
+    if len(rows) > _MAX_TARGETS:
+        raise FormatError(f"{fields.where}: targets must be at most {_MAX_TARGETS}")
+    targets = tuple(_target(row, fields.where) for row in rows)
+    names = [t.name.encode() for t in targets]
+    if names != sorted(set(names)):
+        raise FormatError(f"{fields.where}: targets must be sorted, each named once")
+    return targets
+
+
+def _target(row: object, where: str) -> Target:
+    match row:
+        case [str(name), int(wide), int(high)] if (
+            0 < wide <= _MAX_FEATURES and 0 < high <= _MAX_FEATURES and name.isprintable()
+        ):
+            return Target(name, wide, high)
+    raise FormatError(f"{where}: a target must be [name, in, out], got {row!r:.80}")
+
+
+def _seed(fields: Fields) -> int:
+    text = fields.take("seed", str)
+    if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < 2**64):
+        raise FormatError(f"{fields.where}: seed must be a uint64 in a string, got {text!r:.40}")
+    return int(text)
+
+
+def _basis(fields: Fields) -> BasisSpec:
+    part = Fields(fields.take("basis", dict), f"{fields.where}: basis")
+    spec = BasisSpec(part.take("kind", str), part.take("version", int))
+    part.done()
+    if spec != PHILOX_SIGN:
+        raise FormatError(
+            f"{fields.where}: basis must be {PHILOX_SIGN.kind} version {PHILOX_SIGN.version}, "
+            f"got {spec.kind!r:.40} version {spec.version}"
+        )
+    return spec
+
+
+def _coefficients(
+    tensors: _Tensors, name: str, shape: tuple[int, int], storage: str
+) -> Coefficients:
+    rows, length = shape
+    bits = STORAGE[storage]
+    if bits < 8:
+        packed = tensors.take(name, ("U8",), (rows, packed_width(length, bits)))
+        values: NDArray[Any] = unpack(packed, length, bits)
+    elif bits == 8:
+        values = tensors.take(name, ("I8",), shape)
+    else:
+        values = tensors.take(name, ("F16" if bits == 16 else "F32",), shape).astype(np.float32)
+    return Coefficients(values, tensors.take(f"{name}.scale", ("F32",), (rows,)))
+
+
+def _head(fields: Fields, tensors: _Tensors) -> Head | None:
+    part = fields.optional("head")
+    if part is None:
+        return None
+    labels, names = part.strings("labels"), part.strings("layers")
+    part.done()
+    if not names or not 0 < len(labels) <= _MAX_CLASSES:
+        raise FormatError(f"{fields.where}: head must have layers and labels")
+    layers = tuple(_head_layer(tensors, name) for name in names)
+    if layers[-1].bias.shape != (len(labels),):
+        raise FormatError(
+            f"{fields.where}: head must have one output per label, "
+            f"got {layers[-1].bias.size} outputs and {len(labels)} labels"
+        )
+    return Head(layers, labels)
+
+
+def _head_layer(tensors: _Tensors, name: str) -> HeadLayer:
+    shape = tensors.shape(f"head.{name}.weight")
+    if len(shape) != 2:
+        raise FormatError(f"{tensors.where}: tensor head.{name}.weight must have two dimensions")
+    weight = tensors.take(f"head.{name}.weight", ("F16", "F32"), shape).astype(np.float32)
+    bias = tensors.take(f"head.{name}.bias", ("F16", "F32"), shape[:1]).astype(np.float32)
+    return HeadLayer(name, weight, bias)
+
+
+def _validated(fields: Fields) -> tuple[Validated, ...]:
+    found = []
+    for part in fields.objects("validated"):
+        found.append(
+            Validated(
+                part.take("variant", str),
+                part.take("metric", str),
+                part.take("before", float),
+                part.take("after", float),
+                part.number("samples", 0, 2**31),
+            )
+        )
+        part.done()
+    return tuple(found)
+
+
+def _user(fields: Fields) -> dict[str, str]:
+    user = fields.take("user", dict, {})
+    if not all(isinstance(value, str) for value in user.values()):
+        raise FormatError(f"{fields.where}: user metadata must be strings")
+    return user

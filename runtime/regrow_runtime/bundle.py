@@ -1,0 +1,389 @@
+"""Open a bundle, swap adapters, run. The part that an application calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# ONNX Runtime sends telemetry by default since 1.31; a device has not asked for that.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
+
+from .adapter import Adapter
+from .basis import BasisCache
+from .errors import FormatError, RegrowError, UsageError
+from .fields import parse_json
+from .files import read_bytes
+from .manifest import GraphSpec, Manifest, TensorSpec
+from .preprocess import ImagePreprocessor
+from .slots import Feeds, Resident, check_fit, expand, load_head, stack
+
+_MAX_CONFIG = 64 << 20
+
+__all__ = ["PROFILES", "Bundle", "Profile", "SwapCost"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What to spend RAM on.
+
+    Attributes:
+        basis_cache_bytes: how much of a basis may be kept between swaps.
+        prepack: let ONNX Runtime keep a second, faster copy of the weights.
+        arena: let ONNX Runtime keep freed memory for the next run.
+    """
+
+    basis_cache_bytes: int
+    prepack: bool
+    arena: bool
+
+
+PROFILES = {
+    "speed": Profile(basis_cache_bytes=64 << 20, prepack=True, arena=True),
+    "memory": Profile(basis_cache_bytes=0, prepack=False, arena=False),
+}
+
+
+@dataclass(frozen=True)
+class SwapCost:
+    """What a swap cost, in milliseconds and bytes.
+
+    `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
+    basis that was in RAM) or "cold" (the basis was rebuilt, or is not needed by the method).
+    """
+
+    kind: str
+    name: str | None
+    total_ms: float
+    read_ms: float = 0.0
+    check_ms: float = 0.0
+    expand_ms: float = 0.0
+    resident_bytes: int = 0
+
+
+class Bundle:
+    """A model on the device with adapters that can be swapped; use `Bundle.open`.
+
+    Any number of threads may call `run` during any number of swaps: a run sees one adapter, whole,
+    from start to end. A failed swap leaves the old adapter active.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, session: ort.InferenceSession, profile: Profile
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.basis = BasisCache(profile.basis_cache_bytes)
+        self._session = session
+        self._swap_lock = threading.Lock()
+        self._residents: dict[str, Resident] = {}
+        self._active: Resident | None = None
+        self._base_head: Feeds | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        profile: str | Profile = "speed",
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        session_options: ort.SessionOptions | None = None,
+    ) -> Bundle:
+        """Open the bundle in the folder `path`.
+
+        Args:
+            profile: "speed" or "memory", or settings of your own.
+            threads: intra-op threads; ONNX Runtime's default if None.
+            providers: ONNX Runtime execution providers, best first.
+            session_options: yours, used as they are; `profile` and `threads` then only set
+                what lies outside of the session.
+
+        Raises:
+            UsageError: there is no bundle at `path`, or no such profile.
+            FormatError: its files are not those that were exported.
+        """
+        folder = Path(path)
+        settings = _profile(profile)
+        manifest = Manifest.load(folder)
+        manifest.check_files(folder)
+        options = session_options or _session_options(settings, threads)
+        return cls(folder, manifest, _session(folder, manifest, options, providers), settings)
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active adapter, None for the base."""
+        active = self._active
+        return active.name if active else None
+
+    @property
+    def residents(self) -> dict[str, int]:
+        """Bytes of RAM by adapter that `swap` activates without reading a file."""
+        return {name: resident.nbytes for name, resident in list(self._residents.items())}
+
+    def labels(self, adapter: str | None = None) -> tuple[str, ...]:
+        """Class names of a resident adapter, or of the active one (the base's if none is)."""
+        resident = self._resident(adapter) if adapter is not None else self._active
+        return resident.labels if resident else self.manifest.labels
+
+    def load(
+        self, adapter: str | Path | Adapter, *, name: str | None = None, any_backbone: bool = False
+    ) -> SwapCost:
+        """Check and expand an adapter and keep it resident, without activating it.
+
+        Args:
+            adapter: a file, or an adapter in memory (which then needs a `name`).
+            name: what to call it; by default the file's name without its ending.
+            any_backbone: allow an adapter that was trained on another backbone.
+
+        Raises:
+            MismatchError: it does not fit; every reason is listed.
+            FormatError, UsageError: the file is broken, or there is none.
+        """
+        with self._swap_lock:
+            resident, cost = self._expand(adapter, name, any_backbone)
+            self._residents[resident.name] = resident
+        return cost
+
+    def swap(
+        self,
+        adapter: str | Path | Adapter | None,
+        *,
+        name: str | None = None,
+        any_backbone: bool = False,
+    ) -> SwapCost:
+        """Make another adapter the active one; None is the base.
+
+        A string that names a resident adapter activates that one; any other string is a path. The
+        adapter stays resident under its name. Arguments and errors are those of `load`.
+        """
+        start = time.perf_counter()
+        with self._swap_lock:
+            if adapter is None:
+                self._active = None
+                return SwapCost("base", None, _ms(start))
+            if isinstance(adapter, str) and adapter in self._residents:
+                self._active = resident = self._residents[adapter]
+                return SwapCost("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
+            resident, cost = self._expand(adapter, name, any_backbone)
+            self._residents[resident.name] = resident
+            self._active = resident
+        return cost
+
+    def forget(self, name: str) -> None:
+        """Free a resident adapter's RAM; if it is active it stays so until the next swap."""
+        with self._swap_lock:
+            self._resident(name)
+            del self._residents[name]
+
+    def _resident(self, name: str) -> Resident:
+        if name not in self._residents:
+            known = ", ".join(sorted(self._residents)) or "none"
+            raise UsageError(
+                f"adapter must be resident ({known}), got {name!r}: load or swap it first"
+            )
+        return self._residents[name]
+
+    def _expand(
+        self, source: str | Path | Adapter, name: str | None, any_backbone: bool
+    ) -> tuple[Resident, SwapCost]:
+        start = time.perf_counter()
+        adapter, name = _read(source, name)
+        read = time.perf_counter()
+        check_fit(adapter, self.manifest, any_backbone=any_backbone)
+        checked = time.perf_counter()
+        misses = self.basis.misses
+        feeds = expand(adapter, self.manifest, self.basis)
+        labels = adapter.head.labels if adapter.head else self.manifest.labels
+        resident = Resident(name, feeds, labels)
+        cost = SwapCost(
+            kind="cached" if self.basis.misses == misses else "cold",
+            name=name,
+            total_ms=_ms(start),
+            read_ms=(read - start) * 1e3,
+            check_ms=(checked - read) * 1e3,
+            expand_ms=_ms(checked),
+            resident_bytes=resident.nbytes,
+        )
+        return resident, cost
+
+    # -- running ---------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The graph's inputs and outputs, without the slots."""
+        return self.manifest.graphs[0]
+
+    def run(
+        self,
+        inputs: Mapping[str, ArrayLike],
+        adapters: Sequence[str | None] | None = None,
+        *,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Run the model.
+
+        Args:
+            inputs: an array per graph input, the batch first.
+            adapters: a resident adapter's name, or None for the base, per sample; without it the
+                active adapter serves the whole batch.
+            outputs: names of the outputs to compute; all by default.
+
+        Returns:
+            Arrays by output name. With `adapters` of different class counts, classes that a sample
+            does not have are -inf.
+
+        Raises:
+            UsageError: inputs or adapters are not those that the manifest asks for.
+            RegrowError: ONNX Runtime failed; its reason is in the message.
+        """
+        active = self._active
+        feeds = {spec.name: _checked(inputs, spec) for spec in self.graph.inputs}
+        unknown = set(inputs) - set(feeds)
+        if unknown:
+            raise UsageError(f"inputs must be {sorted(feeds)}, got also {sorted(unknown)}")
+        if adapters is not None:
+            feeds.update(self._per_sample(adapters, feeds))
+        elif active is not None:
+            feeds.update(active.feeds)
+        names = [spec.name for spec in self.graph.outputs] if outputs is None else list(outputs)
+        try:
+            values = self._session.run(names, feeds)
+        except Exception as error:
+            raise RegrowError(f"{self.folder}: the run failed: {_first_line(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+    def run_all(
+        self, inputs: Mapping[str, ArrayLike], *, batch: int = 64
+    ) -> dict[str, NDArray[Any]]:
+        """As `run` with the active adapter, `batch` samples at a time, so that RAM is bounded."""
+        arrays = {name: np.asarray(array) for name, array in inputs.items()}
+        counts = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise UsageError(f"inputs must have one number of samples, not 0, got {sorted(counts)}")
+        parts = [
+            self.run({name: array[start : start + batch] for name, array in arrays.items()})
+            for start in range(0, counts.pop(), batch)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def preprocessor(self) -> ImagePreprocessor:
+        """From pictures to this model's input, as the bundle's preprocessor_config.json says.
+
+        Raises:
+            UsageError: the model takes no pictures, or the bundle has no such file.
+        """
+        shape = self.graph.inputs[0].shape
+        if len(shape) != 4:
+            raise UsageError(f"model must take pictures, got {self.graph.inputs[0].name}")
+        channels = shape[1] if isinstance(shape[1], int) else _channels(self.folder)
+        return ImagePreprocessor.from_folder(self.folder, channels)
+
+    def _per_sample(self, adapters: Sequence[str | None], feeds: Feeds) -> Feeds:
+        if self.manifest.mode != "swappable":
+            raise UsageError(
+                f"adapters per sample need a swappable bundle, got {self.manifest.mode}"
+            )
+        batch = {array.shape[0] for array in feeds.values() if array.ndim}
+        if batch != {len(adapters)}:
+            raise UsageError(
+                f"adapters must be one per sample ({sorted(batch)}), got {len(adapters)}"
+            )
+        residents = [None if name is None else self._resident(name) for name in adapters]
+        return stack(residents, self.manifest.slots, self._head(residents))
+
+    def _head(self, residents: Sequence[Resident | None]) -> Feeds:
+        """The base's head, read once, and only if a batch mixes it with others."""
+        slots = {v for s in self.manifest.slots if s.kind == "head" for v in s.inputs.values()}
+        with_head = [bool(r and slots & r.feeds.keys()) for r in residents]
+        if not any(with_head) or all(with_head):
+            return {}
+        if self._base_head is None:
+            self._base_head = load_head(self.folder, self.manifest)
+        return self._base_head
+
+
+def _ms(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3
+
+
+def _profile(profile: str | Profile) -> Profile:
+    if isinstance(profile, Profile):
+        return profile
+    if profile not in PROFILES:
+        raise UsageError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    return PROFILES[profile]
+
+
+def _session_options(settings: Profile, threads: int | None) -> ort.SessionOptions:
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    options = ort.SessionOptions()
+    # ONNX Runtime warns once per overridable initializer: hundreds of lines for a slotted model.
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    options.enable_cpu_mem_arena = settings.arena
+    if not settings.prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _session(
+    folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: Sequence[str]
+) -> ort.InferenceSession:
+    path = folder / manifest.graphs[0].file
+    try:
+        return ort.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:
+        raise FormatError(f"{path} could not be opened: {_first_line(error)}") from error
+
+
+def _channels(folder: Path) -> int:
+    """Colour channels as config.json has them, for graphs whose input does not fix them."""
+    path = folder / "config.json"
+    fields = parse_json(read_bytes(path, limit=_MAX_CONFIG, what="a config"), str(path))
+    return fields.number("num_channels", 1, 3, 3)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read(source: str | Path | Adapter, name: str | None) -> tuple[Adapter, str]:
+    if isinstance(source, Adapter):
+        if name is None:
+            raise UsageError("name must be given with an adapter in memory, got None")
+        return source, name
+    return Adapter.load(source), name or Path(source).stem
+
+
+def _checked(inputs: Mapping[str, ArrayLike], spec: TensorSpec) -> NDArray[Any]:
+    """The array for one graph input, in its dtype, if its shape fits."""
+    if spec.name not in inputs:
+        raise UsageError(f"inputs must have {spec.name}, got {sorted(inputs)}")
+    array = np.asarray(inputs[spec.name])
+    wanted = np.dtype(spec.dtype)
+    if array.dtype != wanted:
+        if not np.can_cast(array.dtype, wanted, casting="same_kind"):
+            raise UsageError(f"{spec.name} must be {wanted}, got {array.dtype}")
+        array = array.astype(wanted)
+    fits = len(array.shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == got
+        for want, got in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise UsageError(
+            f"{spec.name} must be of shape {list(spec.shape)}, got {list(array.shape)}"
+        )
+    return array

@@ -1,0 +1,36 @@
+"""What regrow raises. Every message is one clear line, or one line per finding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["FormatError", "MismatchError", "RegrowError", "UsageError"]
+
+
+class RegrowError(Exception):
+    """The work failed; the command line prints the message and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(RegrowError):
+    """What was asked for makes no sense; the command line exits with 2."""
+
+    exit_code = 2
+
+
+class FormatError(RegrowError):
+    """A file is broken, truncated, or of a version that this reader does not know."""
+
+
+class MismatchError(RegrowError):
+    """Two good files do not belong together.
+
+    Args:
+        head: what was compared, one line.
+        findings: every mismatch, one line each; they are shown indented under `head`.
+    """
+
+    def __init__(self, head: str, findings: Sequence[str] = ()) -> None:
+        self.findings = tuple(findings)
+        super().__init__("\n  ".join([head, *self.findings]))

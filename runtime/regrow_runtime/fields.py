@@ -1,0 +1,94 @@
+"""Reading JSON from strangers: every field is named, typed and bounded, or the file is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from .errors import FormatError
+
+__all__ = ["Fields", "dump_json", "parse_json"]
+
+T = TypeVar("T")
+
+
+def dump_json(value: object, *, indent: int | None = None) -> str:
+    """JSON with sorted keys and no spare spaces: the same object is the same bytes."""
+    separators = (",", ":") if indent is None else None
+    return json.dumps(
+        value, ensure_ascii=False, sort_keys=True, indent=indent, separators=separators,
+        allow_nan=False,
+    )  # fmt: skip
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def parse_json(text: str | bytes, where: str) -> Fields:
+    """Parse a JSON object; `where` names the file in every message."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} must be JSON, got something else: {error}") from None
+    return Fields(value, where)
+
+
+class Fields:
+    """One JSON object. Each `take` removes a field; `done` refuses what nobody asked for."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise FormatError(f"{where} must be an object, got {type(value).__name__}")
+        self._left: dict[str, Any] = dict(value)
+        self.where = where
+
+    def take(self, name: str, kind: type[T], default: T | None = None) -> T:
+        """The field `name`, of exactly the JSON type `kind` (an int also serves as a float)."""
+        value = self._left.pop(name, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            found = "nothing" if value is None else f"{value!r:.80}"
+            raise FormatError(f"{self.where}: {name} must be of type {kind.__name__}, got {found}")
+        return value
+
+    def number(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        """An integer field from `low` to `high`."""
+        value = self.take(name, int, default)
+        if not low <= value <= high:
+            raise FormatError(f"{self.where}: {name} must be from {low} to {high}, got {value}")
+        return value
+
+    def objects(self, name: str) -> list[Fields]:
+        """A list of objects."""
+        items = self.take(name, list, [])
+        return [Fields(item, f"{self.where}: {name}[{i}]") for i, item in enumerate(items)]
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """A list of strings; empty if the field is not there."""
+        items = self.take(name, list, [])
+        if not all(isinstance(item, str) for item in items):
+            raise FormatError(f"{self.where}: {name} must be a list of strings, got {items!r:.80}")
+        return tuple(items)
+
+    def optional(self, name: str) -> Fields | None:
+        """An object, or None if the field is null or not there."""
+        value = self._left.pop(name, None)
+        return None if value is None else Fields(value, f"{self.where}: {name}")
+
+    def names(self) -> tuple[str, ...]:
+        """The fields not taken yet."""
+        return tuple(self._left)
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null; a null one counts as taken."""
+        if self._left.get(name) is None:
+            self._left.pop(name, None)
+            return False
+        return True
+
+    def done(self) -> None:
+        """Raise `FormatError` if a field is left that this version does not know."""
+        if self._left:
+            raise FormatError(f"{self.where}: unknown fields {', '.join(sorted(self._left))}")

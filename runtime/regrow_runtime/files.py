@@ -1,0 +1,115 @@
+"""Writing so that nothing is lost: a temporary neighbour first, then one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import FormatError, RegrowError, UsageError
+
+__all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "write_bytes"]
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise `UsageError` if `path` exists and `force` is off; call it before any long work."""
+    if path.exists() and not force:
+        raise UsageError(
+            f"output must be a new path, got {path}, which exists (--force replaces it)"
+        )
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"output must lie in an existing folder, got {path}: no such folder")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; an existing one is replaced in one step."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RegrowError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _exchange(fresh: Path, path: Path, old: Path) -> None:
+    """Put `fresh` in the place of `path`; if that fails, what was there comes back."""
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(fresh, path)
+    except OSError as error:
+        if old.exists():
+            os.replace(old, path)
+        raise RegrowError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        UsageError: `path` exists and `force` is off, or its parent does not exist.
+    """
+    path = Path(path).absolute()
+    check_output(path, force=force)
+    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fresh = room / "new"
+        fresh.mkdir()
+        yield fresh
+        for name in fresh.rglob("*"):
+            if name.is_file():
+                _sync(name)
+        _exchange(fresh, path, room / "old")
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def read_bytes(path: Path, *, limit: int, what: str) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Raises:
+        UsageError: there is no such file.
+        FormatError: it is larger than `limit`, or cannot be read.
+    """
+    if not path.is_file():
+        raise UsageError(f"{what} must be a file, got {path}: {_missing(path)}")
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise FormatError(f"{path} could not be read: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise FormatError(f"{path} must be at most {limit} bytes for {what}, got more")
+    return data
+
+
+def _missing(path: Path) -> str:
+    return "it is a folder" if path.is_dir() else "no such file"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

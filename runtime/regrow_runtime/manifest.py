@@ -1,0 +1,274 @@
+"""The bundle's manifest: what the graph takes and gives, where adapters enter, what was checked.
+
+A bundle is a folder: `manifest.json`, the ONNX graph with its external data, the model's config
+and preprocessing files, and a probe. `docs/bundle-format.md` describes it for other clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import FormatError, UsageError
+from .fields import Fields, dump_json, parse_json
+from .files import read_bytes, sha256_file
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "FileEntry",
+    "GraphSpec",
+    "Manifest",
+    "SeededSpec",
+    "Slot",
+    "TensorSpec",
+]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MODES = ("swappable", "merged", "seeded")
+VARIANTS = ("fp32", "fp16", "int8", "int4")
+SLOT_PARTS = {"low_rank": ("A", "B"), "head": ("weight", "bias")}
+
+_MAX_BYTES = 64 << 20
+_MAX_WIDTH = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output; a dimension is a number, or a name if it is dynamic."""
+
+    name: str
+    dtype: str  # as NumPy names it, such as "float32"
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file; `inputs` are those that a caller must feed, slots are not among them."""
+
+    name: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an adapter enters: graph inputs with a default, by part.
+
+    Kinds: "low_rank", parts A [n, in, r] and B [n, r, out] with r = 0 by default; "head", parts
+    weight [n, in, classes] and bias [n, 1, classes] with the backbone's head by default. n is 1 or
+    the batch size. `rank` is set where the graph has a fixed one.
+    """
+
+    target: str
+    kind: str
+    in_features: int
+    out_features: int
+    inputs: Mapping[str, str]
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class SeededSpec:
+    """How a seeded graph takes an adapter: its method, config and targets are built in.
+
+    `inputs` maps "seed" and every coefficient tensor (and "<tensor>.scale") to a graph input;
+    `storage` is "int8" where codes of 2 to 8 bits are fed as int8, else "fp32".
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    storage: str
+    targets: tuple[str, ...]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hex SHA-256 of a file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. `parity` holds what was measured against torch at export, by name."""
+
+    mode: str
+    task: str
+    backbone_id: str
+    opset: int
+    ir_version: int
+    graphs: tuple[GraphSpec, ...]
+    slots: tuple[Slot, ...]
+    labels: tuple[str, ...]
+    files: Mapping[str, FileEntry]
+    variant: str = "fp32"
+    adapter: str | None = None  # sha256 of the adapter that is built in, if one is
+    seeded: SeededSpec | None = None
+    parity: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The file's text; the same manifest always gives the same one."""
+        return dump_json({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Read and check `folder`/manifest.json.
+
+        Raises:
+            UsageError: `folder` is no bundle.
+            FormatError: the manifest is broken, or names a path outside of the bundle.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            found = "a folder without manifest.json" if folder.is_dir() else "no such folder"
+            raise UsageError(
+                f"bundle must be a folder that regrow export made, got {folder}: {found}"
+            )
+        path = folder / MANIFEST
+        return _parse(parse_json(read_bytes(path, limit=_MAX_BYTES, what="a manifest"), str(path)))
+
+    def slot_of(self, target: str) -> Slot | None:
+        """The slot of a target, if it has one."""
+        return next((slot for slot in self.slots if slot.target == target), None)
+
+    def check_files(self, folder: Path, *, hashes: bool = False) -> None:
+        """Compare every file's size, and with `hashes` its content, to the manifest.
+
+        Raises:
+            FormatError: a file is missing or not the one that was exported.
+        """
+        for name, entry in self.files.items():
+            path = folder / name
+            if not path.is_file() or path.is_symlink():
+                raise FormatError(f"{folder}: {name} is missing; export the bundle again")
+            size = path.stat().st_size
+            if size != entry.size:
+                raise FormatError(f"{path} must have {entry.size} bytes, got {size}: copy it again")
+            if hashes and sha256_file(path) != entry.sha256:
+                raise FormatError(f"{path}: content must have the manifest's SHA-256, got another")
+
+
+def _parse(fields: Fields) -> Manifest:
+    version = fields.take("format", int)
+    if version != FORMAT:
+        raise FormatError(f"{fields.where}: format must be {FORMAT}, got {version}; see CHANGELOG")
+    seeded = fields.optional("seeded")
+    manifest = Manifest(
+        mode=_choice(fields, "mode", MODES),
+        task=fields.take("task", str),
+        backbone_id=fields.take("backbone_id", str),
+        opset=fields.number("opset", 1, 1000),
+        ir_version=fields.number("ir_version", 1, 1000),
+        graphs=tuple(_graph(part) for part in fields.objects("graphs")),
+        slots=tuple(_slot(part) for part in fields.objects("slots")),
+        labels=fields.strings("labels"),
+        files=_files(fields),
+        variant=_choice(fields, "variant", VARIANTS),
+        adapter=_text_or_none(fields, "adapter"),
+        seeded=None if seeded is None else _seeded(seeded),
+        parity=_numbers(fields, "parity"),
+    )
+    fields.done()
+    _check_graphs(manifest, fields.where)
+    return manifest
+
+
+def _check_graphs(manifest: Manifest, where: str) -> None:
+    if not manifest.graphs:
+        raise FormatError(f"{where}: graphs must name at least one")
+    for graph in manifest.graphs:
+        if graph.file not in manifest.files:
+            raise FormatError(f"{where}: files must list {graph.file}")
+
+
+def _choice(fields: Fields, name: str, choices: tuple[str, ...]) -> str:
+    value = fields.take(name, str)
+    if value not in choices:
+        raise FormatError(
+            f"{fields.where}: {name} must be one of {', '.join(choices)}, got {value!r:.40}"
+        )
+    return value
+
+
+def _text_or_none(fields: Fields, name: str) -> str | None:
+    return fields.take(name, str) if fields.has(name) else None
+
+
+def _numbers(fields: Fields, name: str) -> dict[str, float]:
+    part = Fields(fields.take(name, dict, {}), f"{fields.where}: {name}")
+    return {key: part.take(key, float) for key in part.names()}
+
+
+def _files(fields: Fields) -> dict[str, FileEntry]:
+    part = Fields(fields.take("files", dict), f"{fields.where}: files")
+    found = {}
+    for name in part.names():
+        _check_name(name, part.where)
+        entry = Fields(part.take(name, dict), f"{part.where}: {name}")
+        found[name] = FileEntry(entry.number("size", 0, 2**53), entry.take("sha256", str))
+        entry.done()
+    return found
+
+
+def _check_name(name: str, where: str) -> None:
+    """A path of the bundle stays in the bundle."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise FormatError(f"{where}: a file must lie in the bundle, got {name!r:.80}")
+
+
+def _tensor(part: Fields) -> TensorSpec:
+    shape = part.take("shape", list)
+    if not all(isinstance(d, str) or (type(d) is int and d >= 0) for d in shape):
+        raise FormatError(f"{part.where}: shape must be numbers and names, got {shape!r:.80}")
+    spec = TensorSpec(part.take("name", str), part.take("dtype", str), tuple(shape))
+    part.done()
+    return spec
+
+
+def _graph(part: Fields) -> GraphSpec:
+    spec = GraphSpec(
+        name=part.take("name", str),
+        file=part.take("file", str),
+        inputs=tuple(_tensor(item) for item in part.objects("inputs")),
+        outputs=tuple(_tensor(item) for item in part.objects("outputs")),
+    )
+    part.done()
+    return spec
+
+
+def _slot(part: Fields) -> Slot:
+    kind = _choice(part, "kind", tuple(SLOT_PARTS))
+    inputs = part.take("inputs", dict)
+    if set(inputs) != set(SLOT_PARTS[kind]) or not all(isinstance(v, str) for v in inputs.values()):
+        raise FormatError(f"{part.where}: inputs must be {', '.join(SLOT_PARTS[kind])}")
+    rank = part.number("rank", 1, _MAX_WIDTH) if part.has("rank") else None
+    slot = Slot(
+        target=part.take("target", str),
+        kind=kind,
+        in_features=part.number("in_features", 1, _MAX_WIDTH),
+        out_features=part.number("out_features", 1, _MAX_WIDTH),
+        inputs=inputs,
+        rank=rank,
+    )
+    part.done()
+    return slot
+
+
+def _seeded(part: Fields) -> SeededSpec:
+    spec = SeededSpec(
+        method=part.take("method", str),
+        config=part.take("config", dict),
+        storage=part.take("storage", str),
+        targets=part.strings("targets"),
+        inputs=part.take("inputs", dict),
+    )
+    part.done()
+    return spec

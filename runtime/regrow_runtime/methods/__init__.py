@@ -1,0 +1,19 @@
+"""Adapter methods by name. A further method is one file here and one line in `METHODS`."""
+
+from __future__ import annotations
+
+from ..errors import FormatError
+from .base import Method
+from .lora import Lora
+from .nola import Nola
+
+__all__ = ["METHODS", "Method", "get_method"]
+
+METHODS: dict[str, Method] = {method.name: method for method in (Nola(), Lora())}
+
+
+def get_method(name: str, where: str = "method") -> Method:
+    """The method called `name`; `FormatError` lists those there are."""
+    if name not in METHODS:
+        raise FormatError(f"{where}: method must be one of {', '.join(METHODS)}, got {name!r:.40}")
+    return METHODS[name]

@@ -1,0 +1,66 @@
+"""Symmetric quantisation of coefficients, one scale per vector, and packing of 2 to 7 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UsageError
+
+__all__ = ["pack", "packed_width", "quantize", "unpack"]
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in range(2, 9):
+        raise UsageError(f"bits must be from 2 to 8, got {bits}")
+
+
+def quantize(
+    values: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round each row to integers of `bits` bits, symmetric by its largest absolute value.
+
+    Args:
+        values: float32 [rows, n].
+        bits: 2 to 8.
+
+    Returns:
+        int8 codes [rows, n] and float32 scales [rows]; row = codes * scale. A row of zeros has
+        scale 1.
+    """
+    _check_bits(bits)
+    top = 2 ** (bits - 1) - 1
+    largest = np.abs(values).max(axis=1, initial=0.0)
+    scale = np.where(largest > 0, largest / np.float32(top), np.float32(1)).astype(np.float32)
+    scale[scale == 0] = 1.0  # a row of subnormals: its scale rounded to nothing
+    codes = np.clip(np.rint(values / scale[:, None]), -top, top).astype(np.int8)
+    return codes, scale
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes that a row of `count` codes takes: each row begins on a byte."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Pack int8 [rows, n] as two's complement of `bits` bits, least significant bit first.
+
+    Returns:
+        uint8 [rows, ceil(n * bits / 8)].
+    """
+    _check_bits(bits)
+    rows, count = codes.shape
+    planes = np.unpackbits(codes.view(np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits]
+    flat = planes.reshape(rows, count * bits)
+    return np.packbits(flat, axis=1, bitorder="little")
+
+
+def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int8]:
+    """The inverse of `pack`: uint8 [rows, ceil(count * bits / 8)] to int8 [rows, count]."""
+    _check_bits(bits)
+    rows = packed.shape[0]
+    flat = np.unpackbits(packed, axis=1, bitorder="little")[:, : count * bits]
+    planes = np.zeros((rows, count, 8), dtype=np.uint8)
+    planes[..., :bits] = flat.reshape(rows, count, bits)
+    planes[..., bits:] = planes[..., bits - 1 : bits]  # sign extension
+    return np.packbits(planes, axis=-1, bitorder="little")[..., 0].view(np.int8)

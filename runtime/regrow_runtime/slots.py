@@ -1,0 +1,233 @@
+"""From an adapter to what the graph's slots take; every mismatch is found before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from .adapter import Adapter, Head, HeadLayer, Target
+from .basis import BasisCache
+from .errors import FormatError, MismatchError, UsageError
+from .files import read_bytes
+from .manifest import Manifest, SeededSpec, Slot
+from .methods import get_method
+from .philox import key_of
+
+__all__ = ["HEAD_FILE", "Feeds", "Resident", "check_fit", "expand", "load_head", "stack"]
+
+HEAD_FILE = "head.safetensors"
+_MAX_HEAD_BYTES = 1 << 30
+
+Feeds = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """An adapter that is expanded and in RAM: swapping to it changes one pointer.
+
+    Attributes:
+        feeds: graph input name to array; low_rank A [1, in, r] and B [1, r, out], head weight
+            [1, in, classes] and bias [1, 1, classes].
+        labels: class names, the adapter's own or the bundle's.
+    """
+
+    name: str
+    feeds: Feeds
+    labels: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of RAM that the arrays take."""
+        return sum(array.nbytes for array in self.feeds.values())
+
+
+def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = False) -> None:
+    """Raise `MismatchError` with every reason why `adapter` does not fit the bundle."""
+    if manifest.mode == "merged":
+        raise UsageError(
+            "bundle must be swappable to take an adapter, got a merged one, which is one adapter "
+            "for good: export it with --mode swappable"
+        )
+    findings = []
+    if adapter.backbone_id != manifest.backbone_id and not any_backbone:
+        findings.append(
+            f"backbone_id must be {_short(manifest.backbone_id)}, got "
+            f"{_short(adapter.backbone_id)}: it was trained on another backbone"
+        )
+    if manifest.seeded is None:
+        slot_kind = get_method(adapter.method).slot
+        findings += [
+            text for t in adapter.targets if (text := _target_finding(t, manifest, slot_kind))
+        ]
+    else:
+        findings += _seeded_findings(adapter, manifest.seeded)
+    if adapter.head is not None:
+        findings += _head_findings(adapter.head, manifest)
+    if findings:
+        raise MismatchError("adapter does not fit this bundle:", findings)
+
+
+def _short(backbone_id: str) -> str:
+    return backbone_id[:19] + "…" if len(backbone_id) > 20 else backbone_id
+
+
+def _target_finding(target: Target, manifest: Manifest, kind: str) -> str | None:
+    slot = manifest.slot_of(target.name)
+    if slot is None:
+        return f"{target.name} must be a slot of the bundle, got none: export it with this target"
+    if slot.kind != kind:
+        return f"{target.name} must have a {kind} slot, got {slot.kind}"
+    if (slot.in_features, slot.out_features) != (target.in_features, target.out_features):
+        return (
+            f"{target.name} must be {slot.in_features} -> {slot.out_features}, "
+            f"got {target.in_features} -> {target.out_features}"
+        )
+    return None
+
+
+def _seeded_findings(adapter: Adapter, seeded: SeededSpec) -> list[str]:
+    storage = "int8" if adapter.storage.startswith("int") else "fp32"
+    wanted = {
+        "method": (seeded.method, adapter.method),
+        "config": (dict(seeded.config), dict(adapter.config)),
+        "storage": (seeded.storage, storage),
+        "targets": (seeded.targets, tuple(t.name for t in adapter.targets)),
+    }
+    return [
+        f"{name} must be {want!r:.120} as in the seeded graph, got {got!r:.120}"
+        for name, (want, got) in wanted.items()
+        if want != got
+    ]
+
+
+def _head_findings(head: Head, manifest: Manifest) -> list[str]:
+    slots = {slot.target: slot for slot in manifest.slots if slot.kind == "head"}
+    names = [layer.name for layer in head.layers]
+    if set(names) != set(slots):
+        return [f"head must be {sorted(slots)}, got {sorted(names)}"]
+    findings = []
+    for layer in head.layers:
+        slot, last = slots[layer.name], layer is head.layers[-1]
+        if layer.weight.shape[1] != slot.in_features:
+            findings.append(
+                f"head {layer.name} must take {slot.in_features} features, "
+                f"got {layer.weight.shape[1]}"
+            )
+        if not last and layer.weight.shape[0] != slot.out_features:
+            findings.append(
+                f"head {layer.name} must give {slot.out_features} features, "
+                f"got {layer.weight.shape[0]}"
+            )
+    return findings
+
+
+def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
+    """The feeds of an adapter that fits; see `Resident.feeds`."""
+    feeds = (
+        _low_rank_feeds(adapter, manifest, basis)
+        if manifest.seeded is None
+        else _seeded_feeds(adapter, manifest.seeded.inputs)
+    )
+    if adapter.head is not None:
+        for layer in adapter.head.layers:
+            feeds.update(_head_feeds(layer, manifest))
+    return feeds
+
+
+def _low_rank_feeds(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
+    feeds: Feeds = {}
+    for name, parts in get_method(adapter.method).expand(adapter, basis).items():
+        slot = manifest.slot_of(name)
+        if slot is None:
+            raise UsageError(f"{name} must be a slot of the bundle, got none")
+        a, b = parts["A"], parts["B"]
+        if slot.rank is not None:
+            a, b = _pad_rank(a, b, slot.rank, name)
+        feeds[slot.inputs["A"]], feeds[slot.inputs["B"]] = a[None], b[None]
+    return feeds
+
+
+def _pad_rank(
+    a: NDArray[np.float32], b: NDArray[np.float32], rank: int, name: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    missing = rank - a.shape[1]
+    if missing < 0:
+        raise MismatchError(f"{name} must have rank {rank} or less, got {a.shape[1]}")
+    return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
+
+
+def _seeded_feeds(adapter: Adapter, inputs: Mapping[str, str]) -> Feeds:
+    feeds: Feeds = {inputs["seed"]: np.array(key_of(adapter.seed), dtype=np.uint32)}
+    for name, part in adapter.coefficients.items():
+        feeds[inputs[name]] = part.values
+        feeds[inputs[f"{name}.scale"]] = part.scale
+    return feeds
+
+
+def _head_feeds(layer: HeadLayer, manifest: Manifest) -> Feeds:
+    slot = manifest.slot_of(layer.name)
+    if slot is None:
+        raise UsageError(f"{layer.name} must be a head slot of the bundle, got none")
+    return {
+        slot.inputs["weight"]: np.ascontiguousarray(layer.weight.T)[None],
+        slot.inputs["bias"]: layer.bias[None, None],
+    }
+
+
+def load_head(folder: Path, manifest: Manifest) -> Feeds:
+    """The backbone's own head as feeds, for batches in which only some samples have their own."""
+    path = folder / HEAD_FILE
+    try:
+        tensors = load_safetensors(read_bytes(path, limit=_MAX_HEAD_BYTES, what="the base's head"))
+    except SafetensorError as error:
+        raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
+    feeds: Feeds = {}
+    for slot in (slot for slot in manifest.slots if slot.kind == "head"):
+        weight, bias = tensors[f"{slot.target}.weight"], tensors[f"{slot.target}.bias"]
+        feeds.update(_head_feeds(HeadLayer(slot.target, weight, bias), manifest))
+    return feeds
+
+
+def stack(residents: Sequence[Resident | None], slots: Sequence[Slot], base_head: Feeds) -> Feeds:
+    """Feeds in which every sample of a batch has its own adapter, or None for the base.
+
+    Ranks are padded with zeros. Heads of fewer classes are padded with zero weights and a bias of
+    -inf, so that a class which a sample does not have gets the logit -inf.
+    """
+    used = {name for resident in residents if resident for name in resident.feeds}
+    feeds: Feeds = {}
+    for slot in slots:
+        if used.isdisjoint(slot.inputs.values()):
+            continue
+        for part, name in slot.inputs.items():
+            rows = [_row(resident, name, part, slot, base_head) for resident in residents]
+            feeds[name] = _stack_padded(rows, -np.inf if part == "bias" else 0.0)
+    return feeds
+
+
+def _row(
+    resident: Resident | None, name: str, part: str, slot: Slot, base_head: Feeds
+) -> NDArray[Any]:
+    feeds = base_head if slot.kind == "head" else {}
+    if resident is not None and name in resident.feeds:
+        feeds = resident.feeds
+    if name in feeds:
+        row: NDArray[Any] = feeds[name][0]
+        return row
+    empty = (slot.in_features, 0) if part == "A" else (0, slot.out_features)
+    return np.zeros(empty, dtype=np.float32)
+
+
+def _stack_padded(rows: Sequence[NDArray[Any]], fill: float) -> NDArray[Any]:
+    shape = tuple(max(row.shape[axis] for row in rows) for axis in range(2))
+    stacked = np.full((len(rows), *shape), fill, dtype=np.float32)
+    for index, row in enumerate(rows):
+        stacked[index, : row.shape[0], : row.shape[1]] = row
+    return stacked

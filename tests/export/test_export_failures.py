@@ -1,0 +1,184 @@
+"""What is refused, in which words, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import regrow_export.parity
+from regrow_export import ExportSource, export_bundle, slot_targets
+from regrow_runtime.adapter import Target
+from regrow_runtime.errors import MismatchError, RegrowError, UsageError
+
+
+@pytest.fixture
+def refused(plain, plain_inputs, tmp_path):
+    """refused(message, source=..., **options): the export fails so and leaves an empty folder."""
+
+    def call(match, *, error=UsageError, source=plain, **options):
+        with pytest.raises(error, match=match) as caught:
+            export_bundle(source, tmp_path / "b", **{"inputs": plain_inputs, **options})
+        assert list(tmp_path.iterdir()) == []
+        return caught.value
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["poled"], "path of a linear layer, got 'poled'; near: pooled"),
+        (["zzz"], "path of a linear layer, got 'zzz'; there are 7 linear layers"),
+        (["stem", "stem"], "named once, got 'stem' twice"),
+        (["pair", "pair.up"], "must not lie inside another, got 'pair.up' inside 'pair'"),
+        (["fc"], "must be a target or the head, got 'fc' as both"),
+        ("stem", "must be a list of module paths, got the string 'stem'"),
+        (["idle"], "got no trace of idle; drop them from the targets"),
+    ],
+)
+def test_targets_that_cannot_be(refused, names, match):
+    error = RegrowError if names == ["idle"] else UsageError
+    refused(match, targets=names, error=error)
+
+
+def test_requests_that_make_no_sense(refused, plain, adapter_for):
+    adapter = adapter_for(plain, ["stem"])
+    refused("mode must be one of swappable, merged, seeded, got 'fast'", mode="fast")
+    refused("adapter must be given for mode merged, got none", mode="merged")
+    refused("adapter must be left out for mode swappable", adapter=adapter)
+    refused("targets must be the adapter's", mode="merged", adapter=adapter, targets=["pair"])
+    refused("targets must name at least one layer", source=replace(plain, head=()))
+    refused(
+        "head must name nn.Linear layers, got 'fcc'; near: fc", source=replace(plain, head=("fcc",))
+    )
+
+
+def test_an_adapter_of_another_model_is_refused_with_every_finding(refused, plain, make_adapter):
+    targets = (Target("other", 3, 3), Target("stem", 6, 17))
+    adapter = replace(make_adapter(targets), backbone_id="sha256:cd")
+    error = refused("adapter must fit", error=MismatchError, mode="seeded", adapter=adapter)
+    assert len(error.findings) == 3
+    assert error.findings[0].startswith("backbone must be sha256:abab")
+    assert error.findings[1].startswith("other: no such linear layer")
+    assert error.findings[2] == "stem: in, out must be (6, 16), got (6, 17)"
+
+
+def test_a_head_that_does_not_fit_is_refused(refused, plain, adapter_for, with_head):
+    adapter = adapter_for(plain, ["stem"])
+    for widths, match in (
+        ({"classifier": (16, 5)}, r"head must have the layers \['fc'\], got \['classifier'\]"),
+        ({"fc": (12, 5)}, "head fc: in must be 16, got 12"),
+    ):
+        bad = with_head(adapter, widths)
+        refused(match, error=MismatchError, mode="merged", adapter=bad)
+
+
+def test_an_existing_output_needs_force(plain, plain_inputs, tmp_path):
+    out = tmp_path / "b"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="must be a new path"):
+        export_bundle(plain, out, targets=["stem"], inputs=plain_inputs)
+    assert (out / "mine.txt").read_text() == "keep me"
+    export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=True)
+    assert not (out / "mine.txt").exists()
+    assert (out / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("error", [RegrowError("they differ"), KeyboardInterrupt()])
+def test_a_failing_check_keeps_the_old_bundle(plain, plain_inputs, tmp_path, monkeypatch, error):
+    out = tmp_path / "b"
+    out.mkdir()
+    (out / "old").touch()
+
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr(regrow_export.parity, "compare", fail)
+    with pytest.raises(type(error)):
+        export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "old"]
+
+
+def test_outputs_beyond_the_tolerance_are_refused():
+    compare = regrow_export.parity.compare
+    one = np.ones(3, dtype=np.float32)
+    assert compare(one, one, "base") == 0
+    with pytest.raises(RegrowError, match="base: ONNX Runtime and torch must agree within rtol"):
+        compare(one, one + np.float32(0.01), "base")
+    with pytest.raises(RegrowError, match="must agree"):
+        compare(one, one * np.nan, "base")
+    with pytest.raises(RegrowError, match=r"shape must be \[2\], got \[3\]"):
+        compare(one, one[:2], "base")
+
+
+def test_a_slot_without_effect_is_refused(tmp_path):
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.masked = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x) + 0.0 * self.masked(x)
+
+    source = ExportSource(Masked().eval(), "custom", "sha256:00")
+    inputs = {"x": np.ones((2, 4), dtype=np.float32)}
+    with pytest.raises(RegrowError, match="slot masked must change the output, got no change"):
+        export_bundle(source, tmp_path / "b", targets=["used", "masked"], inputs=inputs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_keep_the_batch_first_is_refused(tmp_path):
+    class TokensFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x):  # (batch, 5, 4)
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+    source = ExportSource(TokensFirst().eval(), "custom", "sha256:00")
+    inputs = {"x": np.ones((2, 5, 4), dtype=np.float32)}
+    with pytest.raises(RegrowError, match="see the samples of the batch first"):
+        export_bundle(source, tmp_path / "b", targets=["layer"], inputs=inputs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_not_ready(refused, plain, vit):
+    training = replace(plain, model=torch.nn.Sequential(torch.nn.Linear(2, 2)), head=())
+    refused("must be in eval mode", source=training, targets=["0"])
+    half = replace(plain, model=torch.nn.Sequential(torch.nn.Linear(2, 2)).half().eval(), head=())
+    refused(r"must be float32, got 0.weight in float16; call model.float\(\)", source=half)
+    refused("inputs must be given for a model that is not from transformers", inputs=None)
+    refused("inputs must be arguments of forward: x, gate", inputs={"y": np.ones((2, 2))})
+    refused(
+        "task must be one that optimum exports for vit, got 'text-generation'",
+        source=replace(vit, task="text-generation"), inputs=None,
+    )  # fmt: skip
+    refused("without a key-value cache", source=replace(vit, task="text-generation-with-past"))
+
+
+def test_files_that_cannot_be_copied(refused, plain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    taken = folder / "manifest.json"
+    taken.touch()
+    refused(
+        "names of their own in a bundle, got manifest.json", source=replace(plain, files=(taken,))
+    )
+    refused("no such file", source=replace(plain, files=(folder / "gone.json",)))
+
+
+def test_a_missing_extra_prints_its_pip_line(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    refused(
+        r"export needs onnx.*pip install 'regrow\[export\]'", error=RegrowError, targets=["stem"]
+    )
+
+
+def test_targets_are_sorted_by_their_bytes(plain):
+    names = [target.name for target in slot_targets(plain.model, ["stem", "pair.up", "pair.down"])]
+    assert names == ["pair.down", "pair.up", "stem"]

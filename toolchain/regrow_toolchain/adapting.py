@@ -1,0 +1,276 @@
+"""Training one adapter on a frozen backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from regrow_runtime.adapter import (
+    STORAGE,
+    Adapter,
+    Coefficients,
+    Head,
+    HeadLayer,
+    Target,
+    Validated,
+)
+from regrow_runtime.basis import BasisCache
+from regrow_runtime.errors import RegrowError, UsageError
+from regrow_runtime.methods import get_method
+from regrow_runtime.philox import check_seed
+
+from .backbone import Backbone
+from .config import AdaptConfig
+from .data import Dataset
+from .data.dataset import split
+from .labels import fit_labels
+from .methods import Factors, Trained, get_trainable
+from .progress import progress
+from .targets import find_targets
+from .training import augment, batches, check_loss, cosine, deterministic, logits_of, score
+
+__all__ = ["Adapted", "adapt", "applied"]
+
+# From this share of the steps on, training sees the coefficients as the file will hold them.
+_ROUNDED_FROM = 0.5
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A trained adapter with its scores on held-back samples (NaN if none were held back)."""
+
+    adapter: Adapter
+    before: float
+    after: float
+    samples: int
+
+
+def adapt(
+    backbone: Backbone,
+    data: Dataset,
+    config: AdaptConfig | None = None,
+    *,
+    targets: Sequence[str] = (),
+) -> Adapted:
+    """Train one adapter for one user.
+
+    Args:
+        backbone: dense or compressed; its weights do not change.
+        data: the user's labelled samples; a share of them is held back for the scores.
+        targets: names or patterns of the layers to adapt; every linear layer of the blocks if none.
+
+    Raises:
+        UsageError: labels, targets or settings make no sense.
+        RegrowError: the loss became NaN or infinite.
+    """
+    config = config or AdaptConfig()
+    _check(config, backbone)
+    fitted, new_head = fit_labels(data, backbone.labels, config.head)
+    layers = find_targets(backbone.model, targets)
+    train, held = split(fitted, config.holdout, config.seed)
+    trained = get_trainable(config.method).start(layers, config.method_settings, config.seed)
+    trained.storage = config.storage
+    with deterministic(config.seed), _frozen(backbone.model):
+        head = _new_head(backbone, len(fitted.names)) if new_head else {}
+        _train(backbone.model, trained, head, train, config)
+        adapter = _adapter(backbone, trained, head, layers, fitted.names, config)
+        before = score(backbone.model, held)
+        with applied(backbone.model, adapter):
+            after = score(backbone.model, held)
+    return Adapted(_with_scores(adapter, before, after, len(held)), before, after, len(held))
+
+
+def _check(config: AdaptConfig, backbone: Backbone) -> None:
+    check_seed(config.seed)
+    if config.storage not in STORAGE:
+        raise UsageError(f"storage must be one of {', '.join(STORAGE)}, got {config.storage!r}")
+    if config.head == "new" and not backbone.head:
+        raise UsageError("backbone must have a head to train a new one, got none")
+    if config.steps < 1 or config.batch_size < 1:
+        raise UsageError("steps and batch size must be at least 1")
+
+
+# -- applying ------------------------------------------------------------------------------------
+
+
+class _Applied:
+    """Forward hooks that add each target's change and replace the head; removed at the end."""
+
+    def __init__(self, model: nn.Module, head: dict[str, nn.Linear]) -> None:
+        self.model, self.head = model, head
+        self.factors: Factors = {}
+        self._handles: list[Any] = []
+
+    def attach(self, names: Sequence[str]) -> None:
+        for name in names:
+            module = self.model.get_submodule(name)
+            self._handles.append(module.register_forward_hook(self._changing(name)))
+        for name, layer in self.head.items():
+            module = self.model.get_submodule(name)
+            self._handles.append(
+                module.register_forward_hook(lambda _m, args, _out, layer=layer: layer(args[0]))
+            )
+
+    def _changing(self, name: str) -> Any:
+        def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            a, b = self.factors[name]
+            return output + (args[0] @ a) @ b
+
+        return change
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextmanager
+def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
+    """Within the block `model` computes with `adapter`, exactly as its file stores it.
+
+    The factors are those that the device's own code expands.
+    """
+    expansion = get_method(adapter.method).expand(adapter, BasisCache())
+    head = {
+        layer.name: _linear(layer.weight, layer.bias)
+        for layer in (adapter.head.layers if adapter.head else ())
+    }
+    hooks = _Applied(model, head)
+    hooks.factors = {
+        name: (torch.from_numpy(np.array(p["A"])), torch.from_numpy(np.array(p["B"])))
+        for name, p in expansion.items()
+    }
+    hooks.attach(list(expansion))
+    try:
+        yield model
+    finally:
+        hooks.detach()
+
+
+def _linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(np.array(weight)))
+        layer.bias.copy_(torch.from_numpy(np.array(bias)))
+    return layer.requires_grad_(False)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the backbone's weights within the block; what was set comes back."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+def _new_head(backbone: Backbone, classes: int) -> dict[str, nn.Linear]:
+    """The backbone's head as a start, with a fresh last layer of `classes` outputs."""
+    layers = {}
+    for name in backbone.head:
+        old = backbone.model.get_submodule(name)
+        if not isinstance(old, nn.Linear):
+            raise RegrowError(f"head {name} must be a linear layer, got {type(old).__name__}")
+        if name == backbone.head[-1]:
+            layers[name] = nn.Linear(old.in_features, classes)
+        else:
+            bias = torch.zeros(old.out_features) if old.bias is None else old.bias
+            layers[name] = _linear(old.weight.numpy(), bias.numpy()).requires_grad_(True)
+    return layers
+
+
+def _train(
+    model: nn.Module,
+    trained: Trained,
+    head: dict[str, nn.Linear],
+    data: Dataset,
+    config: AdaptConfig,
+) -> None:
+    lr = config.lr or get_trainable(config.method).default_lr
+    groups = [{"params": list(trained.parameters()), "lr": lr}]
+    if head:
+        parameters = [p for layer in head.values() for p in layer.parameters()]
+        groups.append({"params": parameters, "lr": config.head_lr})
+    optimizer = torch.optim.Adam(groups)
+    schedule = cosine(optimizer, config.steps)
+    hooks = _Applied(model, head)
+    hooks.attach([target.name for target in trained.targets])
+    model.eval()  # a frozen backbone without dropout: what the device computes
+    try:
+        with progress(f"adapt ({config.method})", config.steps) as advance:
+            steps = batches(data, config.batch_size, config.steps, config.seed)
+            for step, (inputs, labels) in enumerate(steps):
+                trained.rounded = step >= _ROUNDED_FROM * config.steps
+                hooks.factors = trained.factors()
+                logits = logits_of(model, augment(inputs, config.shift, config.noise))
+                loss = nn.functional.cross_entropy(
+                    logits, labels, label_smoothing=config.label_smoothing
+                )
+                check_loss(loss, step)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                advance(f"loss {loss.item():.3f}")
+    finally:
+        hooks.detach()
+
+
+# -- the result ----------------------------------------------------------------------------------
+
+
+def _adapter(
+    backbone: Backbone,
+    trained: Trained,
+    head: dict[str, nn.Linear],
+    targets: tuple[Target, ...],
+    names: tuple[str, ...],
+    config: AdaptConfig,
+) -> Adapter:
+    method = get_method(config.method)
+    constants = method.constants(trained.config, targets)
+    coefficients = {
+        name: Coefficients.store(values, constants[name], config.storage)
+        for name, values in trained.values().items()
+    }
+    return Adapter(
+        method=config.method,
+        config=trained.config,
+        seed=config.seed,
+        backbone_id=backbone.backbone_id,
+        targets=targets,
+        coefficients=coefficients,
+        storage=config.storage,
+        head=_stored_head(head, names) if head else None,
+    )
+
+
+def _stored_head(head: dict[str, nn.Linear], names: tuple[str, ...]) -> Head:
+    """As the file holds it, in fp16, so that the scores are those of the file."""
+    layers = []
+    for name, layer in head.items():
+        weight = layer.weight.detach().numpy().astype(np.float16).astype(np.float32)
+        bias = layer.bias.detach().numpy().astype(np.float16).astype(np.float32)
+        layers.append(HeadLayer(name, weight, bias))
+    return Head(tuple(layers), names)
+
+
+def _with_scores(adapter: Adapter, before: float, after: float, samples: int) -> Adapter:
+    from dataclasses import replace
+
+    if math.isnan(after):
+        return adapter
+    return replace(adapter, validated=(Validated("fp32", "accuracy", before, after, samples),))

@@ -1,0 +1,96 @@
+"""The command line. This module imports click and nothing else, so that `--help` answers at once.
+
+A command is one file in `commands/` with a click command of the same name; listing it in
+`COMMANDS` with its one-line help is all the registration there is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "demo": "See the whole of regrow work on real handwriting, with a report.",
+    "compress": "Compress a model: low-rank factors (PELA), then distillation.",
+    "adapt": "Train one small adapter for one user.",
+    "export": "Export a backbone to ONNX, with slots for adapters.",
+    "run": "Run a bundle on pictures or arrays, without torch.",
+    "inspect": "Tell what an adapter file, a bundle or a backbone holds.",
+}
+
+_INTERRUPTED = 130
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f".commands.{cmd_name}", __name__)
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="regrow", message="regrow %(version)s")
+def _group() -> None:
+    """Compress a model once, give every user an adapter of a few kilobytes, swap it on the device.
+
+    Start with: regrow demo
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 usage, 130 interrupted."""
+    # A polite kill ends like Ctrl-C: temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run(arguments))
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        _group.main(arguments, prog_name="regrow", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _INTERRUPTED
+    except click.ClickException as error:
+        command = (
+            error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        )
+        hint = f" (see {command} --help)" if command else ""
+        return _fail(f"{error.format_message()}{hint}", error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: be quiet
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except Exception as error:
+        from regrow_runtime.errors import RegrowError  # not above: importing it takes a while
+
+        if not isinstance(error, RegrowError):
+            raise
+        return _fail(str(error), error.exit_code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"regrow: {message}", err=True)
+    return code

@@ -1,0 +1,128 @@
+"""regrow inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from regrow_toolchain.cli.options import emit, json_option, path_argument
+from regrow_toolchain.cli.tables import percent, size, table
+
+if TYPE_CHECKING:
+    from regrow_runtime.adapter import Adapter
+    from regrow_runtime.manifest import Manifest
+
+_SHOWN = 12
+
+
+@click.command("inspect")
+@path_argument("path")
+@json_option
+def inspect_command(path: Path, as_json: bool) -> None:
+    """Tell what PATH holds: an adapter file, a bundle, or a compressed backbone."""
+    from regrow_runtime.adapter import Adapter
+    from regrow_runtime.errors import UsageError
+    from regrow_runtime.manifest import MANIFEST, Manifest
+
+    if path.is_file():
+        result = _adapter(Adapter.load(path), path)
+    elif (path / MANIFEST).is_file():
+        result = _bundle(Manifest.load(path))
+    elif (path / "regrow.json").is_file():
+        result = _backbone(path)
+    else:
+        found = "a folder with neither" if path.is_dir() else "no such file or folder"
+        raise UsageError(
+            f"path must be an adapter file, or a folder with manifest.json or regrow.json, "
+            f"got {path}: {found}"
+        )
+    emit(result, _lines(result), as_json=as_json)
+
+
+def _adapter(adapter: Adapter, path: Path) -> dict[str, Any]:
+    coefficients = sum(part.values.size for part in adapter.coefficients.values())
+    return {
+        "kind": "adapter",
+        "method": adapter.method,
+        "config": dict(adapter.config),
+        "seed": str(adapter.seed),
+        "basis": f"{adapter.basis.kind} {adapter.basis.version}",
+        "backbone_id": adapter.backbone_id,
+        "storage": adapter.storage,
+        "bytes": path.stat().st_size,
+        "coefficients": coefficients,
+        "labels": list(adapter.head.labels) if adapter.head else None,
+        "validated": [vars(score) for score in adapter.validated],
+        "user": dict(adapter.user),
+        "targets": [[t.name, t.in_features, t.out_features] for t in adapter.targets],
+    }
+
+
+def _bundle(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "kind": "bundle",
+        "mode": manifest.mode,
+        "variant": manifest.variant,
+        "task": manifest.task,
+        "backbone_id": manifest.backbone_id,
+        "adapter": manifest.adapter,
+        "opset": manifest.opset,
+        "ir_version": manifest.ir_version,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "labels": list(manifest.labels),
+        "inputs": {s.name: list(s.shape) for g in manifest.graphs for s in g.inputs},
+        "outputs": {s.name: list(s.shape) for g in manifest.graphs for s in g.outputs},
+        "parity": dict(manifest.parity),
+        "files": {name: entry.size for name, entry in manifest.files.items()},
+        "targets": [[s.target, s.in_features, s.out_features, s.kind] for s in manifest.slots],
+    }
+
+
+def _backbone(path: Path) -> dict[str, Any]:
+    from regrow_runtime.fields import parse_json
+    from regrow_runtime.files import read_bytes
+
+    fields = parse_json(
+        read_bytes(path / "regrow.json", limit=64 << 20, what="a backbone"), f"{path}/regrow.json"
+    )
+    return {
+        "kind": "backbone",
+        "backbone_id": fields.take("backbone_id", str),
+        "head": list(fields.strings("head")),
+        "report": fields.take("report", dict, {}),
+        "targets": [
+            [p.take("name", str), p.take("in_features", int), p.take("out_features", int),
+             f"rank {p.take('rank', int)}"]
+            for p in fields.objects("layers")
+        ],
+    }  # fmt: skip
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in result.items():
+        if name == "bytes":
+            lines.append(f"{name:13} {value} ({size(value)})")
+        elif name == "validated" and value:
+            lines += [
+                f"{name:13} {v['metric']} {percent(v['before'])} -> {percent(v['after'])} on "
+                f"{v['samples']} held-back samples ({v['variant']})"
+                for v in value
+            ]
+        elif name != "targets" and value not in (None, [], {}, ""):
+            lines.append(f"{name:13} {_shown(value)}")
+    rows = [[str(cell) for cell in row] for row in result["targets"]]
+    head = ["layer", "in", "out", "kind"][: len(rows[0])] if rows else []
+    shown = table(head, rows[:_SHOWN]) if rows else []
+    more = [f"… {len(rows) - _SHOWN} more (--json lists all)"] if len(rows) > _SHOWN else []
+    return lines + shown + more
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

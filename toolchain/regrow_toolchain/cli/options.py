@@ -1,0 +1,94 @@
+"""Click options made from config dataclasses, and those that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+__all__ = [
+    "config_options",
+    "emit",
+    "force_option",
+    "json_option",
+    "out_option",
+    "parse_pairs",
+    "path_argument",
+    "targets_option",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Make the last line of stdout one JSON document."
+)
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+targets_option = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    help="Layer to adapt: an ending such as `query`, or a pattern; repeatable. "
+    "By default every linear layer of the blocks.",
+)
+
+
+def out_option(what: str, *, required: bool = True) -> Callable[[F], F]:
+    """-o/--out with `what` in its help."""
+    return click.option(
+        "-o", "--out", type=click.Path(path_type=Path), required=required, help=what
+    )
+
+
+def path_argument(name: str) -> Callable[[F], F]:
+    """A path whose existence the command checks, to say what it should have been."""
+    return click.argument(name, type=click.Path(path_type=Path))
+
+
+def config_options(kind: type) -> Callable[[F], F]:
+    """An option per field of a config dataclass; help and defaults stand there alone."""
+
+    def decorate(function: F) -> F:
+        for item in reversed(fields(kind)):
+            if item.default is MISSING:
+                continue
+            choices = item.metadata["choices"]
+            value_type: Any = click.Choice(choices) if choices else type(item.default)
+            if not choices and type(item.default) in (int, float):
+                ranges = click.IntRange if type(item.default) is int else click.FloatRange
+                value_type = ranges(min=item.metadata["low"])
+            function = click.option(
+                f"--{item.name.replace('_', '-')}",
+                item.name,
+                type=value_type,
+                default=item.default,
+                show_default=True,
+                help=item.metadata["help"],
+            )(function)
+        return function
+
+    return decorate
+
+
+def parse_pairs(pairs: tuple[str, ...], option: str) -> dict[str, str]:
+    """{"k": "64"} from ("k=64",)."""
+    found = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise click.UsageError(f"{option} must be NAME=VALUE, got {pair!r}")
+        found[name] = value
+    return found
+
+
+def emit(result: Mapping[str, Any], lines: list[str], *, as_json: bool) -> None:
+    """Print `lines`, or `result` as one line of JSON."""
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in lines:
+            click.echo(line)

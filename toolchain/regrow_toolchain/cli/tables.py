@@ -1,0 +1,34 @@
+"""Plain tables and numbers for people; no dependency, so that the base install has them too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["percent", "size", "table"]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
+    return lines + [_line(row, widths) for row in rows]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "  ".join([first, *rest]).rstrip()
+
+
+def size(count: float) -> str:
+    """Bytes for people: 512 B, 3.1 kB, 2.0 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def percent(share: float) -> str:
+    """0.983 as 98.3 %."""
+    return f"{100 * share:.1f} %"

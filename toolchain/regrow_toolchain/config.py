@@ -1,0 +1,61 @@
+"""One config per command: the only home of its defaults and of its help texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["AdaptConfig", "CompressConfig", "setting"]
+
+
+def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float = 0.0) -> Any:
+    """A config field with its help text, its choices, and the least value that makes sense."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """PELA (arXiv 2310.10700): low-rank factors, then distillation from the dense model."""
+
+    ratio: float = setting(2.0, "Compression ratio: each layer's parameters fall by it.", low=1.0)
+    epochs: int = setting(12, "Passes over the training data; 0 keeps the plain SVD.")
+    lr: float = setting(1e-3, "Peak learning rate (AdamW, one-cycle cosine).")
+    weight_decay: float = setting(0.01, "AdamW's weight decay.")
+    batch_size: int = setting(64, "Samples a step.", low=1)
+    alpha: float = setting(100.0, "Weight of feature distillation.")
+    beta: float = setting(0.1, "Weight of the weight perturbation term.")
+    epsilon: float = setting(0.1, "Radius within which factored weights may move.")
+    perturbation: str = setting(
+        "hinge", "Form of the perturbation term.", choices=("hinge", "paper", "squared")
+    )
+    label_smoothing: float = setting(0.05, "Label smoothing.")
+    shift: float = setting(0.0, "Augmentation: shift pictures by up to this many pixels.")
+    noise: float = setting(0.0, "Augmentation: standard deviation of noise on inputs.")
+    holdout: float = setting(0.1, "Share of the data kept for measuring.")
+    seed: int = setting(0, "Seed of everything random.")
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Training of one adapter. What belongs to a method alone is in `method_settings`."""
+
+    method: str = setting("nola", "Adapter method.", choices=("nola", "lora"))
+    storage: str = setting(
+        "int4", "How coefficients are stored.", choices=("fp32", "fp16", "int8", "int6", "int4")
+    )
+    head: str = setting(
+        "auto",
+        "keep the backbone's head, train a new one, or decide by the labels.",
+        choices=("auto", "keep", "new"),
+    )
+    steps: int = setting(180, "Training steps.", low=1)
+    lr: float = setting(0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own.")
+    head_lr: float = setting(0.005, "Peak learning rate of a new head.")
+    batch_size: int = setting(64, "Samples a step.", low=1)
+    label_smoothing: float = setting(0.05, "Label smoothing.")
+    shift: float = setting(0.6, "Augmentation: shift pictures by up to this many pixels.")
+    noise: float = setting(0.15, "Augmentation: standard deviation of noise on inputs.")
+    holdout: float = setting(0.2, "Share of the data kept to score the adapter before and after.")
+    seed: int = setting(0, "Seed of the basis and of training.")
+    method_settings: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,171 @@
+"""The demo's report as one self-contained page: no network, no scripts, the same bytes every time.
+
+Whoever reads it wants to judge in a minute what regrow gives. So the page starts with what was done
+and five figures; each chart's heading says what the chart shows; every figure stands in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from . import charts, wording
+from .pictures import data_uri
+from .tables import all_tables
+from .wording import count, duration, percent, plus_minus, points, ratio, size, size_range
+
+__all__ = ["render_html"]
+
+Numbers = Mapping[str, Any]
+# The words `device.blocked` uses, as a reader knows them.
+_PRETTY = {"torch": "PyTorch", "onnx": "the onnx package", "transformers": "Transformers"}
+
+
+def render_html(report: Numbers) -> str:
+    """The page for a report (accuracies 0..1, bytes, milliseconds; `report.json` of the demo)."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_text("report.html.jinja"))
+    return template.render(
+        r=report,
+        css=Markup(_text("report.css")),
+        title=_title(report),
+        summary=_summary(report),
+        tiles=_tiles(report),
+        cards=[_card(user) for user in report["users"]],
+        sections=_sections(report),
+        plain={
+            name: plus_minus(report["backbone"][name]["accuracy"], report["backbone"][name]["se"])
+            for name in ("dense", "compressed")
+        },
+        tables=all_tables(report),
+        checks_title=wording.checks_summary(report["checks"]),
+        checks_ok=all(check["ok"] for check in report["checks"]),
+        blocked=_blocked(report["device"]),
+        seconds=duration(1000 * report["seconds"]),
+        thousand=size(_thousand(report)),
+    )
+
+
+def _text(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _title(report: Numbers) -> str:
+    users = report["users"]
+    each = size_range([_on_disk(user) for user in users])
+    return f"One small model, {wording.users_words(len(users))}, {each} for each"
+
+
+def _on_disk(user: Numbers) -> int:
+    """Bytes of a user's file: the adapter, and the head if the user has an own one."""
+    return int(user["adapter_bytes"] + user["head_bytes"])
+
+
+def _summary(report: Numbers) -> list[tuple[str, str]]:
+    """What was done, in three sentences, each with its name."""
+    users, data, backbone = report["users"], report["data"], report["backbone"]
+    dense, small = backbone["dense"]["parameters"], backbone["compressed"]["parameters"]
+    before, after = (percent(wording.mean([u[key] for u in users])) for key in ("before", "after"))
+    cannot = " that cannot import PyTorch" if report["device"]["torch_blocked"] else ""
+    compress = (
+        f"A small vision transformer learned to read {count(data['train'])} handwritten digits, "
+        f"and PELA compressed it from {count(dense)} to {count(small)} parameters."
+    )
+    adapt = (
+        f"Each of {len(users)} made-up users, whose strokes, scanner or labels differ, got an "
+        f"adapter trained on {count(data['adapt_per_user'])} samples: a seed and a few numbers."
+    )
+    swap = (
+        f"A fresh process{cannot} opened the exported model once and swapped through the users; "
+        f"with their adapters, mean accuracy went from {before} to {after}."
+    )
+    return [("Compress", compress), ("Adapt", adapt), ("Swap", swap)]
+
+
+def _tiles(report: Numbers) -> list[dict[str, Any]]:
+    """The headline figures: a name, a figure, and what to hold it against."""
+    dense, small = report["backbone"]["dense"], report["backbone"]["compressed"]
+    gains, sizes = [user["gain"] for user in report["users"]], report["bytes"]
+    weights = ratio(small["parameters"], dense["parameters"])
+    accuracy = f"dense: {percent(dense['accuracy'])}, with {weights} times the weights"
+    full = f"a full model is {ratio(sizes['adapter'], sizes['dense_model'])} times that"
+    spread = f"from {points(min(gains))} to {points(max(gains))}"
+    return [
+        _tile("Accuracy, compressed", percent(small["accuracy"]), accuracy),
+        _tile("One user’s adapter", size(sizes["adapter"]), full),
+        _tile("Mean gain per user", points(wording.mean(gains)), spread),
+        *_device_tiles(report["device"]),
+    ]
+
+
+def _device_tiles(device: Numbers) -> list[dict[str, Any]]:
+    swap, added = device["swap_ms"], wording.added_bytes(device["memory"])
+    cold = f"from disk, nothing prepared: {duration(swap['cold']['p50'])}"
+    return [
+        _tile("Swap, adapter in RAM", duration(swap["resident"]["p50"]), cold),
+        _tile(
+            "Peak RAM", size(device["peak_bytes"]), f"for the model and its adapters: {size(added)}"
+        ),
+    ]
+
+
+def _tile(name: str, figure: str, note: str) -> dict[str, Any]:
+    """A tile whose unit can be set smaller than its number; `words`: it has no number."""
+    value, _, unit = figure.partition("\N{NO-BREAK SPACE}")
+    words = not any(letter.isdigit() for letter in value)
+    return {"name": name, "value": value, "unit": unit, "note": note, "words": words}
+
+
+def _card(user: Numbers) -> dict[str, Any]:
+    """One user: pictures of the same signs, plain and as scanned, and the figures."""
+    pairs = zip(user["examples_plain"], user["examples"], user["example_labels"], strict=True)
+    return {
+        "title": user["title"],
+        "condition": user["condition"],
+        "signs": [{"plain": data_uri(a), "seen": data_uri(b), "label": c} for a, b, c in pairs],
+        "labels": user["labels"] if user["own_head"] else [],
+        "before": percent(user["before"]),
+        "after": percent(user["after"]),
+        "gain": points(user["gain"]),
+        "lost": user["gain"] < 0,
+        "size": size(_on_disk(user)),
+        "long": any(len(str(label)) > 2 for label in user["example_labels"]),
+    }
+
+
+def _sections(report: Numbers) -> dict[str, dict[str, str]]:
+    """Each chart with its takeaway."""
+    device, users = report["device"], report["users"]
+    titles = {
+        "accuracy": wording.accuracy_takeaway(users),
+        "bytes": wording.bytes_takeaway(report["bytes"]),
+        "swap": wording.swap_takeaway(device["swap_ms"]),
+        "latency": wording.latency_takeaway(device["latency_ms"]),
+        "memory": wording.memory_takeaway(device["memory"]),
+    }
+    drawn = {
+        "accuracy": charts.accuracy_chart(users, report["backbone"], titles["accuracy"]),
+        "bytes": charts.bytes_chart(report["bytes"], titles["bytes"]),
+        "swap": charts.swap_chart(device["swap_ms"], titles["swap"]),
+        "latency": charts.latency_chart(device["latency_ms"], titles["latency"]),
+        "memory": charts.memory_chart(device["memory"], device["peak_bytes"], titles["memory"]),
+    }
+    return {name: {"title": titles[name], "svg": Markup(drawn[name])} for name in titles}
+
+
+def _blocked(device: Numbers) -> str:
+    """The packages that the device process cannot import, as words."""
+    names = [_PRETTY.get(name, name) for name in device["blocked"]]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _thousand(report: Numbers) -> float:
+    """Bytes of the compressed model and a thousand adapters."""
+    sizes = report["bytes"]
+    return float(sizes["compressed_model"] + 1000 * sizes["adapter"])

@@ -1,0 +1,195 @@
+"""Numbers as a reader wants them, and the one-sentence takeaways of the report's charts.
+
+Every sentence is computed and holds for any numbers: a loss is called a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "accuracy_takeaway",
+    "added_bytes",
+    "bytes_takeaway",
+    "checks_summary",
+    "count",
+    "duration",
+    "latency_takeaway",
+    "mean",
+    "memory_takeaway",
+    "percent",
+    "platform_bytes",
+    "plus_minus",
+    "points",
+    "ratio",
+    "size",
+    "size_range",
+    "swap_takeaway",
+    "users_words",
+]
+
+NOT_MEASURED = "not measured"
+# Between a number and its unit: no line ends there.
+_GAP = "\N{NO-BREAK SPACE}"
+# Stages of `device.memory` before the first bundle is opened: what any user of ONNX Runtime pays.
+PLATFORM_STAGES = 2
+Numbers = Mapping[str, Any]
+
+
+def count(value: float) -> str:
+    """A whole number with separators: 204,000."""
+    return f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share 0..1 as a percentage: 98.1%."""
+    return f"{100 * share:.1f}%"
+
+
+def points(share: float) -> str:
+    """A difference of shares in signed percentage points: +29.0 points, −1.5 points."""
+    value = round(100 * share, 1)
+    sign = "+" if value > 0 else "−" if value < 0 else "±"
+    return f"{sign}{abs(value):.1f}{_GAP}points"
+
+
+def plus_minus(share: float, error: float) -> str:
+    """A share with one standard error: 91.0% ± 1.3."""
+    return f"{percent(share)} ± {100 * error:.1f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units (1 KB is 1,000 bytes); None was not measured."""
+    if value is None:
+        return NOT_MEASURED
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if abs(value) >= scale:
+            scaled = value / scale
+            number = f"{scaled:.1f}" if abs(scaled) < 9.95 else f"{scaled:,.0f}"
+            return f"{number}{_GAP}{unit}"
+    return f"{value:.0f}{_GAP}bytes"
+
+
+def size_range(values: Sequence[float]) -> str:
+    """The smallest and the largest of some sizes in bytes, once where they read the same."""
+    low, high = size(min(values)), size(max(values))
+    if low == high:
+        return low
+    number, unit = low.split()
+    return f"{number if high.endswith(unit) else low} to {high}".replace(" ", _GAP)
+
+
+def duration(milliseconds: float) -> str:
+    """Milliseconds in the unit that needs the fewest zeros: 3 µs, 1.9 ms, 4.2 s."""
+    if milliseconds >= 1000:
+        return f"{_three_digits(milliseconds / 1000)}{_GAP}s"
+    if milliseconds >= 1:
+        return f"{_three_digits(milliseconds)}{_GAP}ms"
+    return f"{_three_digits(1000 * milliseconds)}{_GAP}µs"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, no exponent, no zeros at the end: 0.31, 1.9, 93.1, 1,204."""
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    text = f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    return text.rstrip("0").rstrip(".")
+
+
+def ratio(part: float, whole: float) -> str:
+    """How many times `part` goes into `whole`: 266, 7.7, 0.6."""
+    if part <= 0:
+        return "∞"
+    times = whole / part
+    return f"{times:,.0f}" if times >= 9.95 else f"{times:.1f}"
+
+
+def users_words(number: int) -> str:
+    """A number of users in words: 1 user, 4 users."""
+    return f"{number}{_GAP}{'user' if number == 1 else 'users'}"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of some numbers; there is at least one."""
+    return sum(values) / len(values)
+
+
+def accuracy_takeaway(users: Sequence[Numbers]) -> str:
+    """Who gains and who does not; clear means more than two standard errors."""
+    worse = [u["title"] for u in users if u["gain"] < -2 * u["gain_se"]]
+    better = sum(u["gain"] > 2 * u["gain_se"] for u in users)
+    unclear = len(users) - len(worse) - better
+    average = f"{points(mean([u['gain'] for u in users]))} on average"
+    if better == len(users):
+        before, after = (mean([u[key] for u in users]) for key in ("before", "after"))
+        move = f"from {percent(before)} to {percent(after)}"
+        return f"Every user gains with their own adapter: {average}, {move}."
+    parts = [f"{better} of {len(users)} users gain clearly"]
+    if worse:
+        parts.append(f"worse with the adapter: {', '.join(worse)}")
+    if unclear:
+        parts.append(f"no clear change for {unclear}")
+    return "; ".join(parts) + f"; {average}."
+
+
+def bytes_takeaway(sizes: Numbers) -> str:
+    """What one adapter takes, and how much the others take against it."""
+    one = sizes["adapter"]
+    return (
+        f"One adapter takes {size(one)}: a full model is {ratio(one, sizes['dense_model'])} times "
+        f"that, a LoRA {ratio(one, sizes['lora'])} times, "
+        f"an int4 LoRA {ratio(one, sizes['lora_int4'])} times."
+    )
+
+
+def swap_takeaway(swap: Numbers) -> str:
+    """Median times of a swap, in RAM and from disk."""
+    return (
+        f"Changing the user takes {duration(swap['resident']['p50'])} when the adapter is in RAM, "
+        f"and {duration(swap['cold']['p50'])} from disk with nothing prepared."
+    )
+
+
+def latency_takeaway(latency: Numbers) -> str:
+    """What an adapter costs in one run, against the base (medians)."""
+    base, adapted = latency["base"]["p50"], latency["adapter"]["p50"]
+    change = round(100 * (adapted / base - 1)) if base > 0 else 0
+    against = (
+        "as long as" if change == 0 else f"{abs(change)}% {'more' if change > 0 else 'less'} than"
+    )
+    return (
+        f"One run with an adapter takes {duration(adapted)} at the median, "
+        f"{against} the model without one."
+    )
+
+
+def memory_takeaway(stages: Sequence[Numbers]) -> str:
+    """What Python and ONNX Runtime take, and what the bundle and its adapters add."""
+    platform, added = platform_bytes(stages), added_bytes(stages)
+    if added is None:
+        return "Memory by stage was not measured: this system does not tell."
+    change = f"adds {size(added)}" if added >= 0 else f"gives {size(-added)} back"
+    return f"Python and ONNX Runtime take {size(platform)}; the bundle with its adapters {change}."
+
+
+def added_bytes(stages: Sequence[Numbers]) -> int | None:
+    """Private memory that came with the bundle and its adapters, or None if not measured."""
+    last, platform = stages[-1]["rss_anon"], platform_bytes(stages)
+    return None if last is None or platform is None else last - platform
+
+
+def platform_bytes(stages: Sequence[Numbers]) -> int | None:
+    """Private memory before any bundle is open, or None where it was not measured."""
+    before = [stage["rss_anon"] for stage in stages[:PLATFORM_STAGES]]
+    return before[-1] if before else None
+
+
+def checks_summary(checks: Sequence[Numbers]) -> str:
+    """How many checks passed, in words."""
+    passed = sum(bool(check["ok"]) for check in checks)
+    if not checks:
+        return "No checks were made"
+    if passed == len(checks):
+        return f"All {passed} checks passed"
+    return f"{passed} of {len(checks)} checks passed, {len(checks) - passed} failed"

@@ -1,0 +1,23 @@
+"""Says which pip line adds what a command lacks."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from regrow_runtime.errors import RegrowError
+
+__all__ = ["need"]
+
+# One module of each extra that the base install does not have.
+_SIGNS = {
+    "run": ("PIL",),
+    "export": ("torch", "onnx", "optimum", "transformers", "accelerate", "rich"),
+    "train": ("torch", "transformers", "accelerate", "rich", "sklearn", "jinja2", "matplotlib"),
+}
+
+
+def need(extra: str, command: str) -> None:
+    """Raise `RegrowError` with the pip line if the extra's packages are not installed."""
+    missing = [name for name in _SIGNS[extra] if find_spec(name) is None]
+    if missing:
+        raise RegrowError(f"{command} needs {', '.join(missing)}: pip install 'regrow[{extra}]'")

@@ -1,0 +1,62 @@
+"""Whether a user's labels are the backbone's, or need a head of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from regrow_runtime.errors import UsageError
+
+from .data import Dataset
+
+__all__ = ["fit_labels"]
+
+_SHOWN = 5
+
+
+def fit_labels(data: Dataset, labels: tuple[str, ...], head: str) -> tuple[Dataset, bool]:
+    """The data with labels as output indices, and whether a new head is needed.
+
+    Args:
+        labels: the backbone's class names, in the order of its outputs.
+        head: "keep" (labels must be the backbone's), "new", or "auto": keep if all of them are,
+            new if none is.
+
+    Raises:
+        UsageError: the labels do not fit, or there are fewer than two classes for a new head.
+    """
+    if head == "new":
+        return _own_labels(data), True
+    known = dict(zip(labels, range(len(labels)), strict=True))
+    if not data.named:
+        if (top := int(data.labels.max())) >= len(labels):
+            raise UsageError(
+                f"labels must be from 0 to {len(labels) - 1} as in the backbone, got {top}: "
+                "--head new trains a head for your own labels"
+            )
+        return replace(data, names=labels), False
+    unknown = [name for name in data.names if name not in known]
+    if head == "auto" and len(unknown) == len(data.names):
+        return _own_labels(data), True
+    if unknown:
+        raise UsageError(
+            f"labels must be among the backbone's ({_shown(labels)}), got {_shown(unknown)}: "
+            "--head new trains a head for your own labels"
+        )
+    index = np.array([known[name] for name in data.names], dtype=np.int64)
+    return replace(data, labels=index[data.labels], names=labels), False
+
+
+def _own_labels(data: Dataset) -> Dataset:
+    """Only the classes that occur, numbered from 0."""
+    used, index = np.unique(data.labels, return_inverse=True)
+    if len(used) < 2:
+        raise UsageError(f"labels must be of two classes or more for a new head, got {len(used)}")
+    names = tuple(data.names[i] for i in used)
+    return replace(data, labels=index.astype(np.int64), names=names)
+
+
+def _shown(names: tuple[str, ...] | list[str]) -> str:
+    more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

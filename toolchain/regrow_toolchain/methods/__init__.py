@@ -1,0 +1,20 @@
+"""Trainable adapter methods. A further one is one file here and one line in `METHODS`."""
+
+from __future__ import annotations
+
+from regrow_runtime.errors import UsageError
+
+from .base import Factors, TrainableMethod, Trained
+from .lora import Lora
+from .nola import Nola
+
+__all__ = ["METHODS", "Factors", "TrainableMethod", "Trained", "get_trainable"]
+
+METHODS: dict[str, TrainableMethod] = {method.name: method for method in (Nola(), Lora())}
+
+
+def get_trainable(name: str) -> TrainableMethod:
+    """The method called `name`; `UsageError` lists those there are."""
+    if name not in METHODS:
+        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
