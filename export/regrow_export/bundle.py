@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from regrow_runtime.adapter import Adapter
 from regrow_runtime.errors import UsageError
 from regrow_runtime.files import check_output, new_folder, sha256_file
 from regrow_runtime.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
+from regrow_runtime.slots import HEAD_FILE
 
 from .extras import quiet, require_export, steady_torch
 from .source import ExportSource
@@ -97,8 +99,12 @@ def _export(
     else:
         draft = (merged if mode == "merged" else seeded)(source, folder, adapter, inputs)
     _write_probe(folder, draft)
+    if mode == "swappable" and source.head:
+        _write_head(folder, source)
     for path in source.files:
         shutil.copyfile(path, folder / path.name)
+    if adapter and adapter.head:
+        _rename_labels(folder, adapter.head.labels)
     manifest = _manifest(source, folder, mode, adapter, draft)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -110,6 +116,30 @@ def _write_probe(folder: Path, draft: Draft) -> None:
 
     probe = {name: np.ascontiguousarray(value[:2]) for name, value in draft.inputs.items()}
     save_file(probe, folder / _PROBE)
+
+
+def _write_head(folder: Path, source: ExportSource) -> None:
+    """The backbone's head apart: a batch may mix it with heads of adapters (see the runtime)."""
+    from safetensors.numpy import save_file
+
+    from .feeds import model_head
+
+    tensors = {}
+    for layer in model_head(source.model, source.head):
+        tensors[f"{layer.name}.weight"] = np.ascontiguousarray(layer.weight)
+        tensors[f"{layer.name}.bias"] = layer.bias
+    save_file(tensors, folder / HEAD_FILE)
+
+
+def _rename_labels(folder: Path, labels: Sequence[str]) -> None:
+    """A head that is built in has its own classes: say so where optimum's classes look."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["id2label"] = {str(index): label for index, label in enumerate(labels)}
+    config["label2id"] = {label: index for index, label in enumerate(labels)}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _manifest(

@@ -34,7 +34,7 @@ def _apply(x: Tensor, change: Callable[[Tensor], Tensor], fold: int) -> Tensor:
         return torch.flatten(change(x.unsqueeze(1)), 1)
     if x.dim() == 3:
         return change(x)
-    return change(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
+    return change(x.flatten(1, -2)).reshape(*x.shape[:-1], -1)
 
 
 class LinearSlot(nn.Module):

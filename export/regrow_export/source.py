@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regrow_runtime.errors import UsageError
+from regrow_runtime.manifest import MANIFEST
+from regrow_runtime.slots import HEAD_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +50,7 @@ class ExportSource:
 
     def _check_files(self) -> None:
         names = [path.name for path in self.files]
-        taken = {"manifest.json", "probe.safetensors", "backbone.onnx", "backbone.onnx.data"}
+        taken = {MANIFEST, HEAD_FILE, "probe.safetensors", "backbone.onnx", "backbone.onnx.data"}
         for path in self.files:
             if not path.is_file():
                 raise UsageError(f"files must be files, got {path}: no such file")

@@ -307,7 +307,10 @@ def _targets(fields: Fields) -> tuple[Target, ...]:
 def _target(row: object, where: str) -> Target:
     match row:
         case [str(name), int(wide), int(high)] if (
-            0 < wide <= _MAX_FEATURES and 0 < high <= _MAX_FEATURES and name.isprintable()
+            type(wide) is type(high) is int  # not bool
+            and 0 < wide <= _MAX_FEATURES
+            and 0 < high <= _MAX_FEATURES
+            and name.isprintable()
         ):
             return Target(name, wide, high)
     raise FormatError(f"{where}: a target must be [name, in, out], got {row!r:.80}")

@@ -139,7 +139,7 @@ def locations(
         UsageError: the grid has 2**32 places or more, or fewer than `count`.
     """
     places = rows * columns
-    if not 0 < places < 2**32:
+    if rows < 1 or columns < 1 or places >= 2**32:
         raise UsageError(f"rows x columns must be from 1 to 2**32 - 1, got {rows} x {columns}")
     if not 0 <= count <= places:
         raise UsageError(f"count must be at most {places} ({rows} x {columns}), got {count}")

@@ -21,13 +21,9 @@ import onnxruntime as ort
 from .adapter import Adapter
 from .basis import BasisCache
 from .errors import FormatError, RegrowError, UsageError
-from .fields import parse_json
-from .files import read_bytes
 from .manifest import GraphSpec, Manifest, TensorSpec
 from .preprocess import ImagePreprocessor
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
-
-_MAX_CONFIG = 64 << 20
 
 __all__ = ["PROFILES", "Bundle", "Profile", "SwapCost"]
 
@@ -58,7 +54,7 @@ class SwapCost:
     """What a swap cost, in milliseconds and bytes.
 
     `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
-    basis that was in RAM) or "cold" (the basis was rebuilt, or is not needed by the method).
+    basis that was in RAM, or without one) or "cold" (the basis was rebuilt).
     """
 
     kind: str
@@ -188,12 +184,13 @@ class Bundle:
             del self._residents[name]
 
     def _resident(self, name: str) -> Resident:
-        if name not in self._residents:
+        resident = self._residents.get(name)  # one look-up: another thread may forget it
+        if resident is None:
             known = ", ".join(sorted(self._residents)) or "none"
             raise UsageError(
                 f"adapter must be resident ({known}), got {name!r}: load or swap it first"
             )
-        return self._residents[name]
+        return resident
 
     def _expand(
         self, source: str | Path | Adapter, name: str | None, any_backbone: bool
@@ -284,11 +281,9 @@ class Bundle:
         Raises:
             UsageError: the model takes no pictures, or the bundle has no such file.
         """
-        shape = self.graph.inputs[0].shape
-        if len(shape) != 4:
+        if len(self.graph.inputs[0].shape) != 4:
             raise UsageError(f"model must take pictures, got {self.graph.inputs[0].name}")
-        channels = shape[1] if isinstance(shape[1], int) else _channels(self.folder)
-        return ImagePreprocessor.from_folder(self.folder, channels)
+        return ImagePreprocessor.from_folder(self.folder)
 
     def _per_sample(self, adapters: Sequence[str | None], feeds: Feeds) -> Feeds:
         if self.manifest.mode != "swappable":
@@ -347,13 +342,6 @@ def _session(
         return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
         raise FormatError(f"{path} could not be opened: {_first_line(error)}") from error
-
-
-def _channels(folder: Path) -> int:
-    """Colour channels as config.json has them, for graphs whose input does not fix them."""
-    path = folder / "config.json"
-    fields = parse_json(read_bytes(path, limit=_MAX_CONFIG, what="a config"), str(path))
-    return fields.number("num_channels", 1, 3, 3)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, TypeVar
 
 from .errors import FormatError
@@ -28,10 +29,22 @@ def _refuse(constant: str) -> None:
 def parse_json(text: str | bytes, where: str) -> Fields:
     """Parse a JSON object; `where` names the file in every message."""
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=_refuse)
+        if "\\ud" in text.lower():  # half of a surrogate pair is no text: it cannot be written
+            dump_json(value).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} must be JSON, got something else: {error}") from None
     return Fields(value, where)
+
+
+def _as_float(value: Any) -> Any:
+    """A finite float for every JSON number that has one, anything else as it is or as text."""
+    try:
+        number = float(value) if type(value) is int else value
+    except OverflowError:
+        return "a number too large"
+    return "a number too large" if type(number) is float and not math.isfinite(number) else number
 
 
 class Fields:
@@ -44,10 +57,13 @@ class Fields:
         self.where = where
 
     def take(self, name: str, kind: type[T], default: T | None = None) -> T:
-        """The field `name`, of exactly the JSON type `kind` (an int also serves as a float)."""
+        """The field `name`, of exactly the JSON type `kind` (an int also serves as a float).
+
+        Floats are finite: JSON's 1e999 is read as infinity.
+        """
         value = self._left.pop(name, default)
-        if kind is float and type(value) is int:
-            value = float(value)
+        if kind is float:
+            value = _as_float(value)
         if type(value) is not kind:
             found = "nothing" if value is None else f"{value!r:.80}"
             raise FormatError(f"{self.where}: {name} must be of type {kind.__name__}, got {found}")
@@ -87,6 +103,11 @@ class Fields:
             self._left.pop(name, None)
             return False
         return True
+
+    def plain(self, name: str, kind: type[T]) -> T | None:
+        """The field if it is of type `kind`, else None: for files in which others write freely."""
+        value = self._left.pop(name, None)
+        return value if type(value) is kind else None
 
     def done(self) -> None:
         """Raise `FormatError` if a field is left that this version does not know."""

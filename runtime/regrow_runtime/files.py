@@ -55,9 +55,11 @@ def _exchange(fresh: Path, path: Path, old: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(fresh, path)
-    except OSError as error:
-        if old.exists():
+    except BaseException as error:  # an interrupt too
+        if old.exists() and not path.exists():
             os.replace(old, path)
+        if not isinstance(error, OSError):
+            raise
         raise RegrowError(f"{path} could not be written: {error.strerror or error}") from error
 
 

@@ -146,7 +146,9 @@ class Manifest:
         """
         for name, entry in self.files.items():
             path = folder / name
-            if not path.is_file() or path.is_symlink():
+            if _is_linked(folder, name):
+                raise FormatError(f"{path} must be a file of the bundle, got a link: copy the file")
+            if not path.is_file():
                 raise FormatError(f"{folder}: {name} is missing; export the bundle again")
             size = path.stat().st_size
             if size != entry.size:
@@ -224,6 +226,12 @@ def _check_name(name: str, where: str) -> None:
         raise FormatError(f"{where}: a file must lie in the bundle, got {name!r:.80}")
 
 
+def _is_linked(folder: Path, name: str) -> bool:
+    """Whether the file, or a folder between it and the bundle, is a symbolic link."""
+    parts = (PurePosixPath(name), *PurePosixPath(name).parents[:-1])
+    return any((folder / part).is_symlink() for part in parts)
+
+
 def _tensor(part: Fields) -> TensorSpec:
     shape = part.take("shape", list)
     if not all(isinstance(d, str) or (type(d) is int and d >= 0) for d in shape):
@@ -263,12 +271,15 @@ def _slot(part: Fields) -> Slot:
 
 
 def _seeded(part: Fields) -> SeededSpec:
+    inputs = part.take("inputs", dict)
+    if "seed" not in inputs or not all(isinstance(v, str) for v in inputs.values()):
+        raise FormatError(f"{part.where}: inputs must name the seed's and every tensor's")
     spec = SeededSpec(
         method=part.take("method", str),
         config=part.take("config", dict),
-        storage=part.take("storage", str),
+        storage=_choice(part, "storage", ("int8", "fp32")),
         targets=part.strings("targets"),
-        inputs=part.take("inputs", dict),
+        inputs=inputs,
     )
     part.done()
     return spec

@@ -8,7 +8,7 @@ have the model's size need nothing but numpy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ __all__ = ["IMAGE_ENDINGS", "PREPROCESSOR", "ImagePreprocessor", "image_files", 
 PREPROCESSOR = "preprocessor_config.json"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _MAX_BYTES = 1 << 20
+_MAX_CONFIG = 64 << 20
 _MAX_SIDE = 1 << 14
 _BILINEAR = 2
 
@@ -43,6 +44,7 @@ class ImagePreprocessor:
         factor: what pixels are multiplied with, such as 1 / 255.
         mean, std: per channel, or None for no normalisation.
         resample: pillow's number of the filter.
+        expected: (height, width) that the model takes, where nothing above makes it so.
     """
 
     channels: int
@@ -53,10 +55,11 @@ class ImagePreprocessor:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     resample: int
+    expected: tuple[int, int] | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path, channels: int) -> ImagePreprocessor:
-        """Read `folder`/preprocessor_config.json.
+    def from_folder(cls, folder: Path) -> ImagePreprocessor:
+        """Read `folder`/preprocessor_config.json, and channels and size from its config.json.
 
         Raises:
             UsageError: there is no such file.
@@ -64,7 +67,11 @@ class ImagePreprocessor:
         """
         path = folder / PREPROCESSOR
         data = read_bytes(path, limit=_MAX_BYTES, what="image preprocessing")
-        return _parse(parse_json(data, str(path)), channels)
+        channels, side = _from_config(folder / "config.json")
+        found = _parse(parse_json(data, str(path)), channels)
+        if found.size is None and found.shortest_edge is None and found.crop is None and side:
+            return replace(found, expected=(side, side))
+        return found
 
     def __call__(self, images: Sequence[NDArray[Any] | Image]) -> NDArray[np.float32]:
         """float32 [batch, channels, height, width] from uint8 arrays or pillow images.
@@ -84,6 +91,13 @@ class ImagePreprocessor:
 
     def _one(self, image: NDArray[Any] | Image) -> NDArray[np.float32]:
         pixels = self._crop(self._resize(self._channels(image)))
+        if self.expected and pixels.shape[:2] != self.expected:
+            high, wide = self.expected
+            raise UsageError(
+                f"an image must be {wide} x {high} pixels for this model, "
+                f"got {pixels.shape[1]} x {pixels.shape[0]}: resize it, or set do_resize and size "
+                f"in {PREPROCESSOR}"
+            )
         scaled = pixels.transpose(2, 0, 1).astype(np.float32) * np.float32(self.factor)
         if self.mean is None or self.std is None:
             return scaled
@@ -197,6 +211,15 @@ def _parse(fields: Fields, channels: int) -> ImagePreprocessor:
         std=_per_channel(fields, "image_std", channels) if normalize else None,
         resample=fields.number("resample", 0, 5, _BILINEAR),
     )
+
+
+def _from_config(path: Path) -> tuple[int, int | None]:
+    """(channels, side of a square picture or None) as a model's config.json has them."""
+    if not path.is_file():
+        return 3, None
+    fields = parse_json(read_bytes(path, limit=_MAX_CONFIG, what="a config"), str(path))
+    channels = fields.number("num_channels", 1, 3) if fields.has("num_channels") else 3
+    return channels, fields.plain("image_size", int)
 
 
 def _flag(fields: Fields, name: str) -> bool:

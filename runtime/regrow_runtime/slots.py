@@ -190,8 +190,14 @@ def load_head(folder: Path, manifest: Manifest) -> Feeds:
         raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
     feeds: Feeds = {}
     for slot in (slot for slot in manifest.slots if slot.kind == "head"):
-        weight, bias = tensors[f"{slot.target}.weight"], tensors[f"{slot.target}.bias"]
-        feeds.update(_head_feeds(HeadLayer(slot.target, weight, bias), manifest))
+        shapes = {"weight": (slot.out_features, slot.in_features), "bias": (slot.out_features,)}
+        parts = {part: tensors.get(f"{slot.target}.{part}") for part in shapes}
+        for part, tensor in parts.items():
+            if tensor is None or tensor.shape != shapes[part] or tensor.dtype != np.float32:
+                raise FormatError(
+                    f"{path}: {slot.target}.{part} must be float32 {list(shapes[part])}"
+                )
+        feeds.update(_head_feeds(HeadLayer(slot.target, **parts), manifest))
     return feeds
 
 

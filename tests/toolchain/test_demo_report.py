@@ -224,7 +224,7 @@ def test_names_every_user_and_the_figures(report: Report) -> None:
         "3.1 to 4.4 KB for each",
         "3.1 KB",
         "830 KB",
-        "+46.5 points",
+        "+33.3 points",
         "3 µs",
         "1.9 ms",
         "71 MB",
@@ -282,7 +282,14 @@ def test_failed_check_and_reachable_torch_are_said(report: Report) -> None:
 
 def _gains(*gains: float) -> list[Report]:
     return [
-        {"title": f"u{n}", "gain": g, "gain_se": 0.02, "before": 0.5, "after": 0.5 + g}
+        {
+            "title": f"u{n}",
+            "own_head": False,
+            "gain": g,
+            "gain_se": 0.02,
+            "before": 0.5,
+            "after": 0.5 + g,
+        }
         for n, g in enumerate(gains)
     ]
 
@@ -290,7 +297,7 @@ def _gains(*gains: float) -> list[Report]:
 @pytest.mark.parametrize(
     ("gains", "sentence"),
     [
-        ((0.2, 0.1), "Every user gains with their own adapter: +15.0 points on average, "),
+        ((0.2, 0.1), "Every user gains with their own adapter; +15.0 points on average, "),
         ((0.2, -0.1), "1 of 2 users gain clearly; worse with the adapter: u1; +5.0 points on"),
         ((-0.2, 0.01), "0 of 2 users gain clearly; worse with the adapter: u0; no clear change"),
         ((0.0, 0.0), "0 of 2 users gain clearly; no clear change for 2; ±0.0 points on average."),
@@ -306,6 +313,12 @@ def test_accuracy_takeaway_is_true(gains: tuple[float, ...], sentence: str) -> N
 )
 def test_latency_takeaway_is_true(adapted: float, against: str) -> None:
     assert against in wording.latency_takeaway({"base": {"p50": 1.0}, "adapter": {"p50": adapted}})
+
+
+def test_means_leave_out_users_with_other_labels(report: Report) -> None:
+    takeaway = wording.accuracy_takeaway(report["users"])
+    assert "where the labels stay the same, +33.3" in takeaway
+    assert "from 57.2% to 90.5%" in takeaway
 
 
 def test_memory_takeaway_when_memory_falls() -> None:

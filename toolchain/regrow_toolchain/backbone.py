@@ -99,7 +99,7 @@ class Backbone:
                 f"model must have {PREPROCESSOR} to take pictures, got none: save its image "
                 "processor beside it, or give ready pixel_values in an .npz"
             )
-        return ImagePreprocessor.from_folder(folder, int(self.model.config.num_channels))  # type: ignore[union-attr, arg-type]
+        return ImagePreprocessor.from_folder(folder)
 
 
 def load_backbone(path: str | Path) -> Backbone:

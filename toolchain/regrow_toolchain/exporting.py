@@ -39,7 +39,8 @@ def export_backbone(
         files=backbone.files,
     )
     names = _slots(backbone, targets, adapter) if mode == "swappable" else []
-    return export_bundle(source, Path(out), mode=mode, targets=names, adapter=adapter, force=force)
+    built_in = None if mode == "swappable" else adapter
+    return export_bundle(source, Path(out), mode=mode, targets=names, adapter=built_in, force=force)
 
 
 def _slots(backbone: Backbone, patterns: Sequence[str], adapter: Adapter | None) -> list[str]:

@@ -98,7 +98,11 @@ def cosine(
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """[batch, classes] from a transformers model or from one that returns a tensor."""
-    result = model(**inputs)
+    try:
+        result = model(**inputs)
+    except (ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items())
+        raise RegrowError(f"model must take the data's inputs, got {shapes}: {error}") from error
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
     if logits is None:
         raise RegrowError(

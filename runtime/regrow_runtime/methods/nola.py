@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..basis import Role, combine
+from ..errors import RegrowError
 from ..fields import Fields
 from .base import Expansion
 
@@ -26,6 +27,9 @@ __all__ = ["Nola"]
 
 _MAX_BASIS = 1 << 16  # integer sums stay exact in float32 up to here
 _MAX_RANK = 1 << 12
+# What a basis may take in RAM. The largest of the paper (LLaMA-2 70B, k = 512, rank 16) takes 29 MB;
+# without a bound, a file of kilobytes could ask for 25 GB.
+_MAX_BASIS_BYTES = 1 << 28
 
 
 class Nola:
@@ -90,6 +94,11 @@ def _factors(
     count = part.values.shape[1]
     shared = adapter.config["shared"]
     longest = max(entries.values(), default=0)
+    if count * longest > 8 * _MAX_BASIS_BYTES:
+        raise RegrowError(
+            f"basis must be at most {_MAX_BASIS_BYTES} bytes, got {count} vectors of {longest} "
+            f"signs for {tensor}: train with fewer vectors or a smaller rank"
+        )
     found = {}
     # Targets of one size go through one product; without sharing each has a basis of its own.
     for group in _groups(adapter.targets, entries, shared):

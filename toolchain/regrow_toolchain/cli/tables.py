@@ -21,8 +21,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 512 B, 3.1 kB, 2.0 MB (powers of 1000)."""
-    for unit in ("B", "kB", "MB"):
+    """Bytes for people: 512 B, 3.1 KB, 2.0 MB (powers of 1000)."""
+    for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow_toolchain.measure import Times, measure, read_memory
+from regrow_toolchain.measure import Times, measure_in_turns, read_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,19 +161,20 @@ def _joined(swaps: Mapping[str, Mapping[str, list[float]]], kind: str) -> dict[s
 def _latencies(
     bundle: Bundle, folder: Path, user: str, single: Mapping[str, NDArray[Any]]
 ) -> dict[str, Any]:
-    """One sample at a time, each model alone."""
+    """One sample at a time; the four take turns, so that noise meets all of them alike."""
     from regrow_runtime import Bundle
 
-    def times(opened: Bundle) -> dict[str, Any]:
-        return asdict(measure(lambda: opened.run(single), repeat=_RUNS, warmup=30))
-
-    bundle.swap(None)
-    found = {"base": times(bundle)}
     bundle.swap(user)
-    found["adapter"] = times(bundle)
-    for mode in ("merged", "seeded"):
-        found[mode] = times(Bundle.open(folder / mode, threads=_THREADS))
-    return found
+    base, merged, seeded = (
+        Bundle.open(folder / name, threads=_THREADS) for name in ("bundle", "merged", "seeded")
+    )
+    calls: dict[str, Callable[[], object]] = {
+        "base": lambda: base.run(single),
+        "adapter": lambda: bundle.run(single),
+        "merged": lambda: merged.run(single),
+        "seeded": lambda: seeded.run(single),
+    }
+    return {name: asdict(times) for name, times in measure_in_turns(calls, repeat=_RUNS).items()}
 
 
 if __name__ == "__main__":

@@ -181,22 +181,25 @@ def _checks(
     gain = min(user["gain"] for user in users)
     size = max(user["adapter_bytes"] for user in users)
     delta = max(user["parity_max_abs"] for user in users)
-    seconds = made.seconds["total"]
+    seconds, blocked = made.seconds["total"], bool(made.device["torch_blocked"])
     rows = [
-        ("Points every user gains, at least", 100 * _LEAST_GAIN, 100 * gain, gain >= _LEAST_GAIN),
-        ("Points compression costs, at most", 100 * _MOST_LOSS, 100 * loss, loss <= _MOST_LOSS),
-        ("Bytes of an adapter without its head, at most", _MOST_BYTES, size, size <= _MOST_BYTES),
-        ("Difference to torch in a logit, at most", _MOST_DELTA, delta, delta <= _MOST_DELTA),
-        ("Seconds for everything, at most", _MOST_SECONDS, seconds, seconds <= _MOST_SECONDS),
+        ("What each user gains", f"at least {_LEAST_GAIN * 100:.0f} points",
+         f"{gain * 100:.1f} points or more", gain >= _LEAST_GAIN),
+        ("What compression costs", f"at most {_MOST_LOSS * 100:.1f} points",
+         f"{loss * 100:.1f} points", loss <= _MOST_LOSS),
+        ("An adapter without its head", f"at most {_MOST_BYTES:,} bytes",
+         f"{size:,} bytes", size <= _MOST_BYTES),
+        ("Difference of a logit to torch's", f"at most {_MOST_DELTA:.0e}",
+         f"{delta:.1e}", delta <= _MOST_DELTA),
+        ("Everything", f"at most {_MOST_SECONDS:.0f} s", f"{seconds:.0f} s",
+         seconds <= _MOST_SECONDS),
+        ("The device process", "cannot import torch",
+         "cannot" if blocked else "can", blocked),
     ]  # fmt: skip
-    found = [
-        {"name": name, "limit": f"{limit:.4g}", "value": f"{value:.4g}", "ok": bool(ok)}
+    return [
+        {"name": name, "limit": limit, "value": value, "ok": bool(ok)}
         for name, limit, value, ok in rows
     ]
-    blocked = bool(made.device["torch_blocked"])
-    value = "yes" if blocked else "no"
-    name = "The device process cannot import torch"
-    return [*found, {"name": name, "limit": "yes", "value": value, "ok": blocked}]
 
 
 def _commands(out: Path) -> list[str]:

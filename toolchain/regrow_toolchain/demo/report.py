@@ -71,7 +71,8 @@ def _summary(report: Numbers) -> list[tuple[str, str]]:
     """What was done, in three sentences, each with its name."""
     users, data, backbone = report["users"], report["data"], report["backbone"]
     dense, small = backbone["dense"]["parameters"], backbone["compressed"]["parameters"]
-    before, after = (percent(wording.mean([u[key] for u in users])) for key in ("before", "after"))
+    kept, where = wording.same_labels(users)
+    before, after = (percent(wording.mean([u[key] for u in kept])) for key in ("before", "after"))
     cannot = " that cannot import PyTorch" if report["device"]["torch_blocked"] else ""
     compress = (
         f"A small vision transformer learned to read {count(data['train'])} handwritten digits, "
@@ -82,8 +83,8 @@ def _summary(report: Numbers) -> list[tuple[str, str]]:
         f"adapter trained on {count(data['adapt_per_user'])} samples: a seed and a few numbers."
     )
     swap = (
-        f"A fresh process{cannot} opened the exported model once and swapped through the users; "
-        f"with their adapters, mean accuracy went from {before} to {after}."
+        f"A fresh process{cannot} opened the exported model once and swapped through the users’ "
+        f"adapters; {where}mean accuracy went from {before} to {after}."
     )
     return [("Compress", compress), ("Adapt", adapt), ("Swap", swap)]
 
@@ -91,11 +92,12 @@ def _summary(report: Numbers) -> list[tuple[str, str]]:
 def _tiles(report: Numbers) -> list[dict[str, Any]]:
     """The headline figures: a name, a figure, and what to hold it against."""
     dense, small = report["backbone"]["dense"], report["backbone"]["compressed"]
-    gains, sizes = [user["gain"] for user in report["users"]], report["bytes"]
+    kept, where = wording.same_labels(report["users"])
+    gains, sizes = [user["gain"] for user in kept], report["bytes"]
     weights = ratio(small["parameters"], dense["parameters"])
     accuracy = f"dense: {percent(dense['accuracy'])}, with {weights} times the weights"
     full = f"a full model is {ratio(sizes['adapter'], sizes['dense_model'])} times that"
-    spread = f"from {points(min(gains))} to {points(max(gains))}"
+    spread = f"{where}from {points(min(gains))} to {points(max(gains))}"
     return [
         _tile("Accuracy, compressed", percent(small["accuracy"]), accuracy),
         _tile("One user’s adapter", size(sizes["adapter"]), full),

@@ -91,8 +91,7 @@ USERS = (
     User(
         "relabelled",
         "Other labels for the same signs",
-        "the signs are unchanged but stand for five commands, two signs each, so this user needs a "
-        "head of their own; before it, the backbone's outputs are read in order",
+        "unchanged signs that stand for five commands, which needs a head of its own",
         _plain,
         labels=("lights", "heating", "music", "door", "phone"),
         meaning=(2, 0, 4, 1, 3, 1, 3, 0, 2, 4),

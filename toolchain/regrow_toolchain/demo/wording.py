@@ -23,6 +23,7 @@ __all__ = [
     "plus_minus",
     "points",
     "ratio",
+    "same_labels",
     "size",
     "size_range",
     "swap_takeaway",
@@ -115,16 +116,28 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def same_labels(users: Sequence[Numbers]) -> tuple[Sequence[Numbers], str]:
+    """The users that means are taken over, and the words that say so.
+
+    With other labels nobody can be right before the adapter, so that gain would flatter the mean.
+    """
+    kept = [user for user in users if not user["own_head"]]
+    if not kept or len(kept) == len(users):
+        return users, ""
+    return kept, "where the labels stay the same, "
+
+
 def accuracy_takeaway(users: Sequence[Numbers]) -> str:
     """Who gains and who does not; clear means more than two standard errors."""
     worse = [u["title"] for u in users if u["gain"] < -2 * u["gain_se"]]
     better = sum(u["gain"] > 2 * u["gain_se"] for u in users)
     unclear = len(users) - len(worse) - better
-    average = f"{points(mean([u['gain'] for u in users]))} on average"
+    kept, where = same_labels(users)
+    average = f"{where}{points(mean([u['gain'] for u in kept]))} on average"
     if better == len(users):
-        before, after = (mean([u[key] for u in users]) for key in ("before", "after"))
+        before, after = (mean([u[key] for u in kept]) for key in ("before", "after"))
         move = f"from {percent(before)} to {percent(after)}"
-        return f"Every user gains with their own adapter: {average}, {move}."
+        return f"Every user gains with their own adapter; {average}, {move}."
     parts = [f"{better} of {len(users)} users gain clearly"]
     if worse:
         parts.append(f"worse with the adapter: {', '.join(worse)}")

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .machine import Cpu, read_cpu
 from .memory import Memory, read_memory
-from .times import Times, measure
+from .times import Times, measure_in_turns
 
-__all__ = ["Cpu", "Memory", "Times", "measure", "read_cpu", "read_memory"]
+__all__ = ["Cpu", "Memory", "Times", "measure_in_turns", "read_cpu", "read_memory"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Times", "measure"]
+__all__ = ["Times", "measure_in_turns"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ class Times:
         return cls(len(ordered), mean, rank(0.5), rank(0.9), rank(0.99), ordered[0], ordered[-1])
 
 
-def measure(call: Callable[[], object], *, repeat: int, warmup: int = 3) -> Times:
-    """Time `call` `repeat` times after `warmup` calls that do not count."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
-    return Times.of(times)
+def measure_in_turns(
+    calls: Mapping[str, Callable[[], object]], *, repeat: int, warmup: int = 20
+) -> dict[str, Times]:
+    """Time each call `repeat` times, one after the other in turns, after `warmup` rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + repeat):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            elapsed = (time.perf_counter() - start) * 1e3
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: Times.of(values) for name, values in times.items()}

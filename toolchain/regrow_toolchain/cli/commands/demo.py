@@ -58,7 +58,7 @@ def _lines(report: dict[str, Any], folder: Path) -> list[str]:
             f"{user['adapter_bytes']:,}"
             + (f" + {user['head_bytes']:,}" if user["own_head"] else ""),
             f"{user['swap_ms']['cold']:.2f} / {user['swap_ms']['cached']:.2f} / "
-            f"{user['swap_ms']['resident']:.3f}",
+            f"{user['swap_ms']['resident']:.4f}",
             f"{user['parity_max_abs']:.0e}",
         ]
         for user in report["users"]
@@ -86,7 +86,7 @@ def _lines(report: dict[str, Any], folder: Path) -> list[str]:
 
 def _failed(report: dict[str, Any]) -> list[str]:
     return [
-        f"NOT MET    {check['name']} {check['limit']}: got {check['value']}"
+        f"NOT MET    {check['name']}: {check['limit']}, got {check['value']}"
         for check in report["checks"]
         if not check["ok"]
     ]

@@ -1,0 +1,251 @@
+"""A tiny bundle, adapters for it, and the same network written out in NumPy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Target
+from regrow_runtime.manifest import FileEntry, GraphSpec, Manifest, Slot, TensorSpec
+from regrow_runtime.methods import get_method
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[2]
+BACKBONE = "sha256:" + "ab" * 32
+TARGETS = (Target("fc1", 16, 8), Target("fc2", 8, 8))
+NOLA = {"k": 12, "l": 9, "rank": 2, "c": 1.0, "shared": True}
+LORA = {"rank": 2, "alpha": 2.0, "rslora": False}
+
+
+def _slots() -> tuple[Slot, ...]:
+    low_rank = [
+        Slot(
+            t.name, "low_rank", t.in_features, t.out_features,
+            {part: f"{t.name}.adapter_{part}" for part in "AB"},
+        )
+        for t in TARGETS
+    ]  # fmt: skip
+    return (*low_rank, Slot("head", "head", 8, 3, {"weight": "head.weight", "bias": "head.bias"}))
+
+
+def _entry(path: Path) -> FileEntry:
+    data = path.read_bytes()
+    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict[str, np.ndarray]:
+    """float32 `<layer>.weight` [out, in] and `<layer>.bias` [out] of fc1, fc2 and head."""
+    return load_file(DATA / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory, weights: Any) -> Path:
+    """The bundle, shared: tests that change files copy it first."""
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    folder.mkdir()
+    shutil.copyfile(DATA / "tiny.onnx", folder / "backbone.onnx")
+    head = {name: value for name, value in weights.items() if name.startswith("head.")}
+    save_file(head, folder / "head.safetensors")
+    steps = {"do_resize": False, "do_rescale": True, "rescale_factor": 1 / 255}
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps), encoding="utf-8")
+    shape = ("batch", 1, 4, 4)
+    manifest = Manifest(
+        mode="swappable",
+        task="image-classification",
+        backbone_id=BACKBONE,
+        opset=17,
+        ir_version=8,
+        graphs=(
+            GraphSpec(
+                "model",
+                "backbone.onnx",
+                (TensorSpec("pixel_values", "float32", shape),),
+                (TensorSpec("logits", "float32", ("batch", "classes")),),
+            ),
+        ),
+        slots=_slots(),
+        labels=("ant", "bee", "cat"),
+        files={path.name: _entry(path) for path in sorted(folder.iterdir())},
+        parity={"base_max_abs": 1e-6},
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def bundle_copy(bundle_folder: Path, tmp_path: Path) -> Path:
+    """The bundle, for one test to spoil."""
+    return Path(shutil.copytree(bundle_folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def bundle(bundle_folder: Path) -> Bundle:
+    return Bundle.open(bundle_folder, threads=1)
+
+
+@pytest.fixture(scope="session")
+def pixels() -> np.ndarray:
+    """float32 [5, 1, 4, 4]."""
+    return np.random.default_rng(5).standard_normal((5, 1, 4, 4)).astype(np.float32)
+
+
+def _head(classes: int, rng: np.random.Generator) -> Head:
+    # Numbers that fp16 holds, so that a head read from a file is the one that was written.
+    weight = rng.standard_normal((classes, 8)).astype(np.float16).astype(np.float32)
+    bias = rng.standard_normal(classes).astype(np.float16).astype(np.float32)
+    return Head((HeadLayer("head", weight, bias),), tuple(f"own {i}" for i in range(classes)))
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Adapter]:
+    """make_adapter(method, storage, draw=…, seed=…, targets=…, classes=…, **config)."""
+
+    def make(
+        method: str = "nola",
+        storage: str = "int8",
+        *,
+        draw: int = 0,
+        seed: int = 2**63 + 5,
+        targets: tuple[Target, ...] = TARGETS,
+        classes: int = 0,
+        **config: Any,
+    ) -> Adapter:
+        rng = np.random.default_rng(draw)
+        config = {**(NOLA if method == "nola" else LORA), **config}
+        kind = get_method(method)
+        constants = kind.constants(config, targets)
+        values = {
+            name: Coefficients.store(
+                3 * rng.standard_normal(shape).astype(np.float32), constants[name], storage
+            )
+            for name, shape in kind.layout(config, targets).items()
+        }
+        head = _head(classes, rng) if classes else None
+        return Adapter(method, config, seed, BACKBONE, targets, values, storage, head=head)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(weights: dict[str, np.ndarray]) -> Callable[..., np.ndarray]:
+    """reference(pixels, expansion, head): the bundle's logits, in NumPy."""
+
+    def call(
+        pixels: np.ndarray, expansion: Mapping[str, Any] | None = None, head: Head | None = None
+    ) -> np.ndarray:
+        x = pixels.reshape(len(pixels), 16)
+        for name in ("fc1", "fc2"):
+            y = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+            if expansion and name in expansion:
+                y = y + (x @ expansion[name]["A"]) @ expansion[name]["B"]
+            x = np.tanh(y)
+        if head is None:
+            return x @ weights["head.weight"].T + weights["head.bias"]
+        return x @ head.layers[0].weight.T + head.layers[0].bias
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def edit() -> Callable[..., bytes]:
+    """edit(data, change, tensors): an adapter's bytes with its metadata or its tensors changed.
+
+    `change` gets the metadata as a dict, or is the metadata's text; `tensors` gets the list of
+    [name, dtype, shape, bytes].
+    """
+
+    def call(
+        data: bytes,
+        change: Callable[[dict[str, Any]], None] | str | None = None,
+        tensors: Callable[[list[list[Any]]], None] | None = None,
+    ) -> bytes:
+        size = struct.unpack("<Q", data[:8])[0]
+        header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+        text = header.pop("__metadata__")["regrow"]
+        if isinstance(change, str):
+            text = change
+        elif change is not None:
+            fields = json.loads(text)
+            change(fields)
+            text = json.dumps(fields)
+        parts = [
+            [name, entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])]]
+            for name, entry in header.items()
+        ]
+        if tensors is not None:
+            tensors(parts)
+        return _safetensors(text, parts)
+
+    return call
+
+
+def _safetensors(text: str, parts: list[list[Any]]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"regrow": text}}
+    body = b""
+    for name, dtype, shape, data in parts:
+        header[name] = {
+            "dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]
+        }  # fmt: skip
+        body += data
+    head = json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + body
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """python(code, *arguments): run code in a fresh interpreter that sees this checkout.
+
+    Packages in `block` cannot be found there, as if they were not installed.
+    """
+
+    def call(code: str, *arguments: str, block: tuple[str, ...] = ()) -> Any:
+        return subprocess.run(
+            [sys.executable, "-c", _BLOCKER.format(block=block) + code, *arguments],
+            capture_output=True, text=True, timeout=60, env=_environment(), check=False,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For subprocesses that a test starts on its own."""
+    return _environment()
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT / part) for part in ("runtime", "export", "toolchain")]
+    return {
+        **{k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"},
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+# Importing fails, and `importlib.util.find_spec` answers None, as for a package that is not there.
+_BLOCKER = """
+import sys
+class _Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {block!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+if {block!r}:
+    sys.meta_path.insert(0, _Block())
+    import importlib.util as _util
+    _found = _util.find_spec
+    _util.find_spec = lambda name, package=None: (
+        None if name.partition('.')[0] in {block!r} else _found(name, package))
+"""

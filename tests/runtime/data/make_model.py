@@ -1,0 +1,84 @@
+"""Writes `tiny.onnx` and `tiny.safetensors`, the model that the runtime's tests run.
+
+Run once, with the [export] extra: `python tests/runtime/data/make_model.py`. The tests use the
+written files, because the base install has no `onnx`.
+
+The model is a classifier of pictures of 4 x 4: two tanh layers with low_rank slots ("fc1" 16 -> 8,
+"fc2" 8 -> 8) and a head slot ("head", 8 -> 3). Slots are inputs with defaults, as export makes
+them: empty for fc1 and fc2, the base's head for "head".
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+HERE = Path(__file__).parent
+FLOAT = TensorProto.FLOAT
+WIDTHS = {"fc1": (16, 8), "fc2": (8, 8), "head": (8, 3)}
+
+
+def weights() -> dict[str, np.ndarray]:
+    """float32 `<layer>.weight` [out, in] and `<layer>.bias` [out]."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, (wide, high) in WIDTHS.items():
+        found[f"{name}.weight"] = (rng.standard_normal((high, wide)) / wide**0.5).astype(np.float32)
+        found[f"{name}.bias"] = (rng.standard_normal(high) / 4).astype(np.float32)
+    return found
+
+
+def slotted(name: str, x: str) -> list[onnx.NodeProto]:
+    """tanh(x W + b + (x A) B)."""
+    a, b = f"{name}.adapter_A", f"{name}.adapter_B"
+    return [
+        helper.make_node("MatMul", [x, f"{name}.W"], [f"{name}.base"]),
+        helper.make_node("Add", [f"{name}.base", f"{name}.b"], [f"{name}.biased"]),
+        helper.make_node("MatMul", [x, a], [f"{name}.down"]),
+        helper.make_node("MatMul", [f"{name}.down", b], [f"{name}.up"]),
+        helper.make_node("Add", [f"{name}.biased", f"{name}.up"], [f"{name}.sum"]),
+        helper.make_node("Tanh", [f"{name}.sum"], [f"{name}.out"]),
+    ]
+
+
+def model() -> onnx.ModelProto:
+    """The graph; every slot is an input and an initializer."""
+    stored = weights()
+    inputs = [helper.make_tensor_value_info("pixel_values", FLOAT, ["batch", 1, 4, 4])]
+    tensors = {"rows": np.array([0, 1, 16], np.int64), "token": np.array([1], np.int64)}
+    for name in ("fc1", "fc2"):
+        wide, high = WIDTHS[name]
+        tensors[f"{name}.W"] = np.ascontiguousarray(stored[f"{name}.weight"].T)
+        tensors[f"{name}.b"] = stored[f"{name}.bias"]
+        tensors[f"{name}.adapter_A"] = np.zeros((1, wide, 0), np.float32)
+        tensors[f"{name}.adapter_B"] = np.zeros((1, 0, high), np.float32)
+        n, rank = f"{name}.n", f"{name}.rank"
+        for part, shape in (("A", [n, wide, rank]), ("B", [n, rank, high])):
+            inputs.append(helper.make_tensor_value_info(f"{name}.adapter_{part}", FLOAT, shape))
+    tensors["head.weight"] = np.ascontiguousarray(stored["head.weight"].T)[None]
+    tensors["head.bias"] = stored["head.bias"][None, None]
+    for part, rows in (("weight", 8), ("bias", 1)):
+        shape = ["head.n", rows, "head.classes"]
+        inputs.append(helper.make_tensor_value_info(f"head.{part}", FLOAT, shape))
+    nodes = [
+        helper.make_node("Reshape", ["pixel_values", "rows"], ["x"]),
+        *slotted("fc1", "x"),
+        *slotted("fc2", "fc1.out"),
+        helper.make_node("MatMul", ["fc2.out", "head.weight"], ["head.product"]),
+        helper.make_node("Add", ["head.product", "head.bias"], ["head.out"]),
+        helper.make_node("Squeeze", ["head.out", "token"], ["logits"]),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", FLOAT, ["batch", "classes"])]
+    initializers = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, producer_name="regrow")
+
+
+if __name__ == "__main__":
+    made = model()
+    onnx.checker.check_model(made, full_check=True)
+    onnx.save(made, str(HERE / "tiny.onnx"))
+    save_file(weights(), HERE / "tiny.safetensors")
