@@ -18,7 +18,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as save_safetensors
 
 from .basis import PHILOX_SIGN, BasisSpec
-from .errors import FormatError
+from .errors import FormatError, RegrowError
 from .fields import Fields, dump_json, parse_json
 from .files import read_bytes, write_bytes
 from .methods import get_method
@@ -81,7 +81,7 @@ class Coefficients:
             codes, scale = quantize(values, bits)
             return cls(codes, (scale * constant).astype(np.float32))
         dtype = np.float16 if bits == 16 else np.float32
-        return cls(values.astype(dtype).astype(np.float32), constant.astype(np.float32))
+        return cls(_narrow(values, dtype).astype(np.float32), constant.astype(np.float32))
 
     def dense(self) -> NDArray[np.float32]:
         """float32 [rows, length]: values times scale."""
@@ -143,14 +143,23 @@ class Adapter:
     user: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The file's bytes; the same adapter always gives the same ones."""
+        """The file's bytes; the same adapter always gives the same ones.
+
+        Raises:
+            RegrowError: a number is not finite, or too large for the dtype it is stored in.
+        """
         tensors: dict[str, NDArray[Any]] = {}
         for name, part in self.coefficients.items():
             tensors[name] = _stored(part.values, self.storage)
             tensors[f"{name}.scale"] = part.scale
         for layer in self.head.layers if self.head else ():
-            tensors[f"head.{layer.name}.weight"] = layer.weight.astype(np.float16)
-            tensors[f"head.{layer.name}.bias"] = layer.bias.astype(np.float16)
+            tensors[f"head.{layer.name}.weight"] = _narrow(layer.weight, np.float16)
+            tensors[f"head.{layer.name}.bias"] = _narrow(layer.bias, np.float16)
+        for name, array in tensors.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise RegrowError(
+                    f"adapter: tensor {name} must be finite as {array.dtype}, got NaN or infinity"
+                )
         return save_safetensors(tensors, {"regrow": dump_json(_metadata(self))})
 
     def save(self, path: str | Path) -> int:
@@ -180,7 +189,12 @@ def _stored(values: NDArray[Any], storage: str) -> NDArray[Any]:
     bits = STORAGE[storage]
     if bits < 8:
         return pack(values, bits)
-    return values.astype({8: np.int8, 16: np.float16, 32: np.float32}[bits])
+    return _narrow(values, {8: np.int8, 16: np.float16, 32: np.float32}[bits])
+
+
+def _narrow(values: NDArray[Any], dtype: type) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # what becomes infinite is refused by name
+        return values.astype(dtype)
 
 
 def _metadata(adapter: Adapter) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
+from .errors import RegrowError, UsageError
 
 __all__ = ["softmax", "top_labels"]
 
@@ -24,9 +24,15 @@ def top_labels(logits: NDArray[np.float32], labels: Sequence[str]) -> list[tuple
 
     Raises:
         UsageError: there is not one label per class.
+        RegrowError: the logits of a sample are NaN or infinite, as those of broken pixels are.
     """
     if logits.ndim != 2 or logits.shape[1] != len(labels):
         raise UsageError(f"logits must be [samples, {len(labels)}], got {list(logits.shape)}")
+    broken = np.isnan(logits).any(axis=1) | ~np.isfinite(logits.max(axis=1, initial=-np.inf))
+    if broken.any():
+        raise RegrowError(
+            f"logits must be finite, got NaN or infinity for sample {broken.argmax()}"
+        )
     probabilities = softmax(logits)
     best = probabilities.argmax(axis=1)
     return [(labels[b], float(row[b])) for b, row in zip(best, probabilities, strict=True)]

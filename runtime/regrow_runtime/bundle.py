@@ -245,7 +245,15 @@ class Bundle:
             UsageError: inputs or adapters are not those that the manifest asks for.
             RegrowError: ONNX Runtime failed; its reason is in the message.
         """
-        active = self._active
+        return self._run(inputs, self._active, adapters, outputs)
+
+    def _run(
+        self,
+        inputs: Mapping[str, ArrayLike],
+        active: Resident | None,
+        adapters: Sequence[str | None] | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         feeds = {spec.name: _checked(inputs, spec) for spec in self.graph.inputs}
         unknown = set(inputs) - set(feeds)
         if unknown:
@@ -264,13 +272,19 @@ class Bundle:
     def run_all(
         self, inputs: Mapping[str, ArrayLike], *, batch: int = 64
     ) -> dict[str, NDArray[Any]]:
-        """As `run` with the active adapter, `batch` samples at a time, so that RAM is bounded."""
+        """As `run` with the active adapter, `batch` samples at a time, so that RAM is bounded.
+
+        A swap meanwhile serves the next call: all samples of this one see one adapter.
+        """
+        active = self._active
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
         counts = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
         if len(counts) != 1 or 0 in counts:
             raise UsageError(f"inputs must have one number of samples, not 0, got {sorted(counts)}")
         parts = [
-            self.run({name: array[start : start + batch] for name, array in arrays.items()})
+            self._run(
+                {name: array[start : start + batch] for name, array in arrays.items()}, active
+            )
             for start in range(0, counts.pop(), batch)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -28,9 +28,11 @@ class MismatchError(RegrowError):
 
     Args:
         head: what was compared, one line.
-        findings: every mismatch, one line each; they are shown indented under `head`.
+        findings: every mismatch, one line each; the first `show` stand indented under `head`.
     """
 
-    def __init__(self, head: str, findings: Sequence[str] = ()) -> None:
+    def __init__(self, head: str, findings: Sequence[str] = (), *, show: int = 20) -> None:
         self.findings = tuple(findings)
-        super().__init__("\n  ".join([head, *self.findings]))
+        hidden = len(self.findings) - show
+        more = [f"… {hidden} more"] if show and hidden > 0 else []
+        super().__init__("\n  ".join([head, *self.findings[:show], *more]))

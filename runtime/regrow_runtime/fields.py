@@ -38,13 +38,15 @@ def parse_json(text: str | bytes, where: str) -> Fields:
     return Fields(value, where)
 
 
-def _as_float(value: Any) -> Any:
-    """A finite float for every JSON number that has one, anything else as it is or as text."""
+def _finite(value: float, where: str) -> float:
+    """Of a JSON number; 1e999 is read as infinity, and 400 digits are too many for a float."""
     try:
-        number = float(value) if type(value) is int else value
+        number = float(value)
     except OverflowError:
-        return "a number too large"
-    return "a number too large" if type(number) is float and not math.isfinite(number) else number
+        number = math.inf
+    if not math.isfinite(number):
+        raise FormatError(f"{where} must be a finite number, got {value!r:.80}")
+    return number
 
 
 class Fields:
@@ -57,13 +59,13 @@ class Fields:
         self.where = where
 
     def take(self, name: str, kind: type[T], default: T | None = None) -> T:
-        """The field `name`, of exactly the JSON type `kind` (an int also serves as a float).
+        """The field `name`, of exactly the JSON type `kind`.
 
-        Floats are finite: JSON's 1e999 is read as infinity.
+        An int also serves as a float; a float is finite.
         """
         value = self._left.pop(name, default)
-        if kind is float:
-            value = _as_float(value)
+        if kind is float and type(value) in (int, float):
+            value = _finite(value, f"{self.where}: {name}")
         if type(value) is not kind:
             found = "nothing" if value is None else f"{value!r:.80}"
             raise FormatError(f"{self.where}: {name} must be of type {kind.__name__}, got {found}")
@@ -103,6 +105,10 @@ class Fields:
             self._left.pop(name, None)
             return False
         return True
+
+    def holds(self, name: str, kind: type) -> bool:
+        """Whether the field is there and of type `kind`; it is not taken."""
+        return type(self._left.get(name)) is kind
 
     def plain(self, name: str, kind: type[T]) -> T | None:
         """The field if it is of type `kind`, else None: for files in which others write freely."""

@@ -15,11 +15,23 @@ from .errors import FormatError, RegrowError, UsageError
 __all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "write_bytes"]
 
 
+# What tells a folder of ours: only such a one, or an empty one, is ever replaced.
+_OURS = ("manifest.json", "regrow.json", "report.json")
+
+
 def check_output(path: Path, *, force: bool) -> None:
-    """Raise `UsageError` if `path` exists and `force` is off; call it before any long work."""
+    """Raise `UsageError` if `path` cannot become an output; call it before any long work.
+
+    An existing file or folder needs `force`, and a folder must be one that regrow wrote.
+    """
     if path.exists() and not force:
         raise UsageError(
             f"output must be a new path, got {path}, which exists (--force replaces it)"
+        )
+    if path.is_dir() and not any((path / name).is_file() for name in _OURS) and any(path.iterdir()):
+        raise UsageError(
+            f"output must be a new path or a folder that regrow wrote, got {path}: "
+            "remove it yourself if nothing in it is needed"
         )
     if not path.absolute().parent.is_dir():
         raise UsageError(f"output must lie in an existing folder, got {path}: no such folder")
@@ -35,8 +47,9 @@ def _sync(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; an existing one is replaced in one step."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
@@ -46,7 +59,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         raise RegrowError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _exchange(fresh: Path, path: Path, old: Path) -> None:

@@ -135,6 +135,11 @@ class ImagePreprocessor:
             target = (edge, longer) if height <= width else (longer, edge)
         if target is None or target == (height, width):
             return pixels
+        if max(target) > _MAX_SIDE:
+            raise UsageError(
+                f"an image must not be this narrow, got {width} x {height} pixels: it would be "
+                f"resized to {target[1]} x {target[0]}"
+            )
         single = pixels[..., 0] if self.channels == 1 else pixels
         resized = _pillow().fromarray(single).resize((target[1], target[0]), self.resample)
         return np.asarray(resized).reshape(*target, self.channels)
@@ -198,17 +203,24 @@ def _parse(fields: Fields, channels: int) -> ImagePreprocessor:
     unknown = sorted(name for name, value in on.items() if value and name not in known)
     if unknown:
         raise FormatError(f"{fields.where}: {', '.join(unknown)} is not supported on the device")
-    size, edge = _size(fields, "size") if on.get("do_resize") else (None, None)
+    # Older files have one number: CLIP's means the shorter side, all others' a square.
+    kind = fields.plain("image_processor_type", str) or fields.plain("feature_extractor_type", str)
+    by_edge = (kind or "").startswith("CLIP")
+    size, edge = _size(fields, "size", by_edge) if on.get("do_resize") else (None, None)
     crop, _ = _size(fields, "crop_size") if on.get("do_center_crop") else (None, None)
     normalize = bool(on.get("do_normalize"))
+    mean = _per_channel(fields, "image_mean", channels) if normalize else None
+    std = _per_channel(fields, "image_std", channels) if normalize else None
+    if std and 0 in std:
+        raise FormatError(f"{fields.where}: image_std must not be 0")
     return ImagePreprocessor(
         channels=channels,
         size=size,
         shortest_edge=edge,
         crop=crop,
         factor=fields.take("rescale_factor", float, 1 / 255) if on.get("do_rescale", True) else 1.0,
-        mean=_per_channel(fields, "image_mean", channels) if normalize else None,
-        std=_per_channel(fields, "image_std", channels) if normalize else None,
+        mean=mean,
+        std=std,
         resample=fields.number("resample", 0, 5, _BILINEAR),
     )
 
@@ -226,8 +238,13 @@ def _flag(fields: Fields, name: str) -> bool:
     return fields.take(name, bool) if fields.has(name) else False
 
 
-def _size(fields: Fields, name: str) -> tuple[tuple[int, int] | None, int | None]:
+def _size(
+    fields: Fields, name: str, by_edge: bool = False
+) -> tuple[tuple[int, int] | None, int | None]:
     """((height, width), None), or (None, shortest edge)."""
+    if fields.holds(name, int):
+        side = fields.number(name, 1, _MAX_SIDE)
+        return (None, side) if by_edge else ((side, side), None)
     part = fields.optional(name)
     if part is None:
         raise FormatError(f"{fields.where}: {name} must be given, got nothing")

@@ -14,7 +14,7 @@ from safetensors.numpy import load as load_safetensors
 
 from .adapter import Adapter, Head, HeadLayer, Target
 from .basis import BasisCache
-from .errors import FormatError, MismatchError, UsageError
+from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .files import read_bytes
 from .manifest import Manifest, SeededSpec, Slot
 from .methods import get_method
@@ -49,18 +49,16 @@ class Resident:
 
 
 def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = False) -> None:
-    """Raise `MismatchError` with every reason why `adapter` does not fit the bundle."""
+    """Raise `MismatchError` with every reason why `adapter` does not fit the bundle.
+
+    For an adapter of another backbone the message says just that; `findings` still has the rest.
+    """
     if manifest.mode == "merged":
         raise UsageError(
             "bundle must be swappable to take an adapter, got a merged one, which is one adapter "
             "for good: export it with --mode swappable"
         )
     findings = []
-    if adapter.backbone_id != manifest.backbone_id and not any_backbone:
-        findings.append(
-            f"backbone_id must be {_short(manifest.backbone_id)}, got "
-            f"{_short(adapter.backbone_id)}: it was trained on another backbone"
-        )
     if manifest.seeded is None:
         slot_kind = get_method(adapter.method).slot
         findings += [
@@ -70,6 +68,14 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
         findings += _seeded_findings(adapter, manifest.seeded)
     if adapter.head is not None:
         findings += _head_findings(adapter.head, manifest)
+    if adapter.backbone_id != manifest.backbone_id and not any_backbone:
+        more = f" ({len(findings)} of its layers do not fit either)" if findings else ""
+        raise MismatchError(
+            f"adapter must be of the bundle's backbone, {_short(manifest.backbone_id)}, "
+            f"got one of another, {_short(adapter.backbone_id)}{more}",
+            findings,
+            show=0,
+        )
     if findings:
         raise MismatchError("adapter does not fit this bundle:", findings)
 
@@ -129,12 +135,22 @@ def _head_findings(head: Head, manifest: Manifest) -> list[str]:
 
 
 def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
-    """The feeds of an adapter that fits; see `Resident.feeds`."""
-    feeds = (
-        _low_rank_feeds(adapter, manifest, basis)
-        if manifest.seeded is None
-        else _seeded_feeds(adapter, manifest.seeded.inputs)
-    )
+    """The feeds of an adapter that fits; see `Resident.feeds`.
+
+    Raises:
+        RegrowError: its numbers, finite each, are not so together, or it expands to gigabytes.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # found below, by name
+        feeds = (
+            _low_rank_feeds(adapter, manifest, basis)
+            if manifest.seeded is None
+            else _seeded_feeds(adapter, manifest.seeded.inputs)
+        )
+    for name, array in feeds.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise RegrowError(
+                f"adapter: {name} must be finite when expanded, its scale is too large"
+            )
     if adapter.head is not None:
         for layer in adapter.head.layers:
             feeds.update(_head_feeds(layer, manifest))
@@ -190,15 +206,20 @@ def load_head(folder: Path, manifest: Manifest) -> Feeds:
         raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
     feeds: Feeds = {}
     for slot in (slot for slot in manifest.slots if slot.kind == "head"):
-        shapes = {"weight": (slot.out_features, slot.in_features), "bias": (slot.out_features,)}
-        parts = {part: tensors.get(f"{slot.target}.{part}") for part in shapes}
-        for part, tensor in parts.items():
-            if tensor is None or tensor.shape != shapes[part] or tensor.dtype != np.float32:
-                raise FormatError(
-                    f"{path}: {slot.target}.{part} must be float32 {list(shapes[part])}"
-                )
-        feeds.update(_head_feeds(HeadLayer(slot.target, **parts), manifest))
+        wide, high = slot.in_features, slot.out_features
+        weight = _head_tensor(tensors, f"{slot.target}.weight", (high, wide), path)
+        bias = _head_tensor(tensors, f"{slot.target}.bias", (high,), path)
+        feeds.update(_head_feeds(HeadLayer(slot.target, weight, bias), manifest))
     return feeds
+
+
+def _head_tensor(
+    tensors: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...], path: Path
+) -> NDArray[np.float32]:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != shape or tensor.dtype != np.float32:
+        raise FormatError(f"{path}: {name} must be float32 {list(shape)}")
+    return tensor
 
 
 def stack(residents: Sequence[Resident | None], slots: Sequence[Slot], base_head: Feeds) -> Feeds:

@@ -61,6 +61,8 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, weights: Any) -> Pat
     save_file(head, folder / "head.safetensors")
     steps = {"do_resize": False, "do_rescale": True, "rescale_factor": 1 / 255}
     (folder / "preprocessor_config.json").write_text(json.dumps(steps), encoding="utf-8")
+    config = {"num_channels": 1, "image_size": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shape = ("batch", 1, 4, 4)
     manifest = Manifest(
         mode="swappable",

@@ -121,6 +121,14 @@ def test_nola_refuses_a_basis_that_does_not_fit_a_device(make_adapter):
         get_method("nola").expand(adapter, BasisCache())
 
 
+def test_nola_refuses_factors_that_do_not_fit_a_device(make_adapter):
+    targets = tuple(Target(f"layer{i:02}", 4096, 4096) for i in range(32))
+    adapter = make_adapter(k=1, l=1, rank=2**12, targets=targets)
+    assert len(adapter.to_bytes()) < 4000
+    with pytest.raises(RegrowError, match="factors must be at most 1073741824 bytes"):
+        get_method("nola").expand(adapter, BasisCache())
+
+
 @pytest.mark.parametrize("storage", ["fp32", "fp16", *INTEGERS])
 def test_lora_is_its_stored_rows(make_adapter, storage):
     adapter = make_adapter("lora", storage)
@@ -161,8 +169,8 @@ def test_nola_counts_are_the_papers():
         ("nola", {"l": -1}, "l must be from 1 to 65536, got -1"),
         ("nola", {"rank": 4097}, "rank must be from 1 to 4096, got 4097"),
         ("nola", {"c": "1"}, "c must be of type float, got '1'"),
-        ("nola", {"c": float("inf")}, "c must be of type float, got 'a number too large'"),
-        ("nola", {"c": 10**400}, "c must be of type float, got 'a number too large'"),
+        ("nola", {"c": float("inf")}, "c must be a finite number, got inf"),
+        ("nola", {"c": 10**400}, "c must be a finite number, got 1000"),
         ("nola", {"shared": 1}, "shared must be of type bool, got 1"),
         ("nola", {"k": True}, "k must be of type int, got True"),
         ("nola", {"extra": 1}, "unknown fields extra"),
@@ -176,7 +184,7 @@ def test_a_config_is_bounded(method, config, message):
         "nola": {"k": 1, "l": 1, "rank": 1, "c": 1.0, "shared": True},
         "lora": {"rank": 1, "alpha": 1.0, "rslora": False},
     }[method]
-    with pytest.raises(FormatError, match="^file: config: ") as caught:
+    with pytest.raises(FormatError, match=r"^file: config: ") as caught:
         get_method(method).check_config({**good, **config}, "file")
     assert message in str(caught.value)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from regrow_runtime.adapter import Coefficients
-from regrow_runtime.errors import UsageError
+from regrow_runtime.errors import RegrowError, UsageError
 from regrow_runtime.quantize import pack, packed_width, quantize, unpack
 
 SHAPES = npst.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=20)
@@ -106,6 +106,12 @@ def test_a_row_of_no_values():
     codes, scale = quantize(np.zeros((2, 0), dtype=np.float32), 8)
     assert codes.shape == (2, 0)
     assert scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_only_finite_values_are_rounded(value):
+    with pytest.raises(RegrowError, match="coefficients must be finite to be rounded, got NaN"):
+        quantize(np.array([[1.0, value]], dtype=np.float32), 8)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ CLASSES = ("left", "middle", "right")
 SIDE = 12
 # A user of the device has no editable install's finder to rely on; nor has a test.
 _PATHS = [str(Path(__file__).parents[2] / part) for part in ("runtime", "export", "toolchain")]
+
+_MAIN = "from regrow_toolchain.cli import main; main()"
 
 
 @pytest.fixture(autouse=True)
@@ -268,10 +271,11 @@ def environment() -> dict[str, str]:
 def start() -> Callable[..., subprocess.Popen[str]]:
     """The command line in a process of its own: start("adapt", path, ..., cwd=folder)."""
 
-    def call(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
-        code = "from regrow_toolchain.cli import main; main()"
+    def call(
+        *arguments: object, cwd: Path | None = None, program: str = _MAIN
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
+            [sys.executable, "-c", program, *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(),
         )  # fmt: skip
 
@@ -301,3 +305,42 @@ def listing() -> Callable[[Path], dict[str, int]]:
         }
 
     return call
+
+
+@dataclass
+class Workshop:
+    """A folder in which the command line has gone the whole way, and what it said."""
+
+    room: Path
+    said: dict[str, Outcome]
+
+
+@pytest.fixture(scope="session")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    vit_folder: Path,
+    class_folder: Callable[..., Path],
+    run: Callable[..., Outcome],
+) -> Workshop:
+    """compress, adapt from a folder and from an .npz, export; in `room`, each by its own name."""
+    room = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(vit_folder, room / "vit")
+    class_folder(room / "train", 180, 1)
+    class_folder(room / "mine", 60, 5, inverted=True)
+    pixels, labels = make_pictures(60, 6)
+    np.savez(room / "own.npz", images=pixels, labels=np.array(["open", "shut", "stop"])[labels])
+    pixels, labels = make_pictures(90, 7, inverted=True)
+    np.savez(room / "test.npz", images=pixels, labels=labels)
+    class_folder(room / "test", 12, 8, inverted=True)
+    options = ("--steps", 80, "--shift", 0.3, "--noise", 0.05, "--json")
+    commands: dict[str, tuple[object, ...]] = {
+        "compress": (room / "vit", "-o", room / "small", "--data", room / "train", "--ratio", 3,
+                     "--epochs", 6, "--lr", "3e-3", "--json"),
+        "adapt": (room / "small", "-o", room / "mine.safetensors", "--data", room / "mine",
+                  *options),
+        "adapt own": (room / "small", "-o", room / "own.safetensors", "--data", room / "own.npz",
+                      "--storage", "int8", "--set", "k=16", "--target", "query", *options),
+        "export": (room / "small", "-o", room / "bundle", "--json"),
+    }  # fmt: skip
+    said = {name: run(name.partition(" ")[0], *rest) for name, rest in commands.items()}
+    return Workshop(room, said)

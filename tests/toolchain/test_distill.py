@@ -25,7 +25,9 @@ def test_feature_loss_is_the_mean_square_over_tokens_then_blocks() -> None:
     rng = np.random.default_rng(0)
     student = [rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(3)]
     teacher = [rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(3)]
-    loss = feature_loss([torch.from_numpy(s) for s in student], [torch.from_numpy(t) for t in teacher])
+    loss = feature_loss(
+        [torch.from_numpy(s) for s in student], [torch.from_numpy(t) for t in teacher]
+    )
     by_block = [((s - t) ** 2).mean() for s, t in zip(student, teacher, strict=True)]
     assert loss.item() == pytest.approx(np.mean(by_block), rel=1e-6)
 
@@ -127,7 +129,9 @@ def test_one_forward_of_each_model_a_step(
     assert calls.modes == {(False, True)}
 
 
-def test_the_loss_is_the_sum_of_its_terms(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
+def test_the_loss_is_the_sum_of_its_terms(
+    backbone: Backbone, dataset: Callable[..., Dataset]
+) -> None:
     student = copy.deepcopy(backbone.model)
     plans = plan_layers(student, 3)
     apply_plan(student, plans)

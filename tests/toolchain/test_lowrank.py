@@ -35,7 +35,13 @@ def _linear(wide: int, high: int, *, bias: bool = True, seed: int = 0) -> nn.Lin
 
 @pytest.mark.parametrize(
     ("wide", "high", "ratio", "rank"),
-    [(768, 768, 2, 192), (768, 3072, 2, 307), (768, 2304, 2, 288), (768, 768, 3, 128), (4, 4, 2, 1)],
+    [
+        (768, 768, 2, 192),
+        (768, 3072, 2, 307),
+        (768, 2304, 2, 288),
+        (768, 768, 3, 128),
+        (4, 4, 2, 1),
+    ],
 )
 def test_rank_is_the_papers(wide: int, high: int, ratio: float, rank: int) -> None:
     assert rank_for(wide, high, ratio) == rank_for(high, wide, ratio) == rank
@@ -179,7 +185,9 @@ def test_deit_base_has_the_papers_size() -> None:
         model = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
     dense = sum(p.numel() for p in model.parameters())
     plans = plan_layers(model, 2)
-    ranks = {plan.name.split(".layer.0.")[1]: plan.rank for plan in plans if ".layer.0." in plan.name}
+    ranks = {
+        plan.name.split(".layer.0.")[1]: plan.rank for plan in plans if ".layer.0." in plan.name
+    }
     assert ranks == {
         "attention.attention.query": 192, "attention.attention.key": 192,
         "attention.attention.value": 192, "attention.output.dense": 192,

@@ -35,7 +35,16 @@ from .labels import fit_labels
 from .methods import Factors, Trained, get_trainable
 from .progress import progress
 from .targets import find_targets
-from .training import augment, batches, check_loss, cosine, deterministic, logits_of, score
+from .training import (
+    augment,
+    batches,
+    check_loss,
+    cosine,
+    deterministic,
+    frozen,
+    logits_of,
+    score,
+)
 
 __all__ = ["Adapted", "adapt", "applied"]
 
@@ -74,11 +83,13 @@ def adapt(
     config = config or AdaptConfig()
     _check(config, backbone)
     fitted, new_head = fit_labels(data, backbone.labels, config.head)
+    if new_head and not backbone.head:
+        raise UsageError("backbone must have a head to train a new one, got none")
     layers = find_targets(backbone.model, targets)
     train, held = split(fitted, config.holdout, config.seed)
     trained = get_trainable(config.method).start(layers, config.method_settings, config.seed)
     trained.storage = config.storage
-    with deterministic(config.seed), _frozen(backbone.model):
+    with deterministic(config.seed), frozen(backbone.model):
         head = _new_head(backbone, len(fitted.names)) if new_head else {}
         _train(backbone.model, trained, head, train, config)
         adapter = _adapter(backbone, trained, head, layers, fitted.names, config)
@@ -90,10 +101,14 @@ def adapt(
 
 def _check(config: AdaptConfig, backbone: Backbone) -> None:
     check_seed(config.seed)
+    if not backbone.backbone_id:
+        raise UsageError("backbone must be saved before adapters are trained for it: save_backbone")
     if config.storage not in STORAGE:
         raise UsageError(f"storage must be one of {', '.join(STORAGE)}, got {config.storage!r}")
-    if config.head == "new" and not backbone.head:
-        raise UsageError("backbone must have a head to train a new one, got none")
+    if config.head not in ("auto", "keep", "new"):
+        raise UsageError(f"head must be auto, keep or new, got {config.head!r}")
+    if not 0 <= config.label_smoothing <= 1:
+        raise UsageError(f"label_smoothing must be from 0 to 1, got {config.label_smoothing}")
     if config.steps < 1 or config.batch_size < 1:
         raise UsageError("steps and batch size must be at least 1")
 
@@ -147,8 +162,8 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
         name: (torch.from_numpy(np.array(p["A"])), torch.from_numpy(np.array(p["B"])))
         for name, p in expansion.items()
     }
-    hooks.attach(list(expansion))
     try:
+        hooks.attach(list(expansion))
         yield model
     finally:
         hooks.detach()
@@ -163,18 +178,6 @@ def _linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear
 
 
 # -- training ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the backbone's weights within the block; what was set comes back."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
 
 
 def _new_head(backbone: Backbone, classes: int) -> dict[str, nn.Linear]:
@@ -207,9 +210,9 @@ def _train(
     optimizer = torch.optim.Adam(groups)
     schedule = cosine(optimizer, config.steps)
     hooks = _Applied(model, head)
-    hooks.attach([target.name for target in trained.targets])
     model.eval()  # a frozen backbone without dropout: what the device computes
     try:
+        hooks.attach([target.name for target in trained.targets])
         with progress(f"adapt ({config.method})", config.steps) as advance:
             steps = batches(data, config.batch_size, config.steps, config.seed)
             for step, (inputs, labels) in enumerate(steps):

@@ -7,6 +7,7 @@ error.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regrow_runtime.errors import FormatError, MismatchError, UsageError
+from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_runtime.fields import Fields, dump_json, parse_json
 from regrow_runtime.files import new_folder, read_bytes
 from regrow_runtime.preprocess import PREPROCESSOR, ImagePreprocessor
@@ -34,6 +35,7 @@ FORMAT = 1
 CONFIG, WEIGHTS = "regrow.json", "regrow.safetensors"
 _HF_CONFIG, _HF_WEIGHTS = "config.json", "model.safetensors"
 _MAX_JSON = 64 << 20
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MAX_WIDTH = 1 << 24
 
 # The files that travel from a model's directory to the backbone and on to the bundle.
@@ -105,13 +107,17 @@ class Backbone:
 def load_backbone(path: str | Path) -> Backbone:
     """Load a Hugging Face directory or one that `regrow compress` wrote.
 
+    A name such as `google/vit-base-patch16-224` that is no folder here is fetched from the hub.
     Nothing is unpickled, and a compressed model's dense weights are never made.
 
     Raises:
         UsageError: `path` is no such directory.
         FormatError: its files are broken.
+        RegrowError: the hub did not give the model.
     """
     folder = Path(path)
+    if not folder.parent.exists() and _HUB_NAME.fullmatch(str(path)):
+        folder = _fetch(str(path))
     if not folder.is_dir():
         found = "it is a file" if folder.is_file() else "no such folder"
         raise UsageError(f"backbone must be a model's folder, got {folder}: {found}")
@@ -120,6 +126,19 @@ def load_backbone(path: str | Path) -> Backbone:
     if not (folder / _HF_CONFIG).is_file():
         raise UsageError(f"backbone must be a model's folder, got {folder}: it has no config.json")
     return _load_huggingface(folder)
+
+
+def _fetch(name: str) -> Path:
+    """The model's files in the hub's own cache; only what is needed, and nothing pickled."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", INDEX, *_COMPANIONS]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds
+        raise RegrowError(
+            f"model must be a folder here or a name on the hub, got {name}: {_first_line(error)}"
+        ) from error
 
 
 def _load_huggingface(folder: Path) -> Backbone:
@@ -134,7 +153,8 @@ def _load_huggingface(folder: Path) -> Backbone:
         except Exception as error:  # transformers raises many kinds on broken directories
             raise FormatError(f"{folder} could not be loaded: {_first_line(error)}") from error
     head = find_head(model, _classes(model))
-    missing = [name for name in info["missing_keys"] if not name.startswith(head)]
+    parts = tuple(f"{layer}." for layer in head)
+    missing = [name for name in info["missing_keys"] if not name.startswith(parts)]
     if missing:
         raise FormatError(f"{folder}: weights lack {', '.join(sorted(missing)[:5])}")
     return _backbone(folder, model.eval(), backbone_id(weights, head), head)
@@ -192,9 +212,20 @@ def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
 
     model_class = _model_class(folder)
     with quiet_transformers():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = model_class(config)
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            with init_empty_weights(include_buffers=False):
+                model: nn.Module = model_class(config)
+        except Exception as error:  # transformers raises many kinds on broken directories
+            raise FormatError(
+                f"{folder / _HF_CONFIG} must describe a model: {_first_line(error)}"
+            ) from error
+    known = {name for name, _ in model.named_modules() if name}
+    if lost := [plan.name for plan in plans if plan.name not in known]:
+        raise MismatchError(
+            f"{folder / CONFIG} does not fit {_HF_CONFIG}:",
+            [f"{name!r} is no layer of the model" for name in lost],
+        )
     apply_plan(model, plans, empty=True)
     return model
 
@@ -206,16 +237,23 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
-    found = model.load_state_dict(tensors, strict=False, assign=True)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    findings = [
+        f"{name} must be {list(wanted[name])}, got {list(tensor.shape)}"
+        if name in wanted
+        else f"{name} is unknown"
+        for name, tensor in tensors.items()
+        if wanted.get(name) != tensor.shape
+    ]
+    fitting = {name: t for name, t in tensors.items() if wanted.get(name) == t.shape}
+    model.load_state_dict(fitting, strict=False, assign=True)
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
-    lost = [name for name, p in model.named_parameters() if p.is_meta]
-    if lost or found.unexpected_keys:
-        raise MismatchError(
-            f"{path} does not fit its config:",
-            [f"{n} is missing" for n in lost] + [f"{n} is unknown" for n in found.unexpected_keys],
-        )
+    lost = [n for n, p in model.named_parameters() if p.is_meta and n not in tensors]
+    findings += [f"{name} is missing" for name in lost]
+    if findings:
+        raise MismatchError(f"{path} does not fit its config:", findings)
 
 
 def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -> Backbone:

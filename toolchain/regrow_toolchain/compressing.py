@@ -19,7 +19,16 @@ from .distill import BlockFeatures, feature_loss, perturbation_loss
 from .labels import fit_labels
 from .lowrank import Plan, apply_plan, dense_weight, plan_layers
 from .progress import progress
-from .training import augment, batches, check_loss, cosine, deterministic, logits_of, score
+from .training import (
+    augment,
+    batches,
+    check_loss,
+    cosine,
+    deterministic,
+    frozen,
+    logits_of,
+    score,
+)
 
 __all__ = ["Compressed", "compress"]
 
@@ -64,7 +73,7 @@ def compress(
     dense = score(backbone.model, held) if held else math.nan
     svd = score(student, held) if held else math.nan
     if train is not None and config.epochs:
-        with deterministic(config.seed):
+        with deterministic(config.seed), frozen(backbone.model):
             _distill(backbone.model, student, plans, train, config)
     student.eval().requires_grad_(False)
     after = score(student, held) if held else math.nan
@@ -79,6 +88,8 @@ def compress(
 def _parts(
     backbone: Backbone, data: Dataset | None, held: Dataset | None, config: CompressConfig
 ) -> tuple[Dataset | None, Dataset | None]:
+    if held is not None:
+        held, _ = fit_labels(held, backbone.labels, "keep")
     if data is None:
         return None, held
     fitted, _ = fit_labels(data, backbone.labels, "keep")
@@ -118,7 +129,7 @@ def _distill(
     """L = L_base + alpha L_fd + beta L_rwp; one forward of the student a step."""
     per_epoch = math.ceil(len(data) / min(config.batch_size, len(data)))
     steps = config.epochs * per_epoch
-    teacher.eval().requires_grad_(False)
+    teacher.eval()
     student.train().requires_grad_(True)
     dense = {plan.name: dense_weight(teacher.get_submodule(plan.name)) for plan in plans}
     optimizer = torch.optim.AdamW(

@@ -9,9 +9,17 @@ from typing import Any
 __all__ = ["AdaptConfig", "CompressConfig", "setting"]
 
 
-def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float = 0.0) -> Any:
-    """A config field with its help text, its choices, and the least value that makes sense."""
-    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+def setting(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = 0.0,
+    high: float | None = None,
+) -> Any:
+    """A config field with its help text, its choices, and the values that make sense."""
+    metadata = {"help": text, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class CompressConfig:
     perturbation: str = setting(
         "hinge", "Form of the perturbation term.", choices=("hinge", "paper", "squared")
     )
-    label_smoothing: float = setting(0.05, "Label smoothing.")
+    label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
     shift: float = setting(0.0, "Augmentation: shift pictures by up to this many pixels.")
     noise: float = setting(0.0, "Augmentation: standard deviation of noise on inputs.")
     holdout: float = setting(0.1, "Share of the data kept for measuring.")
@@ -53,7 +61,7 @@ class AdaptConfig:
     lr: float = setting(0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own.")
     head_lr: float = setting(0.005, "Peak learning rate of a new head.")
     batch_size: int = setting(64, "Samples a step.", low=1)
-    label_smoothing: float = setting(0.05, "Label smoothing.")
+    label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
     shift: float = setting(0.6, "Augmentation: shift pictures by up to this many pixels.")
     noise: float = setting(0.15, "Augmentation: standard deviation of noise on inputs.")
     holdout: float = setting(0.2, "Share of the data kept to score the adapter before and after.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regrow_export import ExportSource, export_bundle
+from regrow_export.targets import check_adapter
 from regrow_runtime.adapter import Adapter
 from regrow_runtime.manifest import Manifest
 
@@ -38,7 +39,9 @@ def export_backbone(
         labels=backbone.labels,
         files=backbone.files,
     )
-    names = _slots(backbone, targets, adapter) if mode == "swappable" else []
+    if adapter is not None:
+        check_adapter(source, adapter)
+    names = _slots(backbone, targets, adapter) if mode == "swappable" else list(targets)
     built_in = None if mode == "swappable" else adapter
     return export_bundle(source, Path(out), mode=mode, targets=names, adapter=built_in, force=force)
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_loss",
     "cosine",
     "deterministic",
+    "frozen",
     "logits_of",
     "predict",
     "score",
@@ -34,25 +35,41 @@ _PREDICT_BATCH = 256
 def deterministic(seed: int) -> Iterator[None]:
     """Seed torch and refuse operations that differ between runs; the old state comes back."""
     before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng():
         torch.manual_seed(seed % 2**63)
         torch.use_deterministic_algorithms(True)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the model's weights within the block; what was set comes back."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
 
 
 def batches(
     data: Dataset, size: int, steps: int, seed: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """`steps` batches of at most `size` samples, reshuffled whenever all have been seen."""
+    """`steps` batches of `size` samples, or of all if there are fewer; a new order for every pass.
+
+    A batch that the end of a pass leaves short is filled from the next pass.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
     size = min(size, len(data))
     order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         if len(order) < size:
-            order = generator.permutation(len(data))
+            order = np.concatenate([order, generator.permutation(len(data))])
         part, order = data.take(order[:size]), order[size:]
         inputs = {name: torch.from_numpy(array) for name, array in part.inputs.items()}
         yield inputs, torch.from_numpy(part.labels)
@@ -100,9 +117,10 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """[batch, classes] from a transformers model or from one that returns a tensor."""
     try:
         result = model(**inputs)
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items())
-        raise RegrowError(f"model must take the data's inputs, got {shapes}: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise RegrowError(f"model must take the data's inputs, got {shapes}: {reason}") from error
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
     if logits is None:
         raise RegrowError(

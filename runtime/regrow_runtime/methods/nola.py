@@ -27,9 +27,11 @@ __all__ = ["Nola"]
 
 _MAX_BASIS = 1 << 16  # integer sums stay exact in float32 up to here
 _MAX_RANK = 1 << 12
-# What a basis may take in RAM. The largest of the paper (LLaMA-2 70B, k = 512, rank 16) takes 29 MB;
+# What a basis may take in RAM. The paper's largest (LLaMA-2 70B, k = 512, rank 16) takes 29 MB;
 # without a bound, a file of kilobytes could ask for 25 GB.
 _MAX_BASIS_BYTES = 1 << 28
+# Of all A or all B; the same example takes less than half of it. A rank costs the file nothing.
+_MAX_FACTOR_BYTES = 1 << 30
 
 
 class Nola:
@@ -94,11 +96,7 @@ def _factors(
     count = part.values.shape[1]
     shared = adapter.config["shared"]
     longest = max(entries.values(), default=0)
-    if count * longest > 8 * _MAX_BASIS_BYTES:
-        raise RegrowError(
-            f"basis must be at most {_MAX_BASIS_BYTES} bytes, got {count} vectors of {longest} "
-            f"signs for {tensor}: train with fewer vectors or a smaller rank"
-        )
+    _check_size(tensor, count, longest, sum(entries.values()))
     found = {}
     # Targets of one size go through one product; without sharing each has a basis of its own.
     for group in _groups(adapter.targets, entries, shared):
@@ -109,6 +107,19 @@ def _factors(
         sums *= part.scale[group][:, None]
         found.update({adapter.targets[t].name: row for t, row in zip(group, sums, strict=True)})
     return found
+
+
+def _check_size(tensor: str, vectors: int, longest: int, entries: int) -> None:
+    if vectors * longest > 8 * _MAX_BASIS_BYTES:
+        raise RegrowError(
+            f"basis must be at most {_MAX_BASIS_BYTES} bytes, got {vectors} vectors of {longest} "
+            f"signs for {tensor}: train with fewer vectors or a smaller rank"
+        )
+    if 4 * entries > _MAX_FACTOR_BYTES:
+        raise RegrowError(
+            f"factors must be at most {_MAX_FACTOR_BYTES} bytes, got {4 * entries} for {tensor}: "
+            "train with a smaller rank or fewer targets"
+        )
 
 
 def _groups(targets: Sequence[Target], entries: Mapping[str, int], shared: bool) -> list[list[int]]:

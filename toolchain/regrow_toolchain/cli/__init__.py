@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "printable"]
 
 COMMANDS = {
     "demo": "See the whole of regrow work on real handwriting, with a report.",
@@ -92,5 +92,13 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"regrow: {message}", err=True)
+    lines = (printable(line) for line in message.splitlines())
+    click.echo("regrow: " + "\n".join(lines), err=True)
     return code
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: labels and names in files come from strangers, and a
+    terminal obeys escape sequences.
+    """
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

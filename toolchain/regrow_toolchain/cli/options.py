@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from . import printable
 
 __all__ = [
     "config_options",
@@ -49,6 +52,18 @@ def path_argument(name: str) -> Callable[[F], F]:
     return click.argument(name, type=click.Path(path_type=Path))
 
 
+class _FiniteRange(click.FloatRange):
+    """Of finite numbers: click lets NaN through every range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 def config_options(kind: type) -> Callable[[F], F]:
     """An option per field of a config dataclass; help and defaults stand there alone."""
 
@@ -59,8 +74,10 @@ def config_options(kind: type) -> Callable[[F], F]:
             choices = item.metadata["choices"]
             value_type: Any = click.Choice(choices) if choices else type(item.default)
             if not choices and type(item.default) in (int, float):
-                ranges = click.IntRange if type(item.default) is int else click.FloatRange
-                value_type = ranges(min=item.metadata["low"])
+                low = item.metadata["low"]
+                whole = type(item.default) is int
+                high = item.metadata["high"]
+                value_type = click.IntRange(int(low)) if whole else _FiniteRange(low, high)
             function = click.option(
                 f"--{item.name.replace('_', '-')}",
                 item.name,
@@ -91,4 +108,4 @@ def emit(result: Mapping[str, Any], lines: list[str], *, as_json: bool) -> None:
         click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:
         for line in lines:
-            click.echo(line)
+            click.echo(printable(line))

@@ -18,6 +18,7 @@ from .dataset import Dataset
 __all__ = ["read_npz"]
 
 _LABELS = ("labels", "label", "y")
+_MAX_CLASSES = 1 << 20  # as in the adapter file; a stray number must not cost gigabytes
 
 
 def read_npz(path: Path, preprocessor: Callable[[], ImagePreprocessor]) -> Dataset:
@@ -57,4 +58,6 @@ def _labels(arrays: Mapping[str, NDArray[Any]], path: Path) -> NDArray[Any]:
         )
     if labels.dtype.kind in "iu" and labels.min() < 0:
         raise UsageError(f"{path}: labels must be 0 or more, got {labels.min()}")
+    if labels.dtype.kind in "iu" and labels.max() >= _MAX_CLASSES:
+        raise UsageError(f"{path}: labels must be below {_MAX_CLASSES}, got {labels.max()}")
     return labels

@@ -19,6 +19,7 @@ import torch
 from regrow_runtime.adapter import Adapter
 from regrow_runtime.errors import RegrowError
 from regrow_runtime.files import check_output, new_folder
+from regrow_runtime.philox import check_seed
 
 from ..adapting import adapt, applied
 from ..backbone import Backbone, load_backbone, save_backbone
@@ -96,6 +97,7 @@ def run_demo(
         RegrowError: a step failed; nothing is left behind.
     """
     settings = settings or DemoSettings()
+    check_seed(settings.seed)
     check_output(out, force=force)
     start = time.perf_counter()
     with new_folder(out, force=force) as folder, _one_thread():

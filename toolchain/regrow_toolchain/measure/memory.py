@@ -22,7 +22,7 @@ class Memory:
 def read_memory(status: Path = _STATUS) -> Memory:
     """RssAnon, RssFile and VmHWM of this process, in bytes; None for what the system hides."""
     try:
-        lines = status.read_text(encoding="ascii").splitlines()
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         lines = []
     found = dict(line.split(":", 1) for line in lines if ":" in line)

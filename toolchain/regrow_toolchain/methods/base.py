@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_runtime.adapter import STORAGE, Target
-from regrow_runtime.errors import UsageError
+from regrow_runtime.errors import FormatError, UsageError
+from regrow_runtime.methods import get_method
 
 __all__ = ["Factors", "TrainableMethod", "Trained", "fake_quantize", "parse_settings"]
 
@@ -98,7 +99,8 @@ def parse_settings(kind: type, given: Mapping[str, Any], method: str) -> dict[st
     """The settings dataclass `kind` with `given` in it, as a dict; strings are converted.
 
     Raises:
-        UsageError: a name is unknown or a value has the wrong type; all names are listed.
+        UsageError: a name is unknown (all names are listed), a value has the wrong type, or one
+            that the device would not read.
     """
     known = {f.name: f.default for f in fields(kind)}
     values = {}
@@ -107,7 +109,11 @@ def parse_settings(kind: type, given: Mapping[str, Any], method: str) -> dict[st
             listed = ", ".join(f"{n}={d}" for n, d in known.items())
             raise UsageError(f"settings of {method} must be among {listed}, got {name!r}")
         values[name] = _convert(value, type(known[name]), f"{method}'s {name}")
-    return asdict(kind(**values))
+    config = asdict(kind(**values))
+    try:
+        return get_method(method).check_config(config, method)
+    except FormatError as error:
+        raise UsageError(str(error)) from None
 
 
 def _convert(value: Any, kind: type, what: str) -> Any:
@@ -117,6 +123,7 @@ def _convert(value: Any, kind: type, what: str) -> Any:
         converted = kind(value)
     except (TypeError, ValueError):
         converted = None
-    if converted is None or (kind is bool and not isinstance(value, bool)):
+    exact = isinstance(value, str) or converted == value
+    if converted is None or not exact or (kind is bool and not isinstance(value, bool)):
         raise UsageError(f"{what} must be of type {kind.__name__}, got {value!r}")
     return converted

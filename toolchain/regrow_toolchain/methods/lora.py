@@ -40,8 +40,8 @@ class Lora:
         """A Kaiming-uniform with a = sqrt(5), B = 0, as in the paper's code."""
         config = parse_settings(LoraSettings, settings, self.name)
         least = min(min(t.in_features, t.out_features) for t in targets)
-        if not 1 <= config["rank"] <= least:
-            raise UsageError(f"lora's rank must be from 1 to {least}, got {config['rank']}")
+        if config["rank"] > least:
+            raise UsageError(f"rank must be at most {least}, the least width, got {config['rank']}")
         return _TrainedLora(targets, config, seed)
 
 

@@ -43,9 +43,6 @@ class Nola:
     def start(self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int) -> Trained:
         """alpha ~ N(0, 1), beta = 0: delta W is 0, and beta's gradient is not."""
         config = parse_settings(NolaSettings, settings, self.name)
-        for name in ("k", "l", "rank"):
-            if config[name] < 1:
-                raise UsageError(f"nola's {name} must be at least 1, got {config[name]}")
         _check_rank(config["rank"], targets)
         return _TrainedNola(targets, config, seed)
 

@@ -67,7 +67,11 @@ def adapt_command(
     from regrow_toolchain.backbone import load_backbone
     from regrow_toolchain.data import load_data
 
+    if out.is_dir():
+        raise click.UsageError(f"-o must be a file, got {out}: it is a folder")
     check_output(out, force=force)
+    if out.is_dir():
+        raise click.UsageError(f"output must be a file, got {out}: it is a folder")
     model = load_backbone(backbone)
     samples = load_data(data, model.preprocessor)
     done = adapt(model, samples, AdaptConfig(**settings), targets=targets)
@@ -88,6 +92,11 @@ def adapt_command(
         "after": None if math.isnan(done.after) else done.after,
     }
     emit(result, _lines(result), as_json=as_json)
+    # With a head of its own, "before" reads the backbone's outputs in order: no measure of worth.
+    if done.after < done.before and adapter.head is None:
+        click.echo(
+            "regrow: warning: this adapter is worse than none on held-back samples", err=True
+        )
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ from regrow_toolchain.config import CompressConfig
 def compress_command(
     model: Path, out: Path, data: Path | None, force: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Turn MODEL, a Hugging Face directory, into a low-rank backbone (PELA).
+    """Turn MODEL, a Hugging Face directory or hub name, into a low-rank backbone (PELA).
 
     Every linear layer of the blocks becomes two of a rank that divides its parameters by the
     ratio. With --data the factors are then trained: on the labels, to give the dense model's

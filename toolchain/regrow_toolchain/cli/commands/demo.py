@@ -66,7 +66,10 @@ def _lines(report: dict[str, Any], folder: Path) -> list[str]:
     head = ["user (made)", "before", "after", "points", "bytes (+ head)",
             "swap ms: cold / cached / resident", "max |Δ|"]  # fmt: skip
     latency = device["latency_ms"]
-    peak = size(device["peak_bytes"]) if device["peak_bytes"] else "not measured"
+    private, peak = (
+        size(count) if count else "not measured"
+        for count in (device["memory"][-1]["rss_anon"], device["peak_bytes"])
+    )
     return [
         "",
         *table(head, rows),
@@ -78,7 +81,8 @@ def _lines(report: dict[str, Any], folder: Path) -> list[str]:
         f"latency    {latency['base']['p50']:.2f} ms base, {latency['adapter']['p50']:.2f} ms with "
         f"an adapter, {latency['merged']['p50']:.2f} ms merged, "
         f"{latency['seeded']['p50']:.2f} ms seeded (p50)",
-        f"RAM        peak {peak}, Python and ONNX Runtime included",
+        f"RAM        {private} private (RssAnon) with all adapters resident, peak {peak}; Python and "
+        "ONNX Runtime included",
         *_failed(report),
         f"report     {folder / 'report.html'} ({report['seconds']:.0f} s)",
     ]

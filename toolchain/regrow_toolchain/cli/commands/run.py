@@ -69,9 +69,9 @@ def run_command(
     cost = opened.swap(adapter) if adapter else None
     samples = _samples(opened, arrays, image)
     outputs = opened.run_all(samples.inputs)
+    result = _result(opened, samples, outputs, cost)
     if out is not None:
         _write(out, outputs)
-    result = _result(opened, samples, outputs, cost)
     emit(result, _lines(result), as_json=as_json)
 
 
@@ -149,6 +149,12 @@ def _accuracy(logits: NDArray[np.float32], names: tuple[str, ...], labels: NDArr
     A head of the user's own may have classes that are named by numbers; names are tried first
     unless the labels are integers that are no names.
     """
+    from regrow_runtime.errors import UsageError
+
+    if labels.shape != (len(logits),):
+        raise UsageError(
+            f"labels must be one per sample, got {list(labels.shape)} for {len(logits)} samples"
+        )
     best = logits.argmax(axis=1)
     wanted = [str(label) for label in labels]
     if labels.dtype.kind in "US" or set(wanted) <= set(names):

@@ -1,0 +1,117 @@
+"""What changing the user costs: swapping an adapter, beside re-creating the session.
+
+    python examples/benchmarks/swap.py [--small]
+
+A ViT of Base size (random weights: the time does not depend on them), NOLA k = l = 1000, rank 8,
+query and value, int4. All in one run, one after the other, one thread; medians with the 10th and
+90th percentile. Ends in one line of JSON. `--small` takes a model of width 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import ViTConfig, ViTForImageClassification
+
+from regrow_runtime import Adapter, Bundle, Coefficients
+from regrow_runtime.methods import get_method
+from regrow_toolchain import export_backbone, load_backbone
+from regrow_toolchain.targets import find_targets
+
+
+def make_model(folder: Path, small: bool) -> None:
+    size: dict[str, Any] = (
+        {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "image_size": 32}
+        if small
+        else {}
+    )
+    ViTForImageClassification(ViTConfig(num_labels=10, **size)).save_pretrained(folder)
+
+
+def make_adapter(backbone: Any, k: int, seed: int) -> Adapter:
+    method = get_method("nola")
+    targets = find_targets(backbone.model, ["query", "value"])
+    config = {"k": k, "l": k, "rank": 8, "c": 1.0, "shared": True}
+    draw = np.random.default_rng(seed)
+    constants = method.constants(config, targets)
+    return Adapter(
+        method="nola",
+        config=config,
+        seed=seed,
+        backbone_id=backbone.backbone_id,
+        targets=targets,
+        coefficients={
+            name: Coefficients.store(
+                draw.standard_normal(shape).astype(np.float32), constants[name], "int4"
+            )
+            for name, shape in method.layout(config, targets).items()
+        },
+        storage="int4",
+    )
+
+
+def times(call: Callable[[], object], repeat: int) -> dict[str, float]:
+    found = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - start) * 1e3)
+    p10, p50, p90 = np.percentile(found[2:], [10, 50, 90])
+    return {"p10": float(p10), "p50": float(p50), "p90": float(p90), "n": repeat}
+
+
+def measure(folder: Path, small: bool) -> dict[str, Any]:
+    make_model(folder / "model", small)
+    backbone = load_backbone(folder / "model")
+    adapter = make_adapter(backbone, k=64 if small else 1000, seed=7)
+    size = adapter.save(folder / "user.safetensors")
+    export_backbone(backbone, folder / "bundle", targets=["query", "value"])
+    export_backbone(backbone, folder / "merged", mode="merged", adapter=adapter)
+    bundle = Bundle.open(folder / "bundle", threads=1)
+
+    def cold() -> None:
+        bundle.basis.clear()
+        bundle.swap(folder / "user.safetensors")
+
+    def resident() -> None:
+        bundle.swap(None)
+        bundle.swap("user")
+
+    repeat = 5 if small else 15
+    found = {
+        "cold": times(cold, repeat),
+        "cached": times(lambda: bundle.swap(folder / "user.safetensors"), repeat),
+        "resident": times(resident, 20 * repeat),
+        "session_again": times(lambda: Bundle.open(folder / "merged", threads=1), repeat),
+    }
+    again = found["session_again"]["p50"]
+    ratios = {name: again / found[name]["p50"] for name in ("cold", "cached", "resident")}
+    return {
+        "model": "width 64" if small else "ViT-Base",
+        "adapter_bytes": size,
+        "resident_bytes": bundle.residents["user"],
+        "ms": found,
+        "times_faster_than_session_again": ratios,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true")
+    small = parser.parse_args().small
+    with tempfile.TemporaryDirectory() as name:
+        result = measure(Path(name), small)
+    for name, spread in result["ms"].items():
+        print(f"{name:14} {spread['p50']:9.3f} ms  ({spread['p10']:.3f} to {spread['p90']:.3f})")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

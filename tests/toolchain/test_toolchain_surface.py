@@ -1,0 +1,104 @@
+"""What importing brings along, which names there are, and which way dependencies point."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import regrow_toolchain
+
+_TOP = Path(__file__).parents[2]
+_PACKAGES = {
+    "regrow_runtime": _TOP / "runtime" / "regrow_runtime",
+    "regrow_export": _TOP / "export" / "regrow_export",
+    "regrow_toolchain": _TOP / "toolchain" / "regrow_toolchain",
+}
+# The arrow: toolchain -> export -> runtime, never back.
+_MAY_IMPORT = {
+    "regrow_runtime": set(),
+    "regrow_export": {"regrow_runtime"},
+    "regrow_toolchain": {"regrow_runtime", "regrow_export"},
+}
+_HEAVY = ("torch", "onnx", "transformers", "numpy", "onnxruntime", "safetensors", "rich", "PIL")
+
+
+def _loaded(code: str) -> set[str]:
+    """The heavy packages that are there after `code` in a fresh interpreter."""
+    paths = [str(path.parent) for path in _PACKAGES.values()]
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{code}\n"
+         "print(*{name.partition('.')[0] for name in sys.modules})"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return set(found.stdout.split()) & set(_HEAVY)
+
+
+def test_importing_the_package_brings_nothing_heavy() -> None:
+    assert _loaded("import regrow_toolchain") == set()
+
+
+def test_the_command_line_brings_nothing_heavy() -> None:
+    commands = "demo", "compress", "adapt", "export", "run", "inspect"
+    code = "import regrow_toolchain.cli\n" + "\n".join(
+        f"import regrow_toolchain.cli.commands.{name}" for name in commands
+    )
+    assert _loaded(code) == set()
+
+
+def test_the_light_parts_bring_no_torch() -> None:
+    code = "import regrow_toolchain.measure, regrow_toolchain.demo.device, regrow_toolchain.config"
+    assert _loaded(code) == set()
+    assert _loaded("from regrow_toolchain import load_data, Dataset") <= {
+        "numpy", "onnxruntime", "safetensors", "PIL",
+    }  # fmt: skip
+
+
+def test_every_name_resolves() -> None:
+    names = dir(regrow_toolchain)
+    assert names == sorted(names)
+    assert {"adapt", "compress", "load_backbone", "export_backbone", "load_data"} <= set(names)
+    for name in names:
+        found = getattr(regrow_toolchain, name)
+        assert found.__name__ == name
+        assert found.__doc__
+
+
+def test_names_for_type_checkers_are_the_same() -> None:
+    tree = ast.parse((_PACKAGES["regrow_toolchain"] / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+    assert typed == set(dir(regrow_toolchain))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = regrow_toolchain.nothing
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", _PACKAGES)
+def test_dependencies_point_one_way(package: str) -> None:
+    files = sorted(_PACKAGES[package].rglob("*.py"))
+    assert len(files) > 5
+    refused = set(_PACKAGES) - _MAY_IMPORT[package] - {package} | {"pickle"}
+    found = {
+        f"{file.relative_to(_TOP)}: {name}" for file in files for name in _imports(file)
+        if name in refused
+    }  # fmt: skip
+    assert found == set()
