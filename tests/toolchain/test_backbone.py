@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -194,11 +195,11 @@ def test_another_head_of_a_dense_model_is_the_same_backbone(
 def test_paths_that_are_no_folder(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"x")
-    with pytest.raises(UsageError, match="backbone must be a model's folder, got .*no such folder"):
+    with pytest.raises(UsageError, match=r"must be a model's folder, got .*no such folder"):
         load_backbone(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="backbone must be a model's folder, got .*it is a file"):
+    with pytest.raises(UsageError, match=r"must be a model's folder, got .*it is a file"):
         load_backbone(file)
-    with pytest.raises(UsageError, match="it has no config.json"):
+    with pytest.raises(UsageError, match=r"it has no config\.json"):
         load_backbone(tmp_path)
 
 
@@ -327,10 +328,8 @@ def test_no_code_of_the_folder_is_run(dense_copy: Path) -> None:
     (dense_copy / "evil.py").write_text(f"open({str(flag)!r}, 'w').close()\n")
     auto = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
     _edit_json(dense_copy / "config.json", lambda config: config.update(auto_map=auto))
-    try:
+    with suppress(RegrowError):
         load_backbone(dense_copy)
-    except RegrowError:
-        pass
     assert not flag.exists()
 
 
@@ -340,3 +339,51 @@ def test_unsaved_backbones_say_so(backbone: Backbone, dataset: Callable[..., Dat
 
     with pytest.raises(UsageError, match="backbone must be saved"):
         adapt(compress(backbone).backbone, dataset(12, 1))
+
+
+# -- the hub -------------------------------------------------------------------------------------
+
+
+def test_a_name_on_the_hub_is_fetched(vit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only weights in safetensors, and the files that go with them."""
+    import huggingface_hub
+
+    asked: list[tuple[str, list[str]]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(vit_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    backbone = load_backbone("someone/tiny-vit")
+    assert backbone.backbone_id == load_backbone(vit_folder).backbone_id
+    ((name, patterns),) = asked
+    assert name == "someone/tiny-vit"
+    assert "*.safetensors" in patterns
+    assert not any(".bin" in pattern or ".py" in pattern for pattern in patterns)
+
+
+def test_a_slip_in_a_path_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def refuse(*_args: object, **_options: object) -> str:
+        raise AssertionError("the folder is there, the model in it is not")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "regrow-demo").mkdir()
+    with pytest.raises(UsageError, match=r"must be a model's folder, got .*no such folder"):
+        load_backbone("regrow-demo/backbon")
+
+
+def test_a_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_args: object, **_options: object) -> str:
+        raise OSError("no route to host\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(RegrowError, match=r"or a name on the hub, got a/b: no route to host$"):
+        load_backbone("a/b")

@@ -141,8 +141,10 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (("grow",), 2, "No such command 'grow'"),
     # outputs
     (_with(_ADAPT, out="file.txt"), 2, "output must be a new path, got "),
-    (_with(_ADAPT, out="there"), 2, "output must be a new path"),
-    (_with(_ADAPT, "--force", out="there"), 2, "it is a folder"),
+    (_with(_ADAPT, out="there"), 2, "it is a folder"),
+    (_with(_ADAPT, "--force", out="vit"), 2, "it is a folder"),
+    (_with(_ADAPT, "--force", out="small"), 2, "it is a folder"),
+    (_with(_COMPRESS, "--force", out="there"), 2, "remove it yourself"),
     (_with(_ADAPT, out="no/such/a.safetensors"), 2, "no such folder"),
     (_with(_COMPRESS, out="there"), 2, "(--force replaces it)"),
     (_with(_EXPORT, out="there"), 2, "(--force replaces it)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,12 @@ def test_the_same_command_writes_the_same_bytes(workshop: Any, cli: Run, tmp_pat
 
 
 def test_an_output_is_replaced_by_force(workshop: Any, cli: Run, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+    shutil.copytree(workshop.room / "bundle", tmp_path / "out")
     outcome = cli("compress", workshop.room / "vit", "-o", tmp_path / "out", "--force")
     assert outcome.code == 0
     assert "no data, so plain SVD" in outcome.out
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
-    assert not (tmp_path / "out" / "old.txt").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
     assert load_backbone(tmp_path / "out").layers
 
 

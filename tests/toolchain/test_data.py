@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,14 +162,14 @@ def test_arrays_that_make_no_sense(
 
 def test_python_objects_are_not_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", pixel_values=_READY, labels=np.array([{}, 1, 2], dtype=object))
-    with pytest.raises(FormatError, match="must be an .npz of plain arrays"):
+    with pytest.raises(FormatError, match=r"must be an \.npz of plain arrays"):
         load_data(tmp_path / "d.npz", _unused)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", pickle.dumps([1])])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x04K\x01."])
 def test_a_file_that_is_no_archive(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "d.npz").write_bytes(content)
-    with pytest.raises(FormatError, match="must be an .npz of plain arrays"):
+    with pytest.raises(FormatError, match=r"must be an \.npz of plain arrays"):
         load_data(tmp_path / "d.npz", _unused)
 
 

@@ -150,7 +150,7 @@ def test_the_loss_is_the_sum_of_its_terms(
 
     with torch.no_grad():
         logits = student(**inputs).logits
-        own = [h for h in student(**inputs, output_hidden_states=True).hidden_states[1:]]
+        own = student(**inputs, output_hidden_states=True).hidden_states[1:]
         other = backbone.model(**inputs, output_hidden_states=True).hidden_states[1:]
         seen.take(), wanted.take()
         base = nn.functional.cross_entropy(logits, labels, label_smoothing=0.05).item()

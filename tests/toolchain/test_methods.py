@@ -1,4 +1,4 @@
-"""Methods in training: nothing changes at first, gradients flow, and the device expands the same."""
+"""Methods in training: no change at first, gradients that flow, and what the device expands."""
 
 from __future__ import annotations
 

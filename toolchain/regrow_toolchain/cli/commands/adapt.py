@@ -70,8 +70,6 @@ def adapt_command(
     if out.is_dir():
         raise click.UsageError(f"-o must be a file, got {out}: it is a folder")
     check_output(out, force=force)
-    if out.is_dir():
-        raise click.UsageError(f"output must be a file, got {out}: it is a folder")
     model = load_backbone(backbone)
     samples = load_data(data, model.preprocessor)
     done = adapt(model, samples, AdaptConfig(**settings), targets=targets)
