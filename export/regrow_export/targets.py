@@ -93,9 +93,12 @@ def check_adapter(source: ExportSource, adapter: Adapter) -> None:
         MismatchError: another backbone, unknown targets, other widths, or another head; all of it
             in one error.
     """
-    findings = []
     if adapter.backbone_id != source.backbone_id:
-        findings.append(f"backbone must be {source.backbone_id}, got {adapter.backbone_id}")
+        raise MismatchError(
+            f"adapter must be of this backbone, {source.backbone_id:.19}…, "
+            f"got one of another, {adapter.backbone_id:.19}…"
+        )
+    findings = []
     linears = find_linears(source.model)
     for target in adapter.targets:
         findings += _target_findings(target, linears)

@@ -262,11 +262,17 @@ class Bundle:
             feeds.update(self._per_sample(adapters, feeds))
         elif active is not None:
             feeds.update(active.feeds)
-        names = [spec.name for spec in self.graph.outputs] if outputs is None else list(outputs)
+        known = [spec.name for spec in self.graph.outputs]
+        names = known if outputs is None else list(outputs)
+        if not set(names) <= set(known):
+            raise UsageError(f"outputs must be among {known}, got {names}")
         try:
             values = self._session.run(names, feeds)
         except Exception as error:
-            raise RegrowError(f"{self.folder}: the run failed: {_first_line(error)}") from error
+            shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
+            raise RegrowError(
+                f"model must take these inputs, got {shapes}: {_first_line(error)}"
+            ) from error
         return dict(zip(names, values, strict=True))
 
     def run_all(
@@ -339,8 +345,8 @@ def _session_options(settings: Profile, threads: int | None) -> ort.SessionOptio
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     options = ort.SessionOptions()
-    # ONNX Runtime warns once per overridable initializer: hundreds of lines for a slotted model.
-    options.log_severity_level = 3
+    # ONNX Runtime warns once per overridable initializer, and prints errors that it also raises.
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
     options.enable_cpu_mem_arena = settings.arena
     if not settings.prepack:

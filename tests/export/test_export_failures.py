@@ -59,12 +59,18 @@ def test_requests_that_make_no_sense(refused, plain, adapter_for):
 
 def test_an_adapter_of_another_model_is_refused_with_every_finding(refused, plain, make_adapter):
     targets = (Target("other", 3, 3), Target("stem", 6, 17))
-    adapter = replace(make_adapter(targets), backbone_id="sha256:cd")
+    adapter = replace(make_adapter(targets), backbone_id=plain.backbone_id)
     error = refused("adapter must fit", error=MismatchError, mode="seeded", adapter=adapter)
-    assert len(error.findings) == 3
-    assert error.findings[0].startswith("backbone must be sha256:abab")
-    assert error.findings[1].startswith("other: no such linear layer")
-    assert error.findings[2] == "stem: in, out must be (6, 16), got (6, 17)"
+    assert len(error.findings) == 2
+    assert error.findings[0].startswith("other: no such linear layer")
+    assert error.findings[1] == "stem: in, out must be (6, 16), got (6, 17)"
+
+
+def test_an_adapter_of_another_backbone_is_refused_in_one_line(refused, make_adapter):
+    adapter = replace(make_adapter((Target("other", 3, 3),)), backbone_id="sha256:cd")
+    error = refused("adapter must be of this backbone", error=MismatchError, mode="seeded",
+                    adapter=adapter)  # fmt: skip
+    assert "\n" not in str(error)
 
 
 def test_a_head_that_does_not_fit_is_refused(refused, plain, adapter_for, with_head):
@@ -81,9 +87,11 @@ def test_an_existing_output_needs_force(plain, plain_inputs, tmp_path):
     out = tmp_path / "b"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    with pytest.raises(UsageError, match="must be a new path"):
-        export_bundle(plain, out, targets=["stem"], inputs=plain_inputs)
+    for force in (False, True):  # a folder that regrow did not write is never replaced
+        with pytest.raises(UsageError, match="must be a new path"):
+            export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=force)
     assert (out / "mine.txt").read_text() == "keep me"
+    (out / "manifest.json").write_text("{}")
     export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=True)
     assert not (out / "mine.txt").exists()
     assert (out / "manifest.json").is_file()
@@ -93,7 +101,7 @@ def test_an_existing_output_needs_force(plain, plain_inputs, tmp_path):
 def test_a_failing_check_keeps_the_old_bundle(plain, plain_inputs, tmp_path, monkeypatch, error):
     out = tmp_path / "b"
     out.mkdir()
-    (out / "old").touch()
+    (out / "manifest.json").touch()
 
     def fail(*_args):
         raise error
@@ -101,7 +109,7 @@ def test_a_failing_check_keeps_the_old_bundle(plain, plain_inputs, tmp_path, mon
     monkeypatch.setattr(regrow_export.parity, "compare", fail)
     with pytest.raises(type(error)):
         export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["b", "old"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "manifest.json"]
 
 
 def test_outputs_beyond_the_tolerance_are_refused():

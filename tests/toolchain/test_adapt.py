@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from regrow_runtime.adapter import STORAGE, Adapter
 from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_runtime.errors import MismatchError, RegrowError, UsageError
 from regrow_runtime.methods import get_method
 from regrow_toolchain.adapting import adapt, applied
 from regrow_toolchain.backbone import Backbone, load_backbone
@@ -213,7 +215,7 @@ def test_the_scores_are_those_of_the_file(
     assert (kept.variant, kept.metric, kept.samples) == ("fp32", "accuracy", 18)
     assert (kept.before, kept.after) == (done.before, done.after)
     assert kept.after == after
-    assert kept.before == score(small.model, held)
+    assert kept.before == 0  # the backbone knows none of these names
 
 
 def test_the_file_says_what_it_is(small: Backbone, dataset: Data) -> None:
@@ -331,9 +333,36 @@ def test_an_adapter_that_does_not_fit_leaves_no_hooks(
 ) -> None:
     adapter = adapt(small, dataset(24, 5), _QUICK).adapter
     other = load_backbone(bert_folder).model
-    with pytest.raises(AttributeError), applied(other, adapter):
-        pass
+    with pytest.raises(MismatchError, match="does not fit the adapter"), applied(other, adapter):
+        pytest.fail("the block must not run")
     assert not any(module._forward_hooks for module in other.modules())
     with pytest.raises(KeyError), applied(small.model, adapter):
         raise KeyError
     assert not any(module._forward_hooks for module in small.model.modules())
+
+
+def test_before_counts_known_names_when_the_head_is_new(small: Backbone, dataset: Data) -> None:
+    """The backbone's own names with a new head: what it knows already counts as known."""
+    data = dataset(45, 5)
+    named = replace(data, names=small.labels, named=True)
+    done = adapt(small, named, replace(_QUICK, head="new", holdout=0.4))
+    _, held = split(fit_labels(named, small.labels, "new")[0], 0.4, _QUICK.seed)
+    assert done.before == pytest.approx(score(small.model, held))
+
+
+def test_a_checkpoint_without_a_head_gets_a_new_one(
+    vit_folder: Path, dataset: Data, tmp_path: Path
+) -> None:
+    """transformers draws a missing head at random: nothing may be trained against it."""
+    folder = tmp_path / "headless"
+    shutil.copytree(vit_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.startswith("classifier.")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    backbone = load_backbone(folder)
+    assert backbone.labels == ()
+    assert backbone.backbone_id == load_backbone(vit_folder).backbone_id
+    done = adapt(backbone, dataset(24, 5), _QUICK)
+    assert done.adapter.head is not None
+    with pytest.raises(UsageError, match="must have a trained head"):
+        adapt(backbone, dataset(24, 5), replace(_QUICK, head="keep"))

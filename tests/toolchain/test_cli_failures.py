@@ -158,12 +158,12 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (
         _with(_EXPORT, "--mode", "merged", "--adapter", "{room}/other.safetensors"),
         1,
-        "backbone must be sha256:",
+        "adapter must be of this backbone, sha256:",
     ),
     (
         _with(_EXPORT, "--adapter", "{room}/other.safetensors"),
         1,
-        "backbone must be sha256:",
+        "adapter must be of this backbone, sha256:",
     ),
     # looking
     (("inspect", "{room}/nowhere"), 2, "no such file or folder"),

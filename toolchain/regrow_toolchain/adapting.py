@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regrow_export.targets import find_linears, widths
 from regrow_runtime.adapter import (
     STORAGE,
     Adapter,
@@ -23,7 +24,7 @@ from regrow_runtime.adapter import (
     Validated,
 )
 from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_runtime.errors import MismatchError, RegrowError, UsageError
 from regrow_runtime.methods import get_method
 from regrow_runtime.philox import check_seed
 
@@ -43,6 +44,7 @@ from .training import (
     deterministic,
     frozen,
     logits_of,
+    predict,
     score,
 )
 
@@ -93,10 +95,20 @@ def adapt(
         head = _new_head(backbone, len(fitted.names)) if new_head else {}
         _train(backbone.model, trained, head, train, config)
         adapter = _adapter(backbone, trained, head, layers, fitted.names, config)
-        before = score(backbone.model, held)
+        before = _named_score(backbone, held)
         with applied(backbone.model, adapter):
             after = score(backbone.model, held)
     return Adapted(_with_scores(adapter, before, after, len(held)), before, after, len(held))
+
+
+def _named_score(backbone: Backbone, held: Dataset) -> float:
+    """Accuracy of the backbone alone, by class names: labels that it does not know are missed."""
+    if not len(held):
+        return math.nan
+    answers = predict(backbone.model, held).argmax(axis=1)
+    known = dict(enumerate(backbone.labels))
+    pairs = zip(answers, held.labels, strict=True)
+    return sum(known.get(int(a)) == held.names[int(t)] for a, t in pairs) / len(held)
 
 
 def _check(config: AdaptConfig, backbone: Backbone) -> None:
@@ -158,6 +170,7 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
         for layer in (adapter.head.layers if adapter.head else ())
     }
     hooks = _Applied(model, head)
+    _check_targets(model, adapter)
     hooks.factors = {
         name: (torch.from_numpy(np.array(p["A"])), torch.from_numpy(np.array(p["B"])))
         for name, p in expansion.items()
@@ -167,6 +180,18 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
         yield model
     finally:
         hooks.detach()
+
+
+def _check_targets(model: nn.Module, adapter: Adapter) -> None:
+    """Raise `MismatchError` unless the model has the adapter's layers, with its widths."""
+    linears = find_linears(model)
+    findings = [
+        f"{t.name} must be a layer {t.in_features} -> {t.out_features}"
+        for t in adapter.targets
+        if t.name not in linears or widths(linears[t.name]) != (t.in_features, t.out_features)
+    ]
+    if findings:
+        raise MismatchError("model does not fit the adapter:", findings)
 
 
 def _linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:

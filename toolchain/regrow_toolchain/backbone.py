@@ -69,7 +69,8 @@ class Backbone:
         model: in eval mode, fp32, on the CPU.
         task: optimum's name of the task, such as "image-classification".
         head: module paths of the head's linear layers, first to last.
-        labels: class names in the order of the outputs; empty if it is no classifier.
+        labels: class names in the order of the outputs; empty if it is no classifier, or if the
+            checkpoint has no head.
         layers: the layers that are factored; empty for a dense model.
         files: config, preprocessing and tokenizer files that go with it.
         report: what compression measured; kept in `regrow.json`.
@@ -157,7 +158,10 @@ def _load_huggingface(folder: Path) -> Backbone:
     missing = [name for name in info["missing_keys"] if not name.startswith(parts)]
     if missing:
         raise FormatError(f"{folder}: weights lack {', '.join(sorted(missing)[:5])}")
-    return _backbone(folder, model.eval(), backbone_id(weights, head), head)
+    backbone = _backbone(folder, model.eval(), backbone_id(weights, head), head)
+    if any(name.startswith(parts) for name in info["missing_keys"]):
+        backbone.labels = ()  # the head was drawn at random: its outputs mean nothing yet
+    return backbone
 
 
 def _weight_files(folder: Path) -> list[Path]:

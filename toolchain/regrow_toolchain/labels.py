@@ -19,14 +19,19 @@ def fit_labels(data: Dataset, labels: tuple[str, ...], head: str) -> tuple[Datas
     """The data with labels as output indices, and whether a new head is needed.
 
     Args:
-        labels: the backbone's class names, in the order of its outputs.
+        labels: the backbone's class names, in the order of its outputs; none if its head is
+            not trained.
         head: "keep" (labels must be the backbone's), "new", or "auto": keep if all of them are,
             new if none is.
 
     Raises:
         UsageError: the labels do not fit, or there are fewer than two classes for a new head.
     """
-    if head == "new":
+    if not labels and head == "keep":
+        raise UsageError(
+            "backbone must have a trained head with class names to keep, got none: --head new"
+        )
+    if head == "new" or not labels:
         return _own_labels(data), True
     known = dict(zip(labels, range(len(labels)), strict=True))
     if not data.named:

@@ -53,6 +53,15 @@ class Nola:
         fields.done()
         return checked
 
+    def check_sizes(self, config: Mapping[str, Any], targets: Sequence[Target]) -> None:
+        """Raise `RegrowError` if expanding would take more RAM than a device may be asked for."""
+        for tensor, count, widths in (
+            ("alpha", config["k"], [t.in_features for t in targets]),
+            ("beta", config["l"], [t.out_features for t in targets]),
+        ):
+            entries = [width * config["rank"] for width in widths]
+            _check_size(tensor, count, max(entries, default=0), sum(entries))
+
     def layout(
         self, config: Mapping[str, Any], targets: Sequence[Target]
     ) -> dict[str, tuple[int, int]]:
@@ -74,6 +83,7 @@ class Nola:
 
     def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
         """A [in, rank] and B [rank, out] per target, float32."""
+        self.check_sizes(adapter.config, adapter.targets)
         rank = adapter.config["rank"]
         wide = {t.name: t.in_features * rank for t in adapter.targets}
         high = {t.name: t.out_features * rank for t in adapter.targets}
@@ -96,7 +106,6 @@ def _factors(
     count = part.values.shape[1]
     shared = adapter.config["shared"]
     longest = max(entries.values(), default=0)
-    _check_size(tensor, count, longest, sum(entries.values()))
     found = {}
     # Targets of one size go through one product; without sharing each has a basis of its own.
     for group in _groups(adapter.targets, entries, shared):

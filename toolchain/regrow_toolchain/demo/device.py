@@ -111,8 +111,8 @@ def _user(bundle: Bundle, folder: Path, user: str, samples: Mapping[str, Any]) -
     base = bundle.run_all(samples["inputs"])["logits"]
     bundle.swap(_adapter(folder, user))
     own = bundle.run_all(samples["inputs"])["logits"]
-    right_before = _right(base, samples["labels"])
-    right_after = _right(own, samples["labels"])
+    right_before = _right(base, bundle.manifest.labels, samples["labels"])
+    right_after = _right(own, bundle.labels(), samples["labels"])
     gain = right_after.astype(np.float64) - right_before
     count = len(gain)
     return {
@@ -127,8 +127,13 @@ def _user(bundle: Bundle, folder: Path, user: str, samples: Mapping[str, Any]) -
     }
 
 
-def _right(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    right: NDArray[np.bool_] = logits.argmax(axis=1) == labels
+def _right(
+    logits: NDArray[np.float32], names: Sequence[str], labels: NDArray[np.str_]
+) -> NDArray[np.bool_]:
+    """By name, so that a model which does not know a user's labels is never right by accident."""
+    import numpy as np
+
+    right: NDArray[np.bool_] = np.array(names)[logits.argmax(axis=1)] == labels
     return right
 
 

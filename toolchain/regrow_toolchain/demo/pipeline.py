@@ -214,7 +214,7 @@ def _device(made: Made) -> str:
         np.savez(
             made.folder / f"{user.id}.reference.npz",
             pixel_values=data.inputs["pixel_values"],
-            labels=data.labels,
+            labels=np.array(data.names)[data.labels],
             torch_logits=logits,
         )
     made.device = _run_device(made.folder)

@@ -15,6 +15,7 @@ from regrow_runtime.adapter import Target
 from regrow_runtime.basis import Role, sign_bits
 from regrow_runtime.errors import UsageError
 from regrow_runtime.methods import get_method
+from regrow_runtime.methods.nola import Nola as OnDevice
 
 from .base import Factors, Trained, parse_settings
 from .combine import combine_signs
@@ -44,6 +45,7 @@ class Nola:
         """alpha ~ N(0, 1), beta = 0: delta W is 0, and beta's gradient is not."""
         config = parse_settings(NolaSettings, settings, self.name)
         _check_rank(config["rank"], targets)
+        OnDevice().check_sizes(config, targets)  # before training, not after it
         return _TrainedNola(targets, config, seed)
 
 

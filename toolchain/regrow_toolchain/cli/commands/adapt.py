@@ -90,8 +90,7 @@ def adapt_command(
         "after": None if math.isnan(done.after) else done.after,
     }
     emit(result, _lines(result), as_json=as_json)
-    # With a head of its own, "before" reads the backbone's outputs in order: no measure of worth.
-    if done.after < done.before and adapter.head is None:
+    if done.after < done.before:
         click.echo(
             "regrow: warning: this adapter is worse than none on held-back samples", err=True
         )

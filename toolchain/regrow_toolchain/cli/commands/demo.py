@@ -81,8 +81,8 @@ def _lines(report: dict[str, Any], folder: Path) -> list[str]:
         f"latency    {latency['base']['p50']:.2f} ms base, {latency['adapter']['p50']:.2f} ms with "
         f"an adapter, {latency['merged']['p50']:.2f} ms merged, "
         f"{latency['seeded']['p50']:.2f} ms seeded (p50)",
-        f"RAM        {private} private (RssAnon) with all adapters resident, peak {peak}; Python and "
-        "ONNX Runtime included",
+        f"RAM        {private} private (RssAnon) with all adapters resident, peak {peak}; "
+        "Python and ONNX Runtime included",
         *_failed(report),
         f"report     {folder / 'report.html'} ({report['seconds']:.0f} s)",
     ]

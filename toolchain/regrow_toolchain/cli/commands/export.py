@@ -78,9 +78,14 @@ def export_command(
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    parity = ", ".join(f"{name} {value:.1e}" for name, value in result["parity"].items())
+    names = {"base": "base", "adapter": "with an adapter", "mixed": "mixed batch", "fed": "fed"}
+    largest = ", ".join(
+        f"{value:.1e} {names.get(name.removesuffix('_max_abs'), name)}"
+        for name, value in result["parity"].items()
+        if name.endswith("_max_abs")
+    )
     return [
-        f"against torch: {parity}",
+        f"largest difference to torch: {largest}",
         f"wrote {result['out']}: {result['mode']}, {size(result['bytes'])}, "
         f"{result['slots']} slots, opset {result['opset']}",
     ]
