@@ -93,6 +93,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         yield fresh
         for name in fresh.rglob("*"):
             if name.is_file():
+                os.chmod(name, 0o644)  # some libraries write files that only their owner may read
                 _sync(name)
         _exchange(fresh, path, room / "old")
     finally:

@@ -127,10 +127,12 @@ def test_a_new_folder_is_readable_by_others(tmp_path):
     try:
         with new_folder(tmp_path / "out") as folder:
             _fill(folder)
+            (folder / "sub" / "x").chmod(0o600)
         write_bytes(tmp_path / "file", b"x")
     finally:
         os.umask(mask)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "out" / "sub" / "x").stat().st_mode) == 0o644
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
 
 

@@ -18,7 +18,8 @@ from regrow_runtime.adapter import STORAGE, Adapter
 from regrow_runtime.basis import BasisCache
 from regrow_runtime.errors import MismatchError, RegrowError, UsageError
 from regrow_runtime.methods import get_method
-from regrow_toolchain.adapting import adapt, applied
+from regrow_toolchain.adapting import adapt
+from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset

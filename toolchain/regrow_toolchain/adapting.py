@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from regrow_export.targets import find_linears, widths
 from regrow_runtime.adapter import (
     STORAGE,
     Adapter,
@@ -23,17 +19,17 @@ from regrow_runtime.adapter import (
     Target,
     Validated,
 )
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
+from regrow_runtime.errors import RegrowError, UsageError
 from regrow_runtime.methods import get_method
 from regrow_runtime.philox import check_seed
 
+from .applying import Hooks, applied, linear
 from .backbone import Backbone
 from .config import AdaptConfig
 from .data import Dataset
 from .data.dataset import split
 from .labels import fit_labels
-from .methods import Factors, Trained, get_trainable
+from .methods import Trained, get_trainable
 from .progress import progress
 from .targets import find_targets
 from .training import (
@@ -48,7 +44,7 @@ from .training import (
     score,
 )
 
-__all__ = ["Adapted", "adapt", "applied"]
+__all__ = ["Adapted", "adapt"]
 
 # From this share of the steps on, training sees the coefficients as the file will hold them.
 _ROUNDED_FROM = 0.5
@@ -125,83 +121,6 @@ def _check(config: AdaptConfig, backbone: Backbone) -> None:
         raise UsageError("steps and batch size must be at least 1")
 
 
-# -- applying ------------------------------------------------------------------------------------
-
-
-class _Applied:
-    """Forward hooks that add each target's change and replace the head; removed at the end."""
-
-    def __init__(self, model: nn.Module, head: dict[str, nn.Linear]) -> None:
-        self.model, self.head = model, head
-        self.factors: Factors = {}
-        self._handles: list[Any] = []
-
-    def attach(self, names: Sequence[str]) -> None:
-        for name in names:
-            module = self.model.get_submodule(name)
-            self._handles.append(module.register_forward_hook(self._changing(name)))
-        for name, layer in self.head.items():
-            module = self.model.get_submodule(name)
-            self._handles.append(
-                module.register_forward_hook(lambda _m, args, _out, layer=layer: layer(args[0]))
-            )
-
-    def _changing(self, name: str) -> Any:
-        def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            a, b = self.factors[name]
-            return output + (args[0] @ a) @ b
-
-        return change
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-@contextmanager
-def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
-    """Within the block `model` computes with `adapter`, exactly as its file stores it.
-
-    The factors are those that the device's own code expands.
-    """
-    expansion = get_method(adapter.method).expand(adapter, BasisCache())
-    head = {
-        layer.name: _linear(layer.weight, layer.bias)
-        for layer in (adapter.head.layers if adapter.head else ())
-    }
-    hooks = _Applied(model, head)
-    _check_targets(model, adapter)
-    hooks.factors = {
-        name: (torch.from_numpy(np.array(p["A"])), torch.from_numpy(np.array(p["B"])))
-        for name, p in expansion.items()
-    }
-    try:
-        hooks.attach(list(expansion))
-        yield model
-    finally:
-        hooks.detach()
-
-
-def _check_targets(model: nn.Module, adapter: Adapter) -> None:
-    """Raise `MismatchError` unless the model has the adapter's layers, with its widths."""
-    linears = find_linears(model)
-    findings = [
-        f"{t.name} must be a layer {t.in_features} -> {t.out_features}"
-        for t in adapter.targets
-        if t.name not in linears or widths(linears[t.name]) != (t.in_features, t.out_features)
-    ]
-    if findings:
-        raise MismatchError("model does not fit the adapter:", findings)
-
-
-def _linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(np.array(weight)))
-        layer.bias.copy_(torch.from_numpy(np.array(bias)))
-    return layer.requires_grad_(False)
-
-
 # -- training ------------------------------------------------------------------------------------
 
 
@@ -216,7 +135,7 @@ def _new_head(backbone: Backbone, classes: int) -> dict[str, nn.Linear]:
             layers[name] = nn.Linear(old.in_features, classes)
         else:
             bias = torch.zeros(old.out_features) if old.bias is None else old.bias
-            layers[name] = _linear(old.weight.numpy(), bias.numpy()).requires_grad_(True)
+            layers[name] = linear(old.weight.numpy(), bias.numpy()).requires_grad_(True)
     return layers
 
 
@@ -234,7 +153,7 @@ def _train(
         groups.append({"params": parameters, "lr": config.head_lr})
     optimizer = torch.optim.Adam(groups)
     schedule = cosine(optimizer, config.steps)
-    hooks = _Applied(model, head)
+    hooks = Hooks(model, head)
     model.eval()  # a frozen backbone without dropout: what the device computes
     try:
         hooks.attach([target.name for target in trained.targets])

@@ -21,7 +21,8 @@ from regrow_runtime.errors import RegrowError
 from regrow_runtime.files import check_output, new_folder
 from regrow_runtime.philox import check_seed
 
-from ..adapting import adapt, applied
+from ..adapting import adapt
+from ..applying import applied
 from ..backbone import Backbone, load_backbone, save_backbone
 from ..compressing import Compressed, compress
 from ..config import AdaptConfig, CompressConfig
