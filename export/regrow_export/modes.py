@@ -182,6 +182,12 @@ def _another(adapter: Adapter) -> Adapter:
     return replace(adapter, seed=adapter.seed ^ (2**63 + 1), coefficients=coefficients)
 
 
+def _with_sizes(spec: TensorSpec, sizes: Sequence[int]) -> TensorSpec:
+    """`spec` with the dimensions after the batch that may not vary as numbers."""
+    kept = spec.shape[1 + len(sizes) :]
+    return replace(spec, shape=(*spec.shape[:1], *sizes, *kept)) if sizes else spec
+
+
 def _draft(
     traced: Traced,
     slots: tuple[Slot, ...],
@@ -194,7 +200,10 @@ def _draft(
         file=GRAPH_FILE,
         opset=next(item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")),
         ir_version=graph.ir_version,
-        input_specs=specs(graph.graph.input, [*_input_names(slots), *fed]),
+        input_specs=tuple(
+            _with_sizes(spec, traced.fixed.get(spec.name, ()))
+            for spec in specs(graph.graph.input, [*_input_names(slots), *fed])
+        ),
         output_specs=specs(graph.graph.output),
         inputs=traced.inputs,
         slots=slots,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,13 @@ class Traced:
         graph: with its weights inside.
         inputs: by name, batch 3: those given, repeated or cut to 3 rows, or made up.
         outputs: names, in order.
+        fixed: by name of an input of four dimensions, those after the batch that may not vary.
     """
 
     graph: onnx.ModelProto
     inputs: dict[str, NDArray[Any]]
     outputs: tuple[str, ...]
+    fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, task: str, inputs: Arrays | None, folder: Path) -> Traced:
@@ -65,12 +67,33 @@ def trace(model: nn.Module, task: str, inputs: Arrays | None, folder: Path) -> T
         learn_folds(model, lambda: run_torch(model, made), _BATCH)
         copied = shared_copy(model)  # exporters change attributes of what they trace
         if config is not None:
-            return _trace_optimum(copied, config, made, path)
-        return _trace_plain(copied, made, path)
+            traced = _trace_optimum(copied, config, made, path)
+        else:
+            traced = _trace_plain(copied, made, path)
+        return replace(traced, fixed=_fixed_sizes(model, traced.inputs))
     except RegrowError:
         raise
     except Exception as error:  # exporters raise whatever comes up inside the model
         raise RegrowError(f"the model could not be traced: {_first_line(error)}") from error
+
+
+def _fixed_sizes(model: nn.Module, made: Arrays) -> dict[str, tuple[int, ...]]:
+    """Channels of pictures, and height and width too where the model takes no others.
+
+    Tracers call all of them dynamic, and a graph may compute nonsense for a size that the model
+    itself would refuse.
+    """
+    found = {}
+    for name, value in made.items():
+        if value.ndim == 4:
+            larger = {**made, name: np.pad(value, ((0, 0), (0, 0), (0, 1), (0, 1)))}
+            try:
+                run_torch(model, larger)
+            except Exception:  # whatever the model raises to refuse it
+                found[name] = value.shape[1:]
+            else:
+                found[name] = value.shape[1:2]
+    return found
 
 
 def _first_line(error: Exception) -> str:

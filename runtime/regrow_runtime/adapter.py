@@ -258,7 +258,8 @@ class _Tensors:
             self._left = dict(deserialize(data))  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             raise FormatError(
-                f"{where} must be a whole safetensors file, got a broken one: {error}"
+                f"{where} must be a whole safetensors file, got a broken one: copy it again "
+                f"({error})"
             ) from None
 
     def take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any]:

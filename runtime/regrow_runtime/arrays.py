@@ -36,7 +36,11 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except (BadZipFile, ValueError, OSError, EOFError, KeyError, MemoryError) as error:
-        raise FormatError(f"{path} must be an .npz of plain arrays: {error}") from None
+        if "allow_pickle" in str(error):
+            error = ValueError("it holds Python objects; save text with astype(str)")
+        raise FormatError(
+            f"{path} must be an .npz of plain arrays (numpy.savez writes one), got another: {error}"
+        ) from None
 
 
 def as_pictures(
@@ -64,8 +68,12 @@ def as_pictures(
 
 
 def _as_bytes(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    if images.ndim not in (3, 4) or not len(images):
+    if images.ndim not in (3, 4):
         raise UsageError(f"{where} must be [n, height, width(, channels)], got {images.shape}")
+    if not len(images):
+        raise UsageError(f"{where} must be at least one picture, got none")
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        raise UsageError(f"{where} must be finite, got NaN or infinity")
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:

@@ -29,6 +29,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tif
 _MAX_BYTES = 1 << 20
 _MAX_CONFIG = 64 << 20
 _MAX_SIDE = 1 << 14
+_MAX_16_BITS = (1 << 16) - 1
 _BILINEAR = 2
 
 
@@ -109,6 +110,7 @@ class ImagePreprocessor:
     def _channels(self, image: NDArray[Any] | Image) -> NDArray[np.uint8]:
         """uint8 [height, width, channels]."""
         if not isinstance(image, np.ndarray):
+            image = _eight_bits(image)
             image = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
         if image.dtype != np.uint8:
             raise UsageError(f"images must be uint8 (0 to 255), got {image.dtype}")
@@ -156,6 +158,24 @@ class ImagePreprocessor:
             height, width = pixels.shape[:2]
         top, left = (height - high) // 2, (width - wide) // 2
         return pixels[top : top + high, left : left + wide]
+
+
+def _eight_bits(image: Image) -> Image:
+    """Pictures of 16 bits scaled to 8: pillow's own conversion would clip them to white.
+
+    Raises:
+        UsageError: the picture has 32 bits or floats, whose range nobody knows.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > _MAX_16_BITS:
+        raise UsageError(
+            f"a picture must have 8 or 16 bits a channel, got 32 (mode {image.mode}): "
+            "save it with 8"
+        )
+    eight: Image = _pillow().fromarray((levels // 257).astype(np.uint8))
+    return eight
 
 
 def _pillow() -> Any:

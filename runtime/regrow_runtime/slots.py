@@ -104,13 +104,20 @@ def _seeded_findings(adapter: Adapter, seeded: SeededSpec) -> list[str]:
         "method": (seeded.method, adapter.method),
         "config": (dict(seeded.config), dict(adapter.config)),
         "storage": (seeded.storage, storage),
-        "targets": (seeded.targets, tuple(t.name for t in adapter.targets)),
     }
-    return [
+    findings = [
         f"{name} must be {want!r:.120} as in the seeded graph, got {got!r:.120}"
         for name, (want, got) in wanted.items()
         if want != got
     ]
+    names = tuple(target.name for target in adapter.targets)
+    if names != seeded.targets:
+        odd = min(set(names) ^ set(seeded.targets), default="their order")
+        findings.append(
+            f"its {len(names)} layers must be the {len(seeded.targets)} of the seeded graph; "
+            f"one that differs is {odd}"
+        )
+    return findings
 
 
 def _head_findings(head: Head, manifest: Manifest) -> list[str]:

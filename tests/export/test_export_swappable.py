@@ -133,7 +133,8 @@ def test_the_manifest_says_what_is_there(vit, vit_bundle):
     assert manifest.backbone_id == vit.backbone_id
     (graph,) = manifest.graphs
     assert [spec.name for spec in graph.inputs] == ["pixel_values"]
-    assert graph.inputs[0].shape[0] == "batch_size"
+    side = vit.model.config.image_size  # a ViT takes no other size, whatever the tracer says
+    assert graph.inputs[0].shape == ("batch_size", vit.model.config.num_channels, side, side)
     assert [spec.name for spec in graph.outputs] == ["logits"]
     assert graph.outputs[0].shape == ("batch_size", "classifier.classes")
     assert manifest.slot_of(DOWN).in_features == 128

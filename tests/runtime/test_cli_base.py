@@ -131,6 +131,12 @@ def test_run_on_pictures_in_an_array(regrow, bundle_folder, tmp_path):
     assert 0 <= result["accuracy"] <= 1
 
 
+def test_without_a_command_there_is_help(regrow):
+    found = regrow()
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == regrow("--help").stdout
+
+
 def test_run_on_a_picture_names_the_extra(regrow, bundle_folder, tmp_path):
     (tmp_path / "x.png").write_bytes(b"any")
     found = regrow("run", bundle_folder, "--image", tmp_path / "x.png")

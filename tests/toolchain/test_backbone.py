@@ -385,5 +385,5 @@ def test_a_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch
         raise OSError("no route to host\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(RegrowError, match=r"or a name on the hub, got a/b: no route to host$"):
+    with pytest.raises(RegrowError, match=r"or a name on the hub, got a/b: .* \(OSError\)$"):
         load_backbone("a/b")

@@ -86,7 +86,7 @@ def test_run_on_pictures(workshop: Any, run: Run) -> None:
     names = [answer["sample"] for answer in folder["answers"]]
     assert names == sorted(names)
     right = [a["label"] == Path(a["sample"]).parent.name for a in folder["answers"]]
-    assert np.mean(right) > 0.5
+    assert folder["accuracy"] == np.mean(right) > 0.5
     one = run(*arguments, "--image", names[4]).json
     assert one["answers"][0]["label"] == folder["answers"][4]["label"]
     assert one["answers"][0]["probability"] == pytest.approx(
@@ -102,11 +102,26 @@ def test_run_with_a_head_of_ones_own(workshop: Any, run: Run) -> None:
     assert outcome.code == 0
     assert outcome.err == ""
     lines = outcome.out.splitlines()
-    assert lines[0].split() == ["sample", "label", "probability"]
+    assert lines[0].split() == ["sample", "label", "probability", "true"]
     assert {line.split()[1] for line in lines[2:22]} <= {"open", "shut", "stop"}
     assert "… 40 more (--json lists all)" in lines
     score = next(line for line in lines if line.startswith("accuracy on 60 samples: "))
     assert float(score.split()[-2]) > 80
+
+
+def test_labels_that_the_head_does_not_know_are_no_zero(
+    workshop: Any, cli: Run, tmp_path: Path
+) -> None:
+    """Without the user's head nothing can be scored, and the command says so."""
+    arguments = ("run", workshop.room / "bundle", "--input", workshop.room / "own.npz")
+    assert cli(*arguments, "--json").json["accuracy"] is None
+    assert "accuracy on 60 samples: none, this head does not know" in cli(*arguments).out
+    pixels = np.load(workshop.room / "own.npz")
+    for labels in (np.arange(60) - 5, np.linspace(0, 1, 60)):
+        np.savez(tmp_path / "bad.npz", images=pixels["images"], labels=labels)
+        outcome = cli("run", workshop.room / "bundle", "--input", tmp_path / "bad.npz")
+        assert outcome.code == 2
+        assert "labels must be integers from 0 or names" in outcome.err
 
 
 @pytest.mark.parametrize("what", ["mine.safetensors", "bundle", "small"])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
-from regrow_runtime import ImagePreprocessor, UsageError
+from regrow_runtime import ImagePreprocessor, UsageError, read_image
 
 SIZES = [(31, 47), (47, 31), (32, 32), (5, 90), (224, 3), (1, 1), (64, 33)]  # width, height
 PROCESSORS = {
@@ -112,3 +112,22 @@ def test_a_thread_of_a_picture_is_refused_before_it_takes_gigabytes(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UsageError, match="must not be this narrow, got 1 x 9000 pixels"):
         ImagePreprocessor.from_folder(tmp_path)([_picture((1, 9000), "RGB", 1)])
+
+
+_GREY = {"image_mean": [0.5], "image_std": [0.5]}
+
+
+def test_pictures_of_16_bits_are_scaled_not_clipped(tmp_path):
+    ours = _ours(tmp_path, ViTImageProcessor(size={"height": 8, "width": 8}, **_GREY), 1)
+    eight = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
+    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "x.png")
+    found = ours([read_image(tmp_path / "x.png")])
+    np.testing.assert_array_equal(found, ours([eight]))
+
+
+@pytest.mark.parametrize("levels", [np.ones((8, 8), "f4"), np.full((8, 8), 1 << 20, "i4")])
+def test_pictures_whose_range_nobody_knows_are_refused(tmp_path, levels):
+    ours = _ours(tmp_path, ViTImageProcessor(size={"height": 8, "width": 8}, **_GREY), 1)
+    Image.fromarray(levels).save(tmp_path / "x.tiff")
+    with pytest.raises(UsageError, match="must have 8 or 16 bits a channel, got 32"):
+        ours([read_image(tmp_path / "x.tiff")])

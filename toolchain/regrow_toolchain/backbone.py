@@ -23,6 +23,7 @@ from torch import nn
 from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_runtime.fields import Fields, dump_json, parse_json
 from regrow_runtime.files import new_folder, read_bytes
+from regrow_runtime.manifest import MANIFEST
 from regrow_runtime.preprocess import PREPROCESSOR, ImagePreprocessor
 
 from .backbone_id import INDEX, backbone_id
@@ -124,6 +125,8 @@ def load_backbone(path: str | Path) -> Backbone:
         raise UsageError(f"backbone must be a model's folder, got {folder}: {found}")
     if (folder / CONFIG).is_file():
         return _load_compressed(folder)
+    if (folder / MANIFEST).is_file():
+        raise UsageError(f"backbone must be a model's folder, got {folder}: it is a bundle")
     if not (folder / _HF_CONFIG).is_file():
         raise UsageError(f"backbone must be a model's folder, got {folder}: it has no config.json")
     return _load_huggingface(folder)
@@ -138,7 +141,8 @@ def _fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds
         raise RegrowError(
-            f"model must be a folder here or a name on the hub, got {name}: {_first_line(error)}"
+            f"model must be a folder here or a name on the hub, got {name}: it could not be "
+            f"fetched ({type(error).__name__})"
         ) from error
 
 

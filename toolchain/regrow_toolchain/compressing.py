@@ -32,6 +32,8 @@ from .training import (
 
 __all__ = ["Compressed", "compress"]
 
+_WAY_OUT = "compression keeps the model's own labels; without data it is the plain SVD"
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -89,10 +91,10 @@ def _parts(
     backbone: Backbone, data: Dataset | None, held: Dataset | None, config: CompressConfig
 ) -> tuple[Dataset | None, Dataset | None]:
     if held is not None:
-        held, _ = fit_labels(held, backbone.labels, "keep")
+        held, _ = fit_labels(held, backbone.labels, "keep", way_out=_WAY_OUT)
     if data is None:
         return None, held
-    fitted, _ = fit_labels(data, backbone.labels, "keep")
+    fitted, _ = fit_labels(data, backbone.labels, "keep", way_out=_WAY_OUT)
     if held is not None:
         return fitted, held
     train, kept = split(fitted, config.holdout, config.seed)

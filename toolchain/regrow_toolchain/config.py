@@ -58,7 +58,9 @@ class AdaptConfig:
         choices=("auto", "keep", "new"),
     )
     steps: int = setting(180, "Training steps.", low=1)
-    lr: float = setting(0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own.")
+    lr: float = setting(
+        0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own: nola 0.05, lora 0.003."
+    )
     head_lr: float = setting(0.005, "Peak learning rate of a new head.")
     batch_size: int = setting(64, "Samples a step.", low=1)
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)

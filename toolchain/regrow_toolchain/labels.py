@@ -15,7 +15,12 @@ __all__ = ["fit_labels"]
 _SHOWN = 5
 
 
-def fit_labels(data: Dataset, labels: tuple[str, ...], head: str) -> tuple[Dataset, bool]:
+_OWN_HEAD = "--head new trains a head for your own labels"
+
+
+def fit_labels(
+    data: Dataset, labels: tuple[str, ...], head: str, *, way_out: str = _OWN_HEAD
+) -> tuple[Dataset, bool]:
     """The data with labels as output indices, and whether a new head is needed.
 
     Args:
@@ -23,13 +28,14 @@ def fit_labels(data: Dataset, labels: tuple[str, ...], head: str) -> tuple[Datas
             not trained.
         head: "keep" (labels must be the backbone's), "new", or "auto": keep if all of them are,
             new if none is.
+        way_out: what the error for labels that do not fit ends with.
 
     Raises:
         UsageError: the labels do not fit, or there are fewer than two classes for a new head.
     """
     if not labels and head == "keep":
         raise UsageError(
-            "backbone must have a trained head with class names to keep, got none: --head new"
+            f"backbone must have a trained head with class names to keep, got none: {way_out}"
         )
     if head == "new" or not labels:
         return _own_labels(data), True
@@ -38,7 +44,7 @@ def fit_labels(data: Dataset, labels: tuple[str, ...], head: str) -> tuple[Datas
         if (top := int(data.labels.max())) >= len(labels):
             raise UsageError(
                 f"labels must be from 0 to {len(labels) - 1} as in the backbone, got {top}: "
-                "--head new trains a head for your own labels"
+                f"{way_out}"
             )
         return replace(data, names=labels), False
     unknown = [name for name in data.names if name not in known]
@@ -47,7 +53,7 @@ def fit_labels(data: Dataset, labels: tuple[str, ...], head: str) -> tuple[Datas
     if unknown:
         raise UsageError(
             f"labels must be among the backbone's ({_shown(labels)}), got {_shown(unknown)}: "
-            "--head new trains a head for your own labels"
+            f"{way_out}"
         )
     index = np.array([known[name] for name in data.names], dtype=np.int64)
     return replace(data, labels=index[data.labels], names=labels), False

@@ -14,6 +14,7 @@ import click
 from . import printable
 
 __all__ = [
+    "check_data",
     "config_options",
     "emit",
     "force_option",
@@ -35,7 +36,8 @@ targets_option = click.option(
     "targets",
     multiple=True,
     metavar="NAME",
-    help="Layer to adapt: an ending such as `query`, or a pattern; repeatable. "
+    help="Layer to adapt: an ending such as `query`, or a shell pattern such as `*.layer.0.*`; "
+    "repeatable. "
     "By default every linear layer of the blocks.",
 )
 
@@ -62,6 +64,16 @@ class _FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+def check_data(path: Path) -> None:
+    """Raise `UsageError` if no data is at `path`: at once, before packages take seconds to load."""
+    from regrow_runtime.errors import UsageError
+
+    if not path.exists():
+        raise UsageError(
+            f"data must be a folder of pictures by class or an .npz, got {path}: no such file"
+        )
 
 
 def config_options(kind: type) -> Callable[[F], F]:

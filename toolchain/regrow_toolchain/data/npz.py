@@ -51,6 +51,8 @@ def _labels(arrays: Mapping[str, NDArray[Any]], path: Path) -> NDArray[Any]:
     if name is None:
         raise UsageError(f"{path} must have an array `labels`, got {sorted(arrays)}")
     labels = arrays[name]
+    if labels.size == 0:
+        raise UsageError(f"{path}: labels must be at least one, got none")
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS" or not len(labels):
         raise UsageError(
             f"{path}: labels must be a list of integers or strings, "

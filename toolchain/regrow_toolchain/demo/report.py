@@ -108,11 +108,13 @@ def _tiles(report: Numbers) -> list[dict[str, Any]]:
 
 def _device_tiles(device: Numbers) -> list[dict[str, Any]]:
     swap, added = device["swap_ms"], wording.added_bytes(device["memory"])
-    cold = f"from disk, nothing prepared: {duration(swap['cold']['p50'])}"
+    resident = f"to an adapter that is in RAM: {duration(swap['resident']['p50'])}"
     return [
-        _tile("Swap, adapter in RAM", duration(swap["resident"]["p50"]), cold),
+        _tile("Swap, from disk", duration(swap["cold"]["p50"]), resident),
         _tile(
-            "Peak RAM", size(device["peak_bytes"]), f"for the model and its adapters: {size(added)}"
+            "Private RAM that it adds",
+            size(added),
+            f"bundle and adapters; whole process, mapped files too: {size(device['peak_bytes'])}",
         ),
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from regrow_toolchain.cli.options import (
+    check_data,
     config_options,
     emit,
     force_option,
@@ -38,8 +39,8 @@ from regrow_toolchain.config import AdaptConfig
     "pairs",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting of the method, such as k=64, l=64, rank=4 or c=1 (nola), rank=4 or alpha=4 "
-    "(lora); repeatable.",
+    help="A setting of the method; repeatable. nola: k=64, l=64, rank=8, c=8.0, shared=true; "
+    "lora: rank=4, alpha=4.0, rslora=false (these are the defaults).",
 )
 @force_option
 @json_option
@@ -63,13 +64,15 @@ def adapt_command(
     settings["method_settings"] = parse_pairs(pairs, "--set")
     need("export", "regrow adapt")
     from regrow_runtime.files import check_output
-    from regrow_toolchain.adapting import adapt
-    from regrow_toolchain.backbone import load_backbone
-    from regrow_toolchain.data import load_data
 
     if out.is_dir():
         raise click.UsageError(f"-o must be a file, got {out}: it is a folder")
     check_output(out, force=force)
+    check_data(data)
+    from regrow_toolchain.adapting import adapt
+    from regrow_toolchain.backbone import load_backbone
+    from regrow_toolchain.data import load_data
+
     model = load_backbone(backbone)
     samples = load_data(data, model.preprocessor)
     done = adapt(model, samples, AdaptConfig(**settings), targets=targets)
@@ -105,7 +108,10 @@ def _lines(result: dict[str, Any]) -> list[str]:
         else "no samples held back, so no score"
     )
     head = f", own head of {len(result['labels'])} classes" if result["labels"] else ""
+    kept = "the backbone's, so its head is kept (--head new trains one for your own)"
+    labels = f"the user's own: {', '.join(result['labels'])}" if result["labels"] else kept
     return [
+        f"labels: {labels}",
         score,
         f"wrote {result['out']}: {size(result['bytes'])}, {result['method']} in "
         f"{result['storage']}, {result['targets']} layers{head}",

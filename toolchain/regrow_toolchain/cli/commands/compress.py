@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from regrow_toolchain.cli.options import (
+    check_data,
     config_options,
     emit,
     force_option,
@@ -26,7 +27,8 @@ from regrow_toolchain.config import CompressConfig
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Training data: a folder of pictures by class, or an .npz. Without it: plain SVD.",
+    help="Training data with the model's own labels: a folder of pictures by class, or an .npz. "
+    "Without it: plain SVD.",
 )
 @config_options(CompressConfig)
 @force_option
@@ -44,11 +46,14 @@ def compress_command(
 
     need("export", "regrow compress")
     from regrow_runtime.files import check_output
+
+    check_output(out, force=force)
+    if data is not None:
+        check_data(data)
     from regrow_toolchain.backbone import load_backbone, save_backbone
     from regrow_toolchain.compressing import compress
     from regrow_toolchain.data import load_data
 
-    check_output(out, force=force)
     source = load_backbone(model)
     samples = load_data(data, source.preprocessor) if data else None
     done = compress(source, samples, CompressConfig(**settings))

@@ -24,7 +24,7 @@ def demo_command(out: Path | None, seed: int, force: bool, as_json: bool) -> Non
 
     Trains a small vision transformer on scikit-learn's digits, compresses it to half, trains an
     adapter of a few kilobytes for each of four made users, exports all of it to ONNX, and swaps
-    through the users in a process that has no torch. Takes one to three minutes on two cores.
+    through the users in a process that has no torch. Takes about a minute on two cores.
     """
     from regrow_toolchain.extras import need
 

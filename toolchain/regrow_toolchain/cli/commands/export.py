@@ -26,13 +26,15 @@ from regrow_toolchain.cli.tables import size
     type=click.Choice(["swappable", "merged", "seeded"]),
     default="swappable",
     show_default=True,
-    help="swappable: adapters come and go. merged: one adapter folded into the weights. "
-    "seeded: one graph that rebuilds an adapter's basis from its seed.",
+    help="swappable: adapters come and go. merged: one adapter folded into the weights, a plain "
+    "model, larger by its rank where layers are factored. seeded: one graph that rebuilds an "
+    "adapter's basis from its seed.",
 )
 @click.option(
     "--adapter",
     type=click.Path(path_type=Path),
-    help="Adapter file: the one to build in, or one whose layers a swappable bundle must have.",
+    help="Adapter file: what merged and seeded build in. A swappable bundle gets slots for its "
+    "layers only.",
 )
 @targets_option
 @force_option
@@ -55,13 +57,14 @@ def export_command(
     need("export", "regrow export")
     from regrow_runtime.adapter import Adapter
     from regrow_runtime.files import check_output
-    from regrow_toolchain.backbone import load_backbone
-    from regrow_toolchain.exporting import export_backbone
 
     if mode != "swappable" and adapter is None:
         raise click.UsageError(f"--mode {mode} builds one adapter in: give it with --adapter")
     check_output(out, force=force)
     loaded = Adapter.load(adapter) if adapter else None
+    from regrow_toolchain.backbone import load_backbone
+    from regrow_toolchain.exporting import export_backbone
+
     manifest = export_backbone(
         load_backbone(backbone), out, mode=mode, targets=targets, adapter=loaded, force=force
     )

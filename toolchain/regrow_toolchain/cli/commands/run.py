@@ -26,13 +26,18 @@ _SHOWN = 20
     "--input",
     "arrays",
     type=click.Path(path_type=Path),
-    help="An .npz: the graph's inputs by name, or `images` (uint8) and, if you like, `labels`.",
+    help="An .npz: the graph's inputs by name, or `images` (uint8, or floats from 0 to 1), and "
+    "`labels` if you have them.",
 )
 @click.option(
-    "--image", type=click.Path(path_type=Path), help="A picture, or a folder of pictures."
+    "--image",
+    type=click.Path(path_type=Path),
+    help="A picture, or a folder of pictures (by class, for an accuracy).",
 )
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file to swap in first.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the outputs to an .npz.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Write the outputs (logits) to an .npz."
+)
 @click.option(
     "--profile",
     type=click.Choice(["speed", "memory"]),
@@ -40,7 +45,7 @@ _SHOWN = 20
     show_default=True,
     help="What to save: time, or RAM.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; ONNX Runtime's default.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; by default one per core.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
 def run_command(
@@ -68,6 +73,8 @@ def run_command(
     opened = Bundle.open(bundle, profile=profile, threads=threads)
     cost = opened.swap(adapter) if adapter else None
     samples = _samples(opened, arrays, image)
+    if samples.labels is not None:
+        _check_labels(samples.labels, len(samples.names))
     outputs = opened.run_all(samples.inputs)
     result = _result(opened, samples, outputs, cost)
     if out is not None:
@@ -94,7 +101,8 @@ def _samples(bundle: Bundle, arrays: Path | None, image: Path | None) -> _Sample
     if image is not None:
         files = image_files(image)
         pixels = bundle.preprocessor()([read_image(file) for file in files])
-        return _Samples({bundle.graph.inputs[0].name: pixels}, [str(file) for file in files])
+        inputs = {bundle.graph.inputs[0].name: pixels}
+        return _Samples(inputs, [str(file) for file in files], _folders(image, files))
     if arrays is None:
         raise click.UsageError("give one of --input and --image")
     found = read_arrays(arrays)
@@ -106,6 +114,15 @@ def _samples(bundle: Bundle, arrays: Path | None, image: Path | None) -> _Sample
     count = len(next(iter(inputs.values())))
     labels = next((found[n] for n in ("labels", "label", "y") if n in found), None)
     return _Samples(inputs, [str(i) for i in range(count)], labels)
+
+
+def _folders(image: Path, files: list[Path]) -> NDArray[Any] | None:
+    """Names of the folders that hold the pictures, if `image` is a folder of pictures by class."""
+    import numpy as np
+
+    if all(file.parent.parent == image for file in files):
+        return np.array([file.parent.name for file in files])
+    return None
 
 
 def _write(out: Path, outputs: dict[str, NDArray[Any]]) -> None:
@@ -140,41 +157,59 @@ def _result(
         ]
         if samples.labels is not None:
             result["accuracy"] = _accuracy(logits, names, samples.labels)
+            for answer, label in zip(result["answers"], samples.labels, strict=True):
+                answer["true"] = str(label)
     return result
 
 
-def _accuracy(logits: NDArray[np.float32], names: tuple[str, ...], labels: NDArray[Any]) -> float:
-    """Share of samples whose label, an output's number or name, is the answer.
+def _accuracy(
+    logits: NDArray[np.float32], names: tuple[str, ...], labels: NDArray[Any]
+) -> float | None:
+    """Share of samples whose label is the answer; None if the head does not know the labels.
 
-    A head of the user's own may have classes that are named by numbers; names are tried first
-    unless the labels are integers that are no names.
+    Labels are class names, or outputs by number; integers that are names count as names.
     """
+    wanted = [str(label) for label in labels]
+    best = logits.argmax(axis=1)
+    if set(wanted) <= set(names):
+        right = sum(names[int(b)] == w for b, w in zip(best, wanted, strict=True))
+        return right / len(wanted)
+    if labels.dtype.kind in "US" or labels.max() >= len(names):
+        return None
+    return float((best == labels).mean())
+
+
+def _check_labels(labels: NDArray[Any], count: int) -> None:
     from regrow_runtime.errors import UsageError
 
-    if labels.shape != (len(logits),):
+    if labels.shape != (count,):
         raise UsageError(
-            f"labels must be one per sample, got {list(labels.shape)} for {len(logits)} samples"
+            f"labels must be one per sample, got {list(labels.shape)} for {count} samples"
         )
-    best = logits.argmax(axis=1)
-    wanted = [str(label) for label in labels]
-    if labels.dtype.kind in "US" or set(wanted) <= set(names):
-        return float(sum(names[b] == w for b, w in zip(best, wanted, strict=True)) / len(wanted))
-    return float((best == labels).mean())
+    if labels.dtype.kind not in "iuUS" or (labels.dtype.kind == "i" and labels.min() < 0):
+        raise UsageError(f"labels must be integers from 0 or names, got {labels.dtype}")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
     lines = []
     if "answers" in result:
-        rows = [
-            [a["sample"], a["label"], percent(a["probability"])] for a in result["answers"][:_SHOWN]
-        ]
-        lines += table(["sample", "label", "probability"], rows)
+        shown = result["answers"][:_SHOWN]
+        rows = [[a["sample"], a["label"], percent(a["probability"])] for a in shown]
+        head = ["sample", "label", "probability"]
+        if "accuracy" in result:
+            head, rows = (
+                [*head, "true"],
+                [[*r, a["true"]] for r, a in zip(rows, shown, strict=True)],
+            )
+        lines += table(head, rows)
         if (more := len(result["answers"]) - _SHOWN) > 0:
             lines.append(f"… {more} more (--json lists all)")
     else:
         lines += [f"{name}: {shape}" for name, shape in result["outputs"].items()]
     if "accuracy" in result:
-        lines.append(f"accuracy on {result['samples']} samples: {percent(result['accuracy'])}")
+        share = result["accuracy"]
+        told = percent(share) if share is not None else "none, this head does not know the labels"
+        lines.append(f"accuracy on {result['samples']} samples: {told}")
     if cost := result["swap"]:
         lines.append(f"adapter {result['adapter']} swapped in {cost['total_ms']:.2f} ms")
     return lines
