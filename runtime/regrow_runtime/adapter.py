@@ -99,10 +99,14 @@ class HeadLayer:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A task head of the adapter's own, with the names of its classes."""
+    """A task head of the adapter's own, with the names of its classes.
+
+    `storage` is how its numbers are stored, "fp16" or "fp32".
+    """
 
     layers: tuple[HeadLayer, ...]
     labels: tuple[str, ...]
+    storage: str = "fp16"
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,10 @@ class Adapter:
         for name, part in self.coefficients.items():
             tensors[name] = _stored(part.values, self.storage)
             tensors[f"{name}.scale"] = part.scale
-        for layer in self.head.layers if self.head else ():
-            tensors[f"head.{layer.name}.weight"] = _narrow(layer.weight, np.float16)
-            tensors[f"head.{layer.name}.bias"] = _narrow(layer.bias, np.float16)
+        if self.head:
+            for layer in self.head.layers:
+                tensors[f"head.{layer.name}.weight"] = _stored(layer.weight, self.head.storage)
+                tensors[f"head.{layer.name}.bias"] = _stored(layer.bias, self.head.storage)
         for name, array in tensors.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise RegrowError(
@@ -283,6 +288,10 @@ class _Tensors:
             raise FormatError(f"{self.where}: tensor {name} is missing")
         return tuple(entry["shape"])
 
+    def holds(self, name: str, dtype: str) -> bool:
+        entry = self._left.get(name)
+        return entry is not None and entry["dtype"] == dtype
+
     def done(self) -> None:
         if self._left:
             raise FormatError(f"{self.where}: unknown tensors {', '.join(sorted(self._left))}")
@@ -373,13 +382,14 @@ def _head(fields: Fields, tensors: _Tensors) -> Head | None:
     part.done()
     if not names or not 0 < len(labels) <= _MAX_CLASSES:
         raise FormatError(f"{fields.where}: head must have layers and labels")
+    wide = any(tensors.holds(f"head.{name}.weight", "F32") for name in names)
     layers = tuple(_head_layer(tensors, name) for name in names)
     if layers[-1].bias.shape != (len(labels),):
         raise FormatError(
             f"{fields.where}: head must have one output per label, "
             f"got {layers[-1].bias.size} outputs and {len(labels)} labels"
         )
-    return Head(layers, labels)
+    return Head(layers, labels, "fp32" if wide else "fp16")
 
 
 def _head_layer(tensors: _Tensors, name: str) -> HeadLayer:

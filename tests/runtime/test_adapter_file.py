@@ -90,6 +90,17 @@ def test_what_is_written_is_read_again(make_adapter, tmp_path, method, storage):
     assert found.digest() == hashlib.sha256(path.read_bytes()).hexdigest() == adapter.digest()
 
 
+def test_a_head_in_fp32_keeps_every_number(make_adapter):
+    adapter = make_adapter(classes=3)
+    layer = adapter.head.layers[0]
+    fine = replace(layer, weight=layer.weight + np.float32(1e-6), bias=layer.bias / np.float32(3))
+    adapter = replace(adapter, head=replace(adapter.head, layers=(fine,), storage="fp32"))
+    found = Adapter.from_bytes(adapter.to_bytes())
+    _same(found, adapter)
+    assert found.head.storage == "fp32"
+    assert found.digest() == adapter.digest()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**53 + 1, 2**63, 2**64 - 1])
 def test_every_seed_survives(make_adapter, seed):
     assert Adapter.from_bytes(make_adapter(seed=seed).to_bytes()).seed == seed

@@ -15,7 +15,7 @@ import pytest
 MAIN = "from regrow_toolchain.cli import main; main()"
 EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "sklearn",
           "matplotlib", "jinja2")  # fmt: skip
-COMMANDS = ["demo", "compress", "adapt", "export", "run", "inspect"]
+COMMANDS = ["demo", "compress", "adapt", "export", "import", "run", "inspect"]
 
 
 @pytest.fixture

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from .compressing import compress as compress
     from .config import AdaptConfig as AdaptConfig
     from .config import CompressConfig as CompressConfig
+    from .config import ImportConfig as ImportConfig
     from .data import Dataset as Dataset
     from .data import load_data as load_data
     from .exporting import export_backbone as export_backbone
+    from .importing import import_peft as import_peft
     from .lowrank import LowRankLinear as LowRankLinear
 
 _HOMES = {
@@ -27,10 +29,12 @@ _HOMES = {
     "Backbone": "backbone",
     "CompressConfig": "config",
     "Dataset": "data",
+    "ImportConfig": "config",
     "LowRankLinear": "lowrank",
     "adapt": "adapting",
     "compress": "compressing",
     "export_backbone": "exporting",
+    "import_peft": "importing",
     "load_backbone": "backbone",
     "load_data": "data",
     "save_backbone": "backbone",

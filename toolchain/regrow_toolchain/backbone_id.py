@@ -68,7 +68,7 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["AdaptConfig", "CompressConfig", "setting"]
+__all__ = ["AdaptConfig", "CompressConfig", "ImportConfig", "setting"]
 
 
 def setting(
@@ -69,3 +69,14 @@ class AdaptConfig:
     holdout: float = setting(0.2, "Share of the data kept to score the adapter before and after.")
     seed: int = setting(0, "Seed of the basis and of training.")
     method_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Bringing in an adapter that another library trained."""
+
+    storage: str = setting(
+        "fp32",
+        "How coefficients are stored; fp32 keeps every number.",
+        choices=("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"),
+    )

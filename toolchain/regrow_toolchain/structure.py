@@ -31,7 +31,8 @@ def find_head(model: nn.Module, classes: int | None) -> tuple[str, ...]:
     """Module paths of the head's linear layers: those outside of the blocks that end in `classes`.
 
     For a model with a list of blocks the head is its last linear layer after them with `classes`
-    outputs; a head of two layers (`classifier.dense`, `classifier.out_proj`) is found whole.
+    outputs; a head of two layers (`classifier.dense`, `classifier.out_proj`, or DistilBERT's
+    `pre_classifier`, `classifier`) is found whole.
     """
     stacks = [prefix for prefix, _ in block_lists(model)]
     linears = [
@@ -45,8 +46,11 @@ def find_head(model: nn.Module, classes: int | None) -> tuple[str, ...]:
         return ()
     name = last[-1]
     parent = name.rpartition(".")[0]
-    siblings = [other for other, _ in linears if parent and other.rpartition(".")[0] == parent]
-    return tuple(siblings) if name in siblings else (name,)
+    return tuple(
+        other
+        for other, _ in linears
+        if other.rpartition(".")[0] == parent and (parent or other.endswith(name))
+    )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """The command line. This module imports click and nothing else, so that `--help` answers at once.
 
-A command is one file in `commands/` with a click command of the same name; listing it in
-`COMMANDS` with its one-line help is all the registration there is.
+A command is one file in `commands/` with a click command of the same name (`import_.py` for
+`import`, which Python keeps for itself); listing it in `COMMANDS` with its one-line help is all the
+registration there is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any
 
 import click
@@ -21,6 +23,7 @@ COMMANDS = {
     "compress": "Compress a model: low-rank factors (PELA), then distillation.",
     "adapt": "Train one small adapter for one user.",
     "export": "Export a backbone to ONNX, with slots for adapters.",
+    "import": "Make an adapter of a LoRA that PEFT trained, without torch.",
     "run": "Run a bundle on pictures or arrays, without torch.",
     "inspect": "Tell what an adapter file, a bundle or a backbone holds.",
 }
@@ -35,7 +38,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f".commands.{cmd_name}", __name__)
+        file = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        module = import_module(f".commands.{file}", __name__)
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 

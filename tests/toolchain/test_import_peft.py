@@ -1,0 +1,245 @@
+"""Adapters that PEFT itself made and saved: after import the model gives PEFT's own outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from regrow_runtime import Adapter, Bundle
+from regrow_toolchain.applying import applied
+from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.importing import import_peft
+
+_TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 48, "vocab_size": 60, "num_labels": 3}  # fmt: skip
+_LONG = {"max_position_embeddings": 24}
+# Class, sizes, LoRA's targets; a task that PEFT knows saves the head along.
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", _TEXT | _LONG,
+             {"target_modules": ["query", "value", "output.dense"], "task_type": "SEQ_CLS"}),
+    "roberta": ("RobertaForSequenceClassification", _TEXT | _LONG,
+                {"target_modules": ["query", "intermediate.dense"], "task_type": "SEQ_CLS"}),
+    "distilbert": ("DistilBertForSequenceClassification",
+                   {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "vocab_size": 60,
+                    "num_labels": 3, **_LONG},
+                   {"target_modules": ["q_lin", "v_lin", "lin1"], "task_type": "SEQ_CLS"}),
+    "vit": ("ViTForImageClassification", {**_TEXT, "image_size": 12, "patch_size": 4},
+            {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 24,
+                                 "vocab_size": 60},
+             {"target_modules": ["c_attn", "c_proj", "c_fc"], "task_type": "CAUSAL_LM",
+              "fan_in_fan_out": True}),
+    "llama": ("LlamaForCausalLM", {**_TEXT, **_LONG, "num_key_value_heads": 1},
+              {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+               "task_type": "CAUSAL_LM"}),
+    "llama-classes": ("LlamaForSequenceClassification",
+                      {**_TEXT, **_LONG, "num_key_value_heads": 1, "pad_token_id": 0},
+                      {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+}  # fmt: skip
+# PEFT's `classifier` saves what ends in it.
+HEADS = {
+    "roberta": ["classifier.dense", "classifier.out_proj"],
+    "distilbert": ["pre_classifier", "classifier"],
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """dense("bert"): a Hugging Face directory, made once."""
+    import transformers
+
+    room = tmp_path_factory.mktemp("dense")
+
+    def folder(name: str) -> Path:
+        if not (room / name).exists():
+            kind, sizes, _ = MODELS[name]
+            torch.manual_seed(7)
+            model_class = getattr(transformers, kind)
+            model = model_class(model_class.config_class(initializer_range=0.1, **sizes))
+            with quiet_transformers():
+                model.eval().save_pretrained(room / name)
+        return room / name
+
+    return folder
+
+
+@pytest.fixture
+def trained(dense: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """trained("bert", r=4): a PEFT directory with random A, B and head, saved by PEFT."""
+
+    def folder(name: str, **options: Any) -> Path:
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **MODELS[name][2], **options})
+        model = peft.get_peft_model(load_backbone(dense(name)).model, config)
+        torch.manual_seed(11)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(tmp_path / "peft")
+        return tmp_path / "peft"
+
+    return folder
+
+
+def _inputs(name: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator)}
+    tokens = torch.randint(4, 60, (2, 9), generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _logits(model: nn.Module, name: str) -> np.ndarray:
+    with torch.no_grad():
+        found: np.ndarray = model(**_inputs(name)).logits.numpy()
+    return found
+
+
+def _peft_logits(base: Path, folder: Path, name: str) -> np.ndarray:
+    return _logits(peft.PeftModel.from_pretrained(load_backbone(base).model, folder).eval(), name)
+
+
+def _compare(base: Path, folder: Path, name: str, out: Path) -> Adapter:
+    """Import for a backbone that regrow saved, which needs no torch, and compare outputs."""
+    backbone = save_backbone(load_backbone(base), out)
+    plain = _logits(backbone.model, name)
+    adapter = import_peft(folder, out)
+    assert adapter.backbone_id == backbone.backbone_id
+    adapter = Adapter.from_bytes(adapter.to_bytes())
+    with applied(backbone.model, adapter) as model:
+        found = _logits(model, name)
+    wanted = _peft_logits(base, folder, name)
+    print(f"{name}: {np.abs(found - wanted).max():.2e} of {np.abs(wanted).max():.2f}")  # noqa: T201
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(found - plain).max() > 0.01
+    return adapter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_pefts(
+    name: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = _compare(dense(name), trained(name), name, tmp_path / "backbone")
+    assert (adapter.method, adapter.storage) == ("lora", "fp32")
+    assert dict(adapter.config) == {"rank": 4, "alpha": 8.0, "rslora": False}
+    has_head = name not in ("gpt2", "llama")
+    assert (adapter.head is not None) == has_head
+    if adapter.head:
+        assert adapter.head.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+        layers = [layer.name for layer in adapter.head.layers]
+        assert layers == HEADS.get(name, layers)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_patterns_and_rslora(
+    name: str,
+    rslora: bool,
+    dense: Callable[[str], Path],
+    trained: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    ranks = {"bert": {"query": 2, r"layer\.1\..*value": 7}, "gpt2": {"h.0.attn.c_attn": 9}}[name]
+    alphas = {"bert": {"layer.0.output.dense": 3, "value": 20}, "gpt2": {"mlp.c_proj": 0.5}}[name]
+    folder = trained(name, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    adapter = _compare(dense(name), folder, name, tmp_path / "backbone")
+    assert adapter.config["rank"] == max(ranks.values())
+    assert adapter.config["rslora"] is rslora
+
+
+def test_numbers_are_kept(
+    dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every A, B and head number, bit by bit; from a Hugging Face directory too."""
+    folder = trained("vit")
+    adapter = import_peft(folder, dense("vit"))
+    assert adapter.backbone_id == load_backbone(dense("vit")).backbone_id
+    tensors = load_file(folder / "adapter_model.safetensors")
+    paths = [target.name for target in adapter.targets]
+    for part, turn in (("A", False), ("B", True)):
+        stored = [tensors[f"base_model.model.{path}.lora_{part}.weight"] for path in paths]
+        rows = np.concatenate([t.numpy().T if turn else t.numpy() for t in stored])
+        assert np.array_equal(adapter.coefficients[f"{part}.32"].values, rows)
+    assert set(adapter.coefficients["B.32"].scale) == {np.float32(2)}
+    saved = Adapter.from_bytes(adapter.to_bytes())
+    assert adapter.head is not None
+    assert saved.head is not None
+    weight = tensors["base_model.model.classifier.weight"].numpy()
+    assert np.array_equal(saved.head.layers[0].weight, weight)
+    assert saved.digest() == adapter.digest()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saved_in_half(
+    dtype: torch.dtype, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = trained("llama-classes")
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t.to(dtype) for name, t in load_file(path).items()}, path)
+    _compare(dense("llama-classes"), folder, "llama-classes", tmp_path / "backbone")
+
+
+def test_names_of_older_files(
+    dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`lora_A.default.weight`, `modules_to_save.default`, and a config with few fields."""
+    folder = trained("roberta")
+    expected = import_peft(folder, dense("roberta"))
+    path = folder / "adapter_model.safetensors"
+    renamed = {
+        name.replace(".weight", ".default.weight")
+        if "lora_" in name
+        else name.replace(".classifier.", ".classifier.modules_to_save.default."): tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(renamed, path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    few = {name: config[name] for name in ("peft_type", "r", "lora_alpha", "bias", "task_type")}
+    (folder / "adapter_config.json").write_text(json.dumps(few))
+    found = import_peft(folder, dense("roberta"))
+    assert found.to_bytes() == expected.to_bytes()
+
+
+def test_through_a_bundle(
+    dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """ONNX Runtime with the imported file, layers and head, gives PEFT's outputs."""
+    folder, bundle = trained("vit", lora_alpha=3), tmp_path / "bundle"
+    export_backbone(load_backbone(dense("vit")), bundle, targets=["query", "value"])
+    import_peft(folder, bundle).save(tmp_path / "a.safetensors")
+    device = Bundle.open(bundle)
+    device.swap(tmp_path / "a.safetensors")
+    found = device.run({"pixel_values": _inputs("vit")["pixel_values"].numpy()})["logits"]
+    wanted = _peft_logits(dense("vit"), folder, "vit")
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("storage", "most"), [("fp16", 2e-3), ("int8", 0.05), ("int4", 1.0)])
+def test_smaller_storage(
+    storage: str,
+    most: float,
+    dense: Callable[[str], Path],
+    trained: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = trained("bert")
+    adapter = import_peft(folder, dense("bert"), storage=storage)
+    whole = import_peft(folder, dense("bert"))
+    assert len(adapter.to_bytes()) < len(whole.to_bytes())
+    model = load_backbone(dense("bert")).model
+    saved = Adapter.from_bytes(adapter.to_bytes())
+    with applied(model, saved) as changed:
+        found = _logits(changed, "bert")
+    with applied(model, adapter) as changed:
+        assert np.array_equal(found, _logits(changed, "bert"))  # the file is what is in memory
+    assert np.abs(found - _peft_logits(dense("bert"), folder, "bert")).max() < most

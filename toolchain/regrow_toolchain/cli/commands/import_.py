@@ -1,0 +1,68 @@
+"""regrow import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow_toolchain.cli.options import (
+    config_options,
+    emit,
+    force_option,
+    json_option,
+    out_option,
+    path_argument,
+)
+from regrow_toolchain.cli.tables import size
+from regrow_toolchain.config import ImportConfig
+
+
+@click.command("import")
+@path_argument("peft_dir")
+@out_option("Adapter file to write (.safetensors).")
+@click.option(
+    "--backbone",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The bundle or the backbone that the adapter is for.",
+)
+@config_options(ImportConfig)
+@force_option
+@json_option
+def import_command(
+    peft_dir: Path, out: Path, backbone: Path, force: bool, as_json: bool, **settings: Any
+) -> None:
+    """Make an adapter of PEFT_DIR, a folder with a LoRA that PEFT's save_pretrained wrote.
+
+    Its layers are compared to the backbone's, and nothing is left out in silence: what regrow
+    cannot compute is refused. A classifier in modules_to_save becomes the adapter's head.
+    """
+    from regrow_runtime.files import check_output
+    from regrow_toolchain.importing import import_peft
+
+    if out.is_dir():
+        raise click.UsageError(f"-o must be a file, got {out}: it is a folder")
+    check_output(out, force=force)
+    adapter = import_peft(peft_dir, backbone, storage=ImportConfig(**settings).storage)
+    written = adapter.save(out)
+    result = {
+        "out": str(out),
+        "bytes": written,
+        "method": adapter.method,
+        "config": dict(adapter.config),
+        "storage": adapter.storage,
+        "backbone_id": adapter.backbone_id,
+        "targets": len(adapter.targets),
+        "labels": list(adapter.head.labels) if adapter.head else None,
+    }
+    emit(result, _lines(result), as_json=as_json)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    head = f", own head of {len(result['labels'])} classes" if result["labels"] else ""
+    return [
+        f"wrote {result['out']}: {size(result['bytes'])}, lora of rank {result['config']['rank']} "
+        f"in {result['storage']}, {result['targets']} layers{head}"
+    ]

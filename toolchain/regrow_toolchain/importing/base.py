@@ -1,0 +1,154 @@
+"""What an adapter is imported for: the identity, the layers and the head of its backbone.
+
+A bundle and a compressed backbone say all of it in files. A plain Hugging Face directory does not
+say which layers are its head, and the identity leaves the head out: that needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from regrow_runtime.errors import FormatError, RegrowError, UsageError
+from regrow_runtime.fields import parse_json
+from regrow_runtime.files import read_bytes
+from regrow_runtime.manifest import MANIFEST, Manifest
+from regrow_toolchain.backbone_id import stored_tensors
+
+__all__ = ["Base", "Widths", "read_base"]
+
+# As `regrow_toolchain.backbone` names them, which needs torch.
+_CONFIG, _WEIGHTS, _HF_CONFIG = "regrow.json", "regrow.safetensors", "config.json"
+_FORMAT = 1
+_MAX_JSON = 64 << 20
+_MAX_WIDTH = 1 << 24
+
+Widths = tuple[int, int]  # in, out
+
+
+@dataclass(frozen=True)
+class Base:
+    """A backbone as an import sees it.
+
+    Attributes:
+        where: its path, for messages.
+        kind: "bundle" or "backbone".
+        layers: (in, out) of the layers that adapters can change, by module path.
+        head: (in, out) of the head's layers, first to last.
+        labels: class names; empty if there are none.
+        oriented: whether in and out are known; False where only weights tell, which GPT-2's
+            Conv1D stores the other way round.
+    """
+
+    where: str
+    kind: str
+    backbone_id: str
+    layers: Mapping[str, Widths]
+    head: Mapping[str, Widths]
+    labels: tuple[str, ...]
+    oriented: bool = True
+
+    def finding(self, layer: str, found: Widths) -> str | None:
+        """Why a change of `layer` with the widths `found` does not fit, None if it does."""
+        if layer in self.head:
+            return f"{layer} must be no target, got a layer of the head: use modules_to_save"
+        if layer not in self.layers:
+            out = ": export it with --target" if self.kind == "bundle" else ""
+            what = "slot of the bundle" if self.kind == "bundle" else "linear layer of the backbone"
+            return f"{layer} must be a {what}, got none{out}"
+        want = self.layers[layer]
+        if found == want or (not self.oriented and found == want[::-1]):
+            return None
+        return f"{layer} must be {want[0]} -> {want[1]}, got {found[0]} -> {found[1]}"
+
+
+def read_base(path: str | Path) -> Base:
+    """From a bundle, a compressed backbone, or (where torch is) a Hugging Face directory.
+
+    Raises:
+        UsageError: `path` is none of them, or a bundle that takes no LoRA.
+        FormatError: its files are broken.
+        RegrowError: a Hugging Face directory, and torch is not installed.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return _of_bundle(path)
+    if (path / _CONFIG).is_file():
+        return _of_compressed(path)
+    if (path / _HF_CONFIG).is_file():
+        return _of_huggingface(path)
+    found = "a folder with neither" if path.is_dir() else "no such folder"
+    raise UsageError(
+        f"--backbone must be a bundle ({MANIFEST}) or a backbone ({_CONFIG}, {_HF_CONFIG}), "
+        f"got {path}: {found}"
+    )
+
+
+def _of_bundle(path: Path) -> Base:
+    manifest = Manifest.load(path)
+    if manifest.mode != "swappable":
+        raise UsageError(
+            f"bundle must be swappable to take a LoRA, got a {manifest.mode} one, {path}: "
+            "export it with --mode swappable"
+        )
+    slots = {
+        kind: {s.target: (s.in_features, s.out_features) for s in manifest.slots if s.kind == kind}
+        for kind in ("low_rank", "head")
+    }
+    return Base(
+        str(path), "bundle", manifest.backbone_id, slots["low_rank"], slots["head"], manifest.labels
+    )
+
+
+def _of_compressed(path: Path) -> Base:
+    fields = parse_json(
+        read_bytes(path / _CONFIG, limit=_MAX_JSON, what=_CONFIG), str(path / _CONFIG)
+    )
+    if (version := fields.take("format", int)) != _FORMAT:
+        raise FormatError(f"{fields.where}: format must be {_FORMAT}, got {version}")
+    if not (path / _WEIGHTS).is_file():
+        raise FormatError(f"{path / _WEIGHTS} is missing: compress the model again")
+    layers = {
+        tensor.name.removesuffix(".weight"): (tensor.shape[1], tensor.shape[0])
+        for tensor in stored_tensors(path / _WEIGHTS)
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2
+    }
+    head = fields.strings("head")
+    if lost := [name for name in head if name not in layers]:
+        raise FormatError(f"{path / _WEIGHTS} must have the head's {', '.join(lost)}, got none")
+    heads = {name: layers.pop(name) for name in head}
+    for plan in fields.objects("layers"):  # a factored pair is a layer too
+        wide = plan.number("in_features", 1, _MAX_WIDTH)
+        layers[plan.take("name", str)] = (wide, plan.number("out_features", 1, _MAX_WIDTH))
+    identity = fields.take("backbone_id", str)
+    return Base(str(path), "backbone", identity, layers, heads, _labels(path), oriented=False)
+
+
+def _labels(path: Path) -> tuple[str, ...]:
+    """Class names of config.json, in the order of the outputs."""
+    config = path / _HF_CONFIG
+    fields = parse_json(read_bytes(config, limit=_MAX_JSON, what="a config"), str(config))
+    names = fields.plain("id2label", dict) or {}
+    return tuple(str(names.get(str(i), i)) for i in range(len(names)))
+
+
+def _of_huggingface(path: Path) -> Base:
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise RegrowError(
+            "--backbone must be a bundle or a compressed backbone where torch is not installed, "
+            f"got {path}, a Hugging Face directory: give the bundle that regrow export made of "
+            "it, or pip install 'regrow[export]'"
+        )
+    from regrow_export.targets import find_linears, widths
+    from regrow_toolchain.backbone import load_backbone
+
+    model = load_backbone(path)
+    layers = {
+        name: found
+        for name, module in find_linears(model.model).items()
+        if (found := widths(module)) is not None
+    }
+    heads = {name: layers.pop(name) for name in model.head}
+    return Base(str(path), "backbone", model.backbone_id, layers, heads, model.labels)
