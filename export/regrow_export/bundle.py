@@ -56,7 +56,7 @@ def export_bundle(
     """
     out = Path(out)
     _check_request(mode, targets, adapter)
-    check_output(out.absolute(), force=force)
+    check_output(out.absolute(), force=force, marker=MANIFEST)
     require_export()
     source.check()
     if adapter is None:
@@ -64,7 +64,11 @@ def export_bundle(
     else:
         check_adapter(source, adapter)
     head_widths(source, [t.name for t in adapter.targets] if adapter else targets)
-    with quiet(), steady_torch(source.model), new_folder(out, force=force) as folder:
+    with (
+        quiet(),
+        steady_torch(source.model),
+        new_folder(out, marker=MANIFEST, force=force) as folder,
+    ):
         return _export(source, folder, mode, targets, adapter, inputs)
 
 

@@ -15,22 +15,25 @@ from .errors import FormatError, RegrowError, UsageError
 __all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "write_bytes"]
 
 
-# What tells a folder of ours: only such a one, or an empty one, is ever replaced.
-_OURS = ("manifest.json", "regrow.json", "report.json")
-
-
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool, marker: str | None = None) -> None:
     """Raise `UsageError` if `path` cannot become an output; call it before any long work.
 
-    An existing file or folder needs `force`, and a folder must be one that regrow wrote.
+    What exists needs `force`. Even then a folder is replaced only by one of its kind, or if it is
+    empty: a slip of the pen must not cost somebody's models.
+
+    Args:
+        marker: the file that tells the kind of folder that will be written, such as
+            manifest.json; None if the output is a file.
     """
+    if path.is_dir() and marker is None:
+        raise UsageError(f"output must be a file, got {path}: it is a folder")
     if path.exists() and not force:
         raise UsageError(
             f"output must be a new path, got {path}, which exists (--force replaces it)"
         )
-    if path.is_dir() and not any((path / name).is_file() for name in _OURS) and any(path.iterdir()):
+    if marker and path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
         raise UsageError(
-            f"output must be a new path or a folder that regrow wrote, got {path}: "
+            f"output must be a new path or a folder with {marker}, got {path}: "
             "remove it yourself if nothing in it is needed"
         )
     if not path.absolute().parent.is_dir():
@@ -78,14 +81,14 @@ def _exchange(fresh: Path, path: Path, old: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
 
     Raises:
-        UsageError: `path` exists and `force` is off, or its parent does not exist.
+        UsageError: as `check_output`.
     """
     path = Path(path).absolute()
-    check_output(path, force=force)
+    check_output(path, force=force, marker=marker)
     room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         fresh = room / "new"

@@ -38,7 +38,7 @@ def _text(folder):
 
 def test_a_new_folder_appears_when_it_is_whole(tmp_path):
     out = tmp_path / "out"
-    with new_folder(out) as folder:
+    with new_folder(out, marker="manifest.json") as folder:
         _fill(folder)
         assert not out.exists()
     assert _text(out) == "new"
@@ -47,21 +47,21 @@ def test_a_new_folder_appears_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, RegrowError])
 def test_a_failure_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "out") as folder:
+    with pytest.raises(error), new_folder(tmp_path / "out", marker="manifest.json") as folder:
         _fill_and_raise(folder, error)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_folder(old, error):
-    with pytest.raises(error), new_folder(old, force=True) as folder:
+    with pytest.raises(error), new_folder(old, force=True, marker="manifest.json") as folder:
         _fill_and_raise(folder, error)
     assert _text(old) == "old"
     assert os.listdir(old.parent) == ["out"]
 
 
 def test_force_replaces(old):
-    with new_folder(old, force=True) as folder:
+    with new_folder(old, force=True, marker="manifest.json") as folder:
         _fill(folder)
     assert _text(old) == "new"
     assert os.listdir(old.parent) == ["out"]
@@ -70,7 +70,7 @@ def test_force_replaces(old):
 def test_what_exists_is_refused_before_the_work(old):
     with (
         pytest.raises(UsageError, match=r"which exists \(--force replaces it\)"),
-        new_folder(old),
+        new_folder(old, marker="manifest.json"),
     ):
         pytest.fail("the block must not run")
     assert _text(old) == "old"
@@ -81,16 +81,24 @@ def test_force_replaces_only_what_regrow_wrote(tmp_path):
     home.mkdir()
     (home / "letters.txt").write_text("mine", encoding="utf-8")
     with (
-        pytest.raises(UsageError, match="or a folder that regrow wrote"),
-        new_folder(home, force=True),
+        pytest.raises(UsageError, match=r"or a folder with manifest\.json"),
+        new_folder(home, force=True, marker="manifest.json"),
     ):
         pytest.fail("the block must not run")
     assert (home / "letters.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_force_replaces_only_a_folder_of_the_same_kind(old):
+    """A bundle written over the demo's folder would take all of the demo with it."""
+    with pytest.raises(UsageError, match=r"or a folder with report\.json"):
+        check_output(old, force=True, marker="report.json")
+    with pytest.raises(UsageError, match=r"output must be a file, got .*: it is a folder"):
+        check_output(old, force=True)
+
+
 def test_force_replaces_an_empty_folder(tmp_path):
     (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out", force=True) as folder:
+    with new_folder(tmp_path / "out", force=True, marker="manifest.json") as folder:
         _fill(folder)
     assert _text(tmp_path / "out") == "new"
 
@@ -113,7 +121,10 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(old, monkeypatch, error
 
     monkeypatch.setattr(files.os, "replace", replace)
     expected = RegrowError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected) as caught, new_folder(old, force=True) as folder:
+    with (
+        pytest.raises(expected) as caught,
+        new_folder(old, force=True, marker="manifest.json") as folder,
+    ):
         _fill(folder)
     if expected is RegrowError:
         assert str(caught.value) == f"{old} could not be written: No space left on device"
@@ -125,7 +136,7 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(old, monkeypatch, error
 def test_a_new_folder_is_readable_by_others(tmp_path):
     mask = os.umask(0o022)
     try:
-        with new_folder(tmp_path / "out") as folder:
+        with new_folder(tmp_path / "out", marker="manifest.json") as folder:
             _fill(folder)
             (folder / "sub" / "x").chmod(0o600)
         write_bytes(tmp_path / "file", b"x")

@@ -169,12 +169,13 @@ def test_the_same_command_writes_the_same_bytes(workshop: Any, cli: Run, tmp_pat
 
 
 def test_an_output_is_replaced_by_force(workshop: Any, cli: Run, tmp_path: Path) -> None:
-    shutil.copytree(workshop.room / "bundle", tmp_path / "out")
+    shutil.copytree(workshop.room / "small", tmp_path / "out")
+    (tmp_path / "out" / "of-old").touch()
     outcome = cli("compress", workshop.room / "vit", "-o", tmp_path / "out", "--force")
     assert outcome.code == 0
     assert "no data, so plain SVD" in outcome.out
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / "of-old").exists()
     assert load_backbone(tmp_path / "out").layers
 
 

@@ -271,7 +271,7 @@ def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -
         UsageError: `out` exists and `force` is off.
     """
     out = Path(out)
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, marker=CONFIG, force=force) as folder:
         _save_weights(backbone.model, folder / WEIGHTS)
         identity = backbone_id([folder / WEIGHTS], backbone.head)
         for file in backbone.files:

@@ -38,6 +38,7 @@ from .users import USERS, User, capture
 __all__ = ["DemoSettings", "Made", "run_demo"]
 
 _DEVICE_SECONDS = 300
+_REPORT = "report.json"
 
 # The attention's projections: as good here as all layers of the blocks, in fewer bytes.
 _TARGETS = ("query", "key", "value", "attention.output.dense")
@@ -99,9 +100,9 @@ def run_demo(
     """
     settings = settings or DemoSettings()
     check_seed(settings.seed)
-    check_output(out, force=force)
+    check_output(out, force=force, marker=_REPORT)
     start = time.perf_counter()
-    with new_folder(out, force=force) as folder, _one_thread():
+    with new_folder(out, marker=_REPORT, force=force) as folder, _one_thread():
         made = Made(settings, folder, out, load_digits(len(USERS), settings.seed))
         for name, step in _STEPS.items():
             began = time.perf_counter()
@@ -111,7 +112,7 @@ def run_demo(
         made.seconds["total"] = time.perf_counter() - start
         report = build_report(made)
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / _REPORT).write_text(text + "\n", encoding="utf-8")
         (folder / "report.html").write_text(render_html(report), encoding="utf-8")
     return report
 

@@ -65,8 +65,6 @@ def adapt_command(
     need("export", "regrow adapt")
     from regrow_runtime.files import check_output
 
-    if out.is_dir():
-        raise click.UsageError(f"-o must be a file, got {out}: it is a folder")
     check_output(out, force=force)
     check_data(data)
     from regrow_toolchain.adapting import adapt

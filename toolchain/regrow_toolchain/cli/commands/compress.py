@@ -47,7 +47,7 @@ def compress_command(
     need("export", "regrow compress")
     from regrow_runtime.files import check_output
 
-    check_output(out, force=force)
+    check_output(out, force=force, marker="regrow.json")
     if data is not None:
         check_data(data)
     from regrow_toolchain.backbone import load_backbone, save_backbone

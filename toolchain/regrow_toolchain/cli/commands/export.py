@@ -57,10 +57,11 @@ def export_command(
     need("export", "regrow export")
     from regrow_runtime.adapter import Adapter
     from regrow_runtime.files import check_output
+    from regrow_runtime.manifest import MANIFEST
 
     if mode != "swappable" and adapter is None:
         raise click.UsageError(f"--mode {mode} builds one adapter in: give it with --adapter")
-    check_output(out, force=force)
+    check_output(out, force=force, marker=MANIFEST)
     loaded = Adapter.load(adapter) if adapter else None
     from regrow_toolchain.backbone import load_backbone
     from regrow_toolchain.exporting import export_backbone

@@ -42,8 +42,6 @@ def import_command(
     from regrow_runtime.files import check_output
     from regrow_toolchain.importing import import_peft
 
-    if out.is_dir():
-        raise click.UsageError(f"-o must be a file, got {out}: it is a folder")
     check_output(out, force=force)
     adapter = import_peft(peft_dir, backbone, storage=ImportConfig(**settings).storage)
     written = adapter.save(out)
