@@ -71,9 +71,10 @@ def test_run_on_arrays_with_labels(workshop: Any, run: Run, tmp_path: Path) -> N
     assert after["adapter"] == "mine"
     assert after["swap"]["kind"] == "cold"
     assert after["accuracy"] > before["accuracy"] + 0.2
-    stored = np.load(tmp_path / "out.npz")
-    assert stored["logits"].shape == (90, 3)
-    best = [("left", "middle", "right")[i] for i in stored["logits"].argmax(axis=1)]
+    with np.load(tmp_path / "out.npz") as stored:
+        logits = stored["logits"]
+    assert logits.shape == (90, 3)
+    best = [("left", "middle", "right")[i] for i in logits.argmax(axis=1)]
     assert [answer["label"] for answer in after["answers"]] == best
 
 
@@ -116,9 +117,10 @@ def test_labels_that_the_head_does_not_know_are_no_zero(
     arguments = ("run", workshop.room / "bundle", "--input", workshop.room / "own.npz")
     assert cli(*arguments, "--json").json["accuracy"] is None
     assert "accuracy on 60 samples: none, this head does not know" in cli(*arguments).out
-    pixels = np.load(workshop.room / "own.npz")
+    with np.load(workshop.room / "own.npz") as stored:
+        images = stored["images"]
     for labels in (np.arange(60) - 5, np.linspace(0, 1, 60)):
-        np.savez(tmp_path / "bad.npz", images=pixels["images"], labels=labels)
+        np.savez(tmp_path / "bad.npz", images=images, labels=labels)
         outcome = cli("run", workshop.room / "bundle", "--input", tmp_path / "bad.npz")
         assert outcome.code == 2
         assert "labels must be integers from 0 or names" in outcome.err
