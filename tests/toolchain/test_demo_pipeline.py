@@ -104,12 +104,13 @@ def test_what_it_made_can_be_used(made: Made) -> None:
     """The bundle with an adapter gives the accuracy that the report has."""
     bundle = Bundle.open(made.folder / "bundle", threads=1)
     for user in made.report["users"]:
-        stored = np.load(made.folder / "users" / f"{user['id']}-test.npz")
-        pixels = bundle.preprocessor()(list(stored["images"]))
+        with np.load(made.folder / "users" / f"{user['id']}-test.npz") as stored:
+            images, labels = stored["images"], stored["labels"].astype(str)
+        pixels = bundle.preprocessor()(list(images))
         bundle.swap(made.folder / "adapters" / f"{user['id']}.safetensors")
         best = bundle.run_all({"pixel_values": pixels})["logits"].argmax(axis=1)
         names = np.array(bundle.labels())[best]
-        assert (names == stored["labels"].astype(str)).mean() == pytest.approx(user["after"])
+        assert (names == labels).mean() == pytest.approx(user["after"])
     backbone = load_backbone(made.folder / "backbone")
     assert backbone.backbone_id == bundle.manifest.backbone_id
     assert load_backbone(made.folder / "dense").layers == ()
