@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import FormatError, RegrowError, UsageError
 
 __all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "write_bytes"]
@@ -86,6 +88,7 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
 
     Raises:
         UsageError: as `check_output`.
+        RegrowError: the folder could not be written.
     """
     path = Path(path).absolute()
     check_output(path, force=force, marker=marker)
@@ -99,6 +102,8 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
                 os.chmod(name, 0o644)  # some libraries write files that only their owner may read
                 _sync(name)
         _exchange(fresh, path, room / "old")
+    except SafetensorError as error:  # how its writer says that the disk is full
+        raise RegrowError(f"{path} could not be written: {error}") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
 

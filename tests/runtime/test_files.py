@@ -7,6 +7,7 @@ import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from regrow_runtime import files
 from regrow_runtime.errors import FormatError, RegrowError, UsageError
@@ -203,3 +204,14 @@ def test_sha256_of_a_file_in_pieces(tmp_path):
     data = bytes(range(256)) * 5000  # more than one piece
     (tmp_path / "x").write_bytes(data)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_weights_that_the_disk_does_not_take_are_one_error(old):
+    """safetensors' own writer reports a full disk as an error of its own kind."""
+    with (
+        pytest.raises(RegrowError, match=r"could not be written: .*No space left on device"),
+        new_folder(old, force=True, marker="manifest.json") as folder,
+    ):
+        _fill_and_raise(folder, SafetensorError("I/O error: No space left on device"))
+    assert _text(old) == "old"
+    assert os.listdir(old.parent) == ["out"]
