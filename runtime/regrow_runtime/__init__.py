@@ -7,7 +7,7 @@ Open a bundle, swap personal adapters without reloading the model, run it:
     logits = bundle.run({"pixel_values": x})["logits"]
 """
 
-from .adapter import Adapter, Coefficients, Head, HeadLayer, Target, Validated
+from .adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target, Validated
 from .basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
 from .bundle import PROFILES, Bundle, Profile, SwapCost
 from .errors import FormatError, MismatchError, RegrowError, UsageError
@@ -27,6 +27,7 @@ __all__ = [
     "ImagePreprocessor",
     "Manifest",
     "MismatchError",
+    "Probe",
     "Profile",
     "RegrowError",
     "Role",

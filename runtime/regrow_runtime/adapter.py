@@ -7,7 +7,7 @@ allocated: sizes against the header, shapes against what the method's config say
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as save_safetensors
 
 from .basis import PHILOX_SIGN, BasisSpec
-from .errors import FormatError, RegrowError
+from .errors import FormatError
 from .fields import Fields, dump_json, parse_json
 from .files import read_bytes, write_bytes
-from .methods import get_method
+from .methods import Method, get_method
+from .methods.base import MAX_FEATURES
 from .philox import check_seed
-from .quantize import pack, packed_width, quantize, unpack
+from .quantize import pack, packed_width, quantize, scale_shape, unpack
 
 __all__ = [
     "FORMAT",
@@ -32,26 +33,28 @@ __all__ = [
     "Coefficients",
     "Head",
     "HeadLayer",
+    "Probe",
     "Target",
     "Validated",
 ]
 
 FORMAT = 1
-# What coefficients may be stored as, and how many bits a value takes. One scale per vector.
+# What coefficients may be stored as, and how many bits a value takes.
 STORAGE = {"fp32": 32, "fp16": 16, "int8": 8, **{f"int{bits}": bits for bits in range(2, 8)}}
 
 # Bounds of the format, far above any real adapter: they stop a hostile header, not a user.
 _MAX_FILE_BYTES = 1 << 30
 _MAX_TARGETS = 100_000
-_MAX_FEATURES = 1 << 24
 _MAX_CLASSES = 1 << 20
+_MAX_PROBE = 64
 
-_DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1", "U32": "<u4"}
+_FLOATS = ("F16", "F32")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that the adapter changes: its module path and its widths."""
+    """A layer that the adapter changes, or a norm (in = out): its module path and its widths."""
 
     name: str
     in_features: int
@@ -64,28 +67,41 @@ class Coefficients:
 
     Attributes:
         values: [rows, length], int8 codes for integer storage, else float32.
-        scale: float32 [rows]; it includes every constant of the method, so that an expansion is
-            one sum times one number.
+        scale: float32 [rows], or [rows, ceil(length / group)] with a scale per group of `group`
+            values; it includes every constant of the method, so that an expansion with one scale
+            per vector is one sum times one number.
+        group: how many values share a scale; None for all of a vector.
     """
 
     values: NDArray[Any]
     scale: NDArray[np.float32]
+    group: int | None = None
 
     @classmethod
     def store(
-        cls, values: NDArray[np.float32], constant: NDArray[np.float32], storage: str
+        cls,
+        values: NDArray[np.float32],
+        constant: NDArray[np.float32],
+        storage: str,
+        group: int | None = None,
     ) -> Coefficients:
         """Round `values` [rows, length] as `storage` says; `constant` [rows] joins the scale."""
         bits = STORAGE[storage]
         if bits <= 8:
-            codes, scale = quantize(values, bits)
-            return cls(codes, (scale * constant).astype(np.float32))
-        dtype = np.float16 if bits == 16 else np.float32
-        return cls(_narrow(values, dtype).astype(np.float32), constant.astype(np.float32))
+            codes, scale = quantize(values, bits, group)
+        else:
+            codes = _narrow(values, np.float16 if bits == 16 else np.float32).astype(np.float32)
+            scale = np.ones(scale_shape(values.shape, group), dtype=np.float32)
+        constant = constant if group is None else constant[:, None]
+        return cls(codes, (scale * constant).astype(np.float32), group)
 
     def dense(self) -> NDArray[np.float32]:
-        """float32 [rows, length]: values times scale."""
-        return self.values.astype(np.float32) * self.scale[:, None]
+        """float32 [rows, length]: values times scale, one multiply each."""
+        scale = self.scale[:, None]
+        if self.group is not None:
+            length = self.values.shape[1]
+            scale = np.repeat(self.scale, min(self.group, length), axis=1)[:, :length]
+        return self.values.astype(np.float32) * scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +123,14 @@ class Head:
     layers: tuple[HeadLayer, ...]
     labels: tuple[str, ...]
     storage: str = "fp16"
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What the model gives for the bundle's probe input: 1 to 64 numbers, float16 [m]."""
+
+    expected: NDArray[np.float16]
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,9 @@ class Adapter:
         targets: the layers it changes, sorted by the UTF-8 bytes of their names.
         coefficients: by tensor name, as the method's `layout` lists them.
         storage: how coefficients are stored, a key of `STORAGE`.
+        group: how many coefficients share a scale; None for all of a vector.
+        stored_basis: the tensors of a basis of kind "stored", as the method's `stored_basis` lists.
+        extra: whole replacements of parameters by their path, float16 or float32.
     """
 
     method: str
@@ -145,14 +172,18 @@ class Adapter:
     head: Head | None = None
     validated: tuple[Validated, ...] = ()
     user: Mapping[str, str] = field(default_factory=dict)
+    group: int | None = None
+    stored_basis: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    probe: Probe | None = None
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same adapter always gives the same ones.
 
         Raises:
-            RegrowError: a number is not finite, or too large for the dtype it is stored in.
+            RegrowError: the file could not be read again, such as with a number that is not finite.
         """
-        tensors: dict[str, NDArray[Any]] = {}
+        tensors: dict[str, NDArray[Any]] = dict(self.stored_basis)
         for name, part in self.coefficients.items():
             tensors[name] = _stored(part.values, self.storage)
             tensors[f"{name}.scale"] = part.scale
@@ -160,12 +191,12 @@ class Adapter:
             for layer in self.head.layers:
                 tensors[f"head.{layer.name}.weight"] = _stored(layer.weight, self.head.storage)
                 tensors[f"head.{layer.name}.bias"] = _stored(layer.bias, self.head.storage)
-        for name, array in tensors.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise RegrowError(
-                    f"adapter: tensor {name} must be finite as {array.dtype}, got NaN or infinity"
-                )
-        return save_safetensors(tensors, {"regrow": dump_json(_metadata(self))})
+        tensors.update({f"extra.{name}": array for name, array in self.extra.items()})
+        if self.probe:
+            tensors["probe"] = self.probe.expected
+        data = save_safetensors(tensors, {"regrow": dump_json(_metadata(self))})
+        _parse(data, "adapter")
+        return data
 
     def save(self, path: str | Path) -> int:
         """Write the file atomically; returns its size in bytes."""
@@ -208,11 +239,21 @@ def _metadata(adapter: Adapter) -> dict[str, Any]:
         "method": adapter.method,
         "config": dict(adapter.config),
         "seed": str(check_seed(adapter.seed)),  # a string: JavaScript rounds large numbers
-        "basis": {"kind": adapter.basis.kind, "version": adapter.basis.version},
+        "basis": {
+            "kind": adapter.basis.kind,
+            "version": adapter.basis.version,
+            **adapter.basis.fields,
+        },
         "backbone_id": adapter.backbone_id,
         "storage": adapter.storage,
         "targets": [[t.name, t.in_features, t.out_features] for t in adapter.targets],
     }
+    if adapter.group is not None:
+        data["group"] = adapter.group
+    if adapter.extra:
+        data["extra"] = sorted(adapter.extra, key=str.encode)
+    if adapter.probe:
+        data["probe"] = {"tolerance": adapter.probe.tolerance}
     if adapter.head:
         names = [layer.name for layer in adapter.head.layers]
         data["head"] = {"layers": names, "labels": list(adapter.head.labels)}
@@ -227,30 +268,38 @@ def _parse(data: bytes, where: str) -> Adapter:
     fields, tensors = _open(data, where)
     _check_version(fields)
     method = get_method(fields.take("method", str), where)
-    storage = fields.take("storage", str)
-    if storage not in STORAGE:
-        raise FormatError(f"{where}: storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+    storage = fields.choice("storage", tuple(STORAGE))
+    group = fields.number("group", 8, MAX_FEATURES) if fields.has("group") else None
     config = method.check_config(fields.take("config", dict), where)
     targets = _targets(fields)
-    coefficients = {
-        name: _coefficients(tensors, name, shape, storage)
-        for name, shape in method.layout(config, targets).items()
-    }
+    basis = _basis(fields, method)
     adapter = Adapter(
         method=method.name,
         config=config,
         seed=_seed(fields),
         backbone_id=fields.take("backbone_id", str),
         targets=targets,
-        coefficients=coefficients,
+        coefficients={
+            name: _coefficients(tensors, name, shape, storage, group)
+            for name, shape in method.layout(config, targets).items()
+        },
         storage=storage,
-        basis=_basis(fields),
+        basis=basis,
         head=_head(fields, tensors),
         validated=_validated(fields),
         user=_user(fields),
+        group=group,
+        stored_basis={
+            name: tensors.take(name, dtypes, shape)
+            for name, (dtypes, shape) in method.stored_basis(config, targets).items()
+            if basis.kind == "stored"
+        },
+        extra=_extra(fields, tensors),
+        probe=_probe(fields, tensors),
     )
     fields.done()
     tensors.done()
+    method.check(adapter, where)
     return adapter
 
 
@@ -260,7 +309,7 @@ class _Tensors:
     def __init__(self, data: bytes, where: str) -> None:
         self.where = where
         try:
-            self._left = dict(deserialize(data))  # type: ignore[no-untyped-call]
+            self._left: dict[str, dict[str, Any]] = dict(deserialize(data))  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             raise FormatError(
                 f"{where} must be a whole safetensors file, got a broken one: copy it again "
@@ -268,25 +317,33 @@ class _Tensors:
             ) from None
 
     def take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any]:
-        entry = self._left.pop(name, None)
-        if entry is None:
-            raise FormatError(f"{self.where}: tensor {name} is missing")
-        dtype, found = entry["dtype"], tuple(entry["shape"])
+        dtype, found = self._entry(name)["dtype"], tuple(self._entry(name)["shape"])
         if dtype not in dtypes or found != shape:
             raise FormatError(
                 f"{self.where}: tensor {name} must be {'/'.join(dtypes)} {list(shape)}, "
                 f"got {dtype} {list(found)}"
             )
+        entry = self._left.pop(name)
         values = np.frombuffer(entry["data"], dtype=_DTYPES[dtype]).reshape(shape)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise FormatError(f"{self.where}: tensor {name} must be finite, got NaN or infinity")
         return values
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        entry = self._left.get(name)
-        if entry is None:
+    def shape(self, name: str, dimensions: range) -> tuple[int, ...]:
+        """Of a tensor that has so many dimensions."""
+        shape = tuple(self._entry(name)["shape"])
+        if len(shape) not in dimensions:
+            least = "" if len(dimensions) == 1 else "at most "
+            raise FormatError(
+                f"{self.where}: dimensions of tensor {name} must be {least}{dimensions[-1]}, "
+                f"got {len(shape)}"
+            )
+        return shape
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._left:
             raise FormatError(f"{self.where}: tensor {name} is missing")
-        return tuple(entry["shape"])
+        return self._left[name]
 
     def holds(self, name: str, dtype: str) -> bool:
         entry = self._left.get(name)
@@ -322,19 +379,24 @@ def _targets(fields: Fields) -> tuple[Target, ...]:
     if len(rows) > _MAX_TARGETS:
         raise FormatError(f"{fields.where}: targets must be at most {_MAX_TARGETS}")
     targets = tuple(_target(row, fields.where) for row in rows)
-    names = [t.name.encode() for t in targets]
-    if names != sorted(set(names)):
-        raise FormatError(f"{fields.where}: targets must be sorted, each named once")
+    _sorted([t.name for t in targets], f"{fields.where}: targets")
     return targets
+
+
+def _sorted(names: Sequence[str], where: str) -> Sequence[str]:
+    """By their UTF-8 bytes, each once, and nothing that would disturb a terminal."""
+    encoded = [name.encode() for name in names]
+    if encoded != sorted(set(encoded)) or not all(name.isprintable() for name in names):
+        raise FormatError(f"{where} must be sorted, each named once, in characters that print")
+    return names
 
 
 def _target(row: object, where: str) -> Target:
     match row:
         case [str(name), int(wide), int(high)] if (
             type(wide) is type(high) is int  # not bool
-            and 0 < wide <= _MAX_FEATURES
-            and 0 < high <= _MAX_FEATURES
-            and name.isprintable()
+            and 0 < wide <= MAX_FEATURES
+            and 0 < high <= MAX_FEATURES
         ):
             return Target(name, wide, high)
     raise FormatError(f"{where}: a target must be [name, in, out], got {row!r:.80}")
@@ -347,20 +409,21 @@ def _seed(fields: Fields) -> int:
     return int(text)
 
 
-def _basis(fields: Fields) -> BasisSpec:
+def _basis(fields: Fields, method: Method) -> BasisSpec:
     part = Fields(fields.take("basis", dict), f"{fields.where}: basis")
-    spec = BasisSpec(part.take("kind", str), part.take("version", int))
-    part.done()
-    if spec != PHILOX_SIGN:
+    kind, version = part.take("kind", str), part.take("version", int)
+    if kind not in method.bases or version != PHILOX_SIGN.version:
         raise FormatError(
-            f"{fields.where}: basis must be {PHILOX_SIGN.kind} version {PHILOX_SIGN.version}, "
-            f"got {spec.kind!r:.40} version {spec.version}"
+            f"{fields.where}: basis of {method.name} must be {' or '.join(method.bases)}, "
+            f"version {PHILOX_SIGN.version}, got {kind!r:.40} version {version}"
         )
+    spec = BasisSpec(kind, version, method.read_basis(kind, part))
+    part.done()
     return spec
 
 
 def _coefficients(
-    tensors: _Tensors, name: str, shape: tuple[int, int], storage: str
+    tensors: _Tensors, name: str, shape: tuple[int, int], storage: str, group: int | None
 ) -> Coefficients:
     rows, length = shape
     bits = STORAGE[storage]
@@ -371,7 +434,29 @@ def _coefficients(
         values = tensors.take(name, ("I8",), shape)
     else:
         values = tensors.take(name, ("F16" if bits == 16 else "F32",), shape).astype(np.float32)
-    return Coefficients(values, tensors.take(f"{name}.scale", ("F32",), (rows,)))
+    scale = tensors.take(f"{name}.scale", ("F32",), scale_shape(shape, group))
+    return Coefficients(values, scale, group)
+
+
+def _extra(fields: Fields, tensors: _Tensors) -> dict[str, NDArray[Any]]:
+    names = _sorted(fields.strings("extra"), f"{fields.where}: extra")
+    shapes = {name: tensors.shape(f"extra.{name}", range(9)) for name in names}
+    return {name: tensors.take(f"extra.{name}", _FLOATS, shapes[name]) for name in names}
+
+
+def _probe(fields: Fields, tensors: _Tensors) -> Probe | None:
+    part = fields.optional("probe")
+    if part is None:
+        return None
+    tolerance = part.take("tolerance", float)
+    part.done()
+    shape = tensors.shape("probe", range(1, 2))
+    if tolerance < 0 or not 1 <= shape[0] <= _MAX_PROBE:
+        raise FormatError(
+            f"{fields.where}: probe must have 1 to {_MAX_PROBE} numbers and a tolerance that is "
+            f"not negative, got {shape[0]} and {tolerance}"
+        )
+    return Probe(tensors.take("probe", ("F16",), shape), tolerance)
 
 
 def _head(fields: Fields, tensors: _Tensors) -> Head | None:
@@ -393,11 +478,9 @@ def _head(fields: Fields, tensors: _Tensors) -> Head | None:
 
 
 def _head_layer(tensors: _Tensors, name: str) -> HeadLayer:
-    shape = tensors.shape(f"head.{name}.weight")
-    if len(shape) != 2:
-        raise FormatError(f"{tensors.where}: tensor head.{name}.weight must have two dimensions")
-    weight = tensors.take(f"head.{name}.weight", ("F16", "F32"), shape).astype(np.float32)
-    bias = tensors.take(f"head.{name}.bias", ("F16", "F32"), shape[:1]).astype(np.float32)
+    shape = tensors.shape(f"head.{name}.weight", range(2, 3))
+    weight = tensors.take(f"head.{name}.weight", _FLOATS, shape).astype(np.float32)
+    bias = tensors.take(f"head.{name}.bias", _FLOATS, shape[:1]).astype(np.float32)
     return HeadLayer(name, weight, bias)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ __all__ = [
     "Role",
     "combine",
     "locations",
+    "plus_minus",
     "sign_bits",
     "signs",
 ]
@@ -48,10 +51,15 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class BasisSpec:
-    """Names the basis that an adapter was trained with, as it stands in the adapter file."""
+    """Names the basis that an adapter was trained with, as it stands in the adapter file.
+
+    Kinds: "philox-sign", "peft-mt19937" (what PEFT draws from the seed) and "stored"; `fields` are
+    what the kind needs besides, such as PEFT's widths.
+    """
 
     kind: str = "philox-sign"
     version: int = 1
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 PHILOX_SIGN = BasisSpec()
@@ -92,6 +100,12 @@ def signs(seed: int, role: int, vector: int, entries: int, *, layer: int = 0) ->
     words = _words(key_of(seed), role, layer, range(vector, vector + 1), blocks)
     bits = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), bitorder="little")
     return bits[:entries].astype(np.int8) * 2 - 1
+
+
+def plus_minus(bits: NDArray[np.uint8], entries: int) -> NDArray[np.float32]:
+    """float32 [vectors, entries] of +1 and -1 from `sign_bits`."""
+    ones = np.unpackbits(bits, axis=1, count=entries, bitorder="little")
+    return ones.astype(np.float32) * np.float32(2) - np.float32(1)
 
 
 def combine(
@@ -155,7 +169,7 @@ def locations(
 
 
 class BasisCache:
-    """Keeps the bits of recent bases; safe to use from several threads.
+    """Keeps recent bases; safe to use from several threads.
 
     Args:
         max_bytes: what may be kept; 0 keeps nothing, so every use regenerates the basis.
@@ -163,7 +177,7 @@ class BasisCache:
 
     def __init__(self, max_bytes: int = 64 << 20) -> None:
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[int, ...], NDArray[np.uint8]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[NDArray[Any], ...]] = OrderedDict()
         self._lock = threading.Lock()
         self.misses = 0
 
@@ -171,24 +185,34 @@ class BasisCache:
     def nbytes(self) -> int:
         """Bytes kept now."""
         with self._lock:
-            return sum(bits.nbytes for bits in self._kept.values())
+            return self._size()
 
-    def bits(
-        self, seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
-    ) -> NDArray[np.uint8]:
-        """As `sign_bits`, from memory if it is there."""
-        key = (seed, int(role), vectors, entries, layer)
+    def _size(self) -> int:
+        return sum(array.nbytes for arrays in self._kept.values() for array in arrays)
+
+    def keep(
+        self, key: Hashable, make: Callable[[], tuple[NDArray[Any], ...]]
+    ) -> tuple[NDArray[Any], ...]:
+        """What `make` gives, from memory if it was made under this key before."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
             self.misses += 1
-        bits = sign_bits(seed, role, vectors, entries, layer=layer)
+        made = make()
         with self._lock:
-            self._kept[key] = bits
-            while sum(b.nbytes for b in self._kept.values()) > self.max_bytes:
+            self._kept[key] = made
+            while self._size() > self.max_bytes:
                 self._kept.popitem(last=False)
-        return bits
+        return made
+
+    def bits(
+        self, seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
+    ) -> NDArray[np.uint8]:
+        """As `sign_bits`, from memory if it is there."""
+        key = ("philox-sign", seed, int(role), vectors, entries, layer)
+        made = self.keep(key, lambda: (sign_bits(seed, role, vectors, entries, layer=layer),))
+        return made[0]
 
     def clear(self) -> None:
         """Forget everything: the next use is a cold one."""

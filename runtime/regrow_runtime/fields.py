@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from .errors import FormatError
@@ -76,6 +77,15 @@ class Fields:
         value = self.take(name, int, default)
         if not low <= value <= high:
             raise FormatError(f"{self.where}: {name} must be from {low} to {high}, got {value}")
+        return value
+
+    def choice(self, name: str, choices: Sequence[str]) -> str:
+        """A string field, one of `choices`."""
+        value = self.take(name, str)
+        if value not in choices:
+            raise FormatError(
+                f"{self.where}: {name} must be one of {', '.join(choices)}, got {value!r:.40}"
+            )
         return value
 
     def objects(self, name: str) -> list[Fields]:

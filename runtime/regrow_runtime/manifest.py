@@ -30,7 +30,12 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODES = ("swappable", "merged", "seeded")
 VARIANTS = ("fp32", "fp16", "int8", "int4")
-SLOT_PARTS = {"low_rank": ("A", "B"), "head": ("weight", "bias")}
+SLOT_PARTS = {
+    "low_rank": ("A", "B"),
+    "delta": ("D",),
+    "bias": ("b",),
+    "head": ("weight", "bias"),
+}
 
 _MAX_BYTES = 64 << 20
 _MAX_WIDTH = 1 << 24
@@ -59,9 +64,11 @@ class GraphSpec:
 class Slot:
     """Where an adapter enters: graph inputs with a default, by part.
 
-    Kinds: "low_rank", parts A [n, in, r] and B [n, r, out] with r = 0 by default; "head", parts
-    weight [n, in, classes] and bias [n, 1, classes] with the backbone's head by default. n is 1 or
-    the batch size. `rank` is set where the graph has a fixed one.
+    Kinds: "low_rank", parts A [n, in, r] and B [n, r, out] with r = 0 by default; "delta", part D
+    [n, r, out] on the first r inputs, r = 0 by default and in when fed; "bias", part b [n, 1, out]
+    of zeros; "head", parts weight [n, in, classes] and bias [n, 1, classes] with the backbone's
+    head by default. n is 1 or the batch size. A target may have one slot of each kind. `rank` is
+    set where a low_rank slot has a fixed one.
     """
 
     target: str
@@ -134,9 +141,9 @@ class Manifest:
         path = folder / MANIFEST
         return _parse(parse_json(read_bytes(path, limit=_MAX_BYTES, what="a manifest"), str(path)))
 
-    def slot_of(self, target: str) -> Slot | None:
-        """The slot of a target, if it has one."""
-        return next((slot for slot in self.slots if slot.target == target), None)
+    def slot_of(self, target: str, kind: str | None = None) -> Slot | None:
+        """The slot of a target, of one kind or the first of any, if it has one."""
+        return next((s for s in self.slots if s.target == target and kind in (None, s.kind)), None)
 
     def check_files(self, folder: Path, *, hashes: bool = False) -> None:
         """Compare every file's size, and with `hashes` its content, to the manifest.
@@ -163,7 +170,7 @@ def _parse(fields: Fields) -> Manifest:
         raise FormatError(f"{fields.where}: format must be {FORMAT}, got {version}; see CHANGELOG")
     seeded = fields.optional("seeded")
     manifest = Manifest(
-        mode=_choice(fields, "mode", MODES),
+        mode=fields.choice("mode", MODES),
         task=fields.take("task", str),
         backbone_id=fields.take("backbone_id", str),
         opset=fields.number("opset", 1, 1000),
@@ -172,31 +179,24 @@ def _parse(fields: Fields) -> Manifest:
         slots=tuple(_slot(part) for part in fields.objects("slots")),
         labels=fields.strings("labels"),
         files=_files(fields),
-        variant=_choice(fields, "variant", VARIANTS),
+        variant=fields.choice("variant", VARIANTS),
         adapter=_text_or_none(fields, "adapter"),
         seeded=None if seeded is None else _seeded(seeded),
         parity=_numbers(fields, "parity"),
     )
     fields.done()
-    _check_graphs(manifest, fields.where)
+    _check_parts(manifest, fields.where)
     return manifest
 
 
-def _check_graphs(manifest: Manifest, where: str) -> None:
+def _check_parts(manifest: Manifest, where: str) -> None:
     if not manifest.graphs:
         raise FormatError(f"{where}: graphs must name at least one")
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             raise FormatError(f"{where}: files must list {graph.file}")
-
-
-def _choice(fields: Fields, name: str, choices: tuple[str, ...]) -> str:
-    value = fields.take(name, str)
-    if value not in choices:
-        raise FormatError(
-            f"{fields.where}: {name} must be one of {', '.join(choices)}, got {value!r:.40}"
-        )
-    return value
+    if len({(slot.target, slot.kind) for slot in manifest.slots}) < len(manifest.slots):
+        raise FormatError(f"{where}: slots must be of one kind once for a target")
 
 
 def _text_or_none(fields: Fields, name: str) -> str | None:
@@ -253,7 +253,7 @@ def _graph(part: Fields) -> GraphSpec:
 
 
 def _slot(part: Fields) -> Slot:
-    kind = _choice(part, "kind", tuple(SLOT_PARTS))
+    kind = part.choice("kind", tuple(SLOT_PARTS))
     inputs = part.take("inputs", dict)
     if set(inputs) != set(SLOT_PARTS[kind]) or not all(isinstance(v, str) for v in inputs.values()):
         raise FormatError(f"{part.where}: inputs must be {', '.join(SLOT_PARTS[kind])}")
@@ -277,7 +277,7 @@ def _seeded(part: Fields) -> SeededSpec:
     spec = SeededSpec(
         method=part.take("method", str),
         config=part.take("config", dict),
-        storage=_choice(part, "storage", ("int8", "fp32")),
+        storage=part.choice("storage", ("int8", "fp32")),
         targets=part.strings("targets"),
         inputs=inputs,
     )

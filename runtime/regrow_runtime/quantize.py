@@ -1,4 +1,4 @@
-"""Symmetric quantisation of coefficients, one scale per vector, and packing of 2 to 7 bits."""
+"""Symmetric quantisation, one scale per vector or group, and packing of 2 to 7 bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from .errors import RegrowError, UsageError
 
-__all__ = ["pack", "packed_width", "quantize", "unpack"]
+__all__ = ["pack", "packed_width", "quantize", "scale_shape", "unpack"]
 
 
 # Bits are widened to bytes a block of rows at a time: a hostile file costs its codes, not 40 times.
@@ -19,18 +19,25 @@ def _check_bits(bits: int) -> None:
         raise UsageError(f"bits must be from 2 to 8, got {bits}")
 
 
+def scale_shape(shape: tuple[int, ...], group: int | None) -> tuple[int, ...]:
+    """Of the scales of values [rows, length]: [rows], or [rows, ceil(length / group)]."""
+    rows, length = shape
+    return (rows,) if group is None else (rows, -(-length // group))
+
+
 def quantize(
-    values: NDArray[np.float32], bits: int
+    values: NDArray[np.float32], bits: int, group: int | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round each row to integers of `bits` bits, symmetric by its largest absolute value.
 
     Args:
         values: float32 [rows, n].
         bits: 2 to 8.
+        group: how many values of a row share a scale, the last group what is left; all if None.
 
     Returns:
-        int8 codes [rows, n] and float32 scales [rows]; row = codes * scale. A row of zeros has
-        scale 1.
+        int8 codes [rows, n] and float32 scales [rows], or [rows, ceil(n / group)]; values = codes
+        * scale. Where all are zeros the scale is 1.
 
     Raises:
         RegrowError: a value is NaN or infinite, which no code stands for.
@@ -38,6 +45,13 @@ def quantize(
     _check_bits(bits)
     if not np.isfinite(values).all():
         raise RegrowError("coefficients must be finite to be rounded, got NaN or infinity")
+    if group is not None:
+        group = min(group, max(values.shape[1], 1))
+        rows, groups = scale_shape(values.shape, group)
+        padded = np.pad(values, ((0, 0), (0, groups * group - values.shape[1])))
+        codes, scale = quantize(padded.reshape(rows * groups, group), bits)
+        whole = codes.reshape(rows, groups * group)
+        return np.ascontiguousarray(whole[:, : values.shape[1]]), scale.reshape(rows, groups)
     top = 2 ** (bits - 1) - 1
     largest = np.abs(values).max(axis=1, initial=0.0)
     scale = np.where(largest > 0, largest / np.float32(top), np.float32(1)).astype(np.float32)

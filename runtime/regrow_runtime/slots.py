@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from .adapter import Adapter, Head, HeadLayer, Target
-from .basis import BasisCache
+from .basis import PHILOX_SIGN, BasisCache
 from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .files import read_bytes
 from .manifest import Manifest, SeededSpec, Slot
@@ -33,8 +33,8 @@ class Resident:
     """An adapter that is expanded and in RAM: swapping to it changes one pointer.
 
     Attributes:
-        feeds: graph input name to array; low_rank A [1, in, r] and B [1, r, out], head weight
-            [1, in, classes] and bias [1, 1, classes].
+        feeds: graph input name to array; low_rank A [1, in, r] and B [1, r, out], delta D
+            [1, in, out], bias b [1, 1, out], head weight [1, in, classes] and bias [1, 1, classes].
         labels: class names, the adapter's own or the bundle's.
     """
 
@@ -68,6 +68,11 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
         findings += _seeded_findings(adapter, manifest.seeded)
     if adapter.head is not None:
         findings += _head_findings(adapter.head, manifest)
+    if adapter.extra:
+        findings.append(
+            f"extra must be folded in by a merged export, got {len(adapter.extra)} whole tensors "
+            f"(such as {min(adapter.extra)}) for which a bundle has no slots"
+        )
     if adapter.backbone_id != manifest.backbone_id and not any_backbone:
         more = f" ({len(findings)} of its layers do not fit either)" if findings else ""
         raise MismatchError(
@@ -84,12 +89,13 @@ def _short(backbone_id: str) -> str:
     return backbone_id[:19] + "…" if len(backbone_id) > 20 else backbone_id
 
 
-def _target_finding(target: Target, manifest: Manifest, kind: str) -> str | None:
-    slot = manifest.slot_of(target.name)
+def _target_finding(target: Target, manifest: Manifest, kind: str | None) -> str | None:
+    slot = manifest.slot_of(target.name, kind)
     if slot is None:
+        others = [s.kind for s in manifest.slots if s.target == target.name]
+        if others:
+            return f"{target.name} must have a {kind} slot, got {', '.join(others)}"
         return f"{target.name} must be a slot of the bundle, got none: export it with this target"
-    if slot.kind != kind:
-        return f"{target.name} must have a {kind} slot, got {slot.kind}"
     if (slot.in_features, slot.out_features) != (target.in_features, target.out_features):
         return (
             f"{target.name} must be {slot.in_features} -> {slot.out_features}, "
@@ -104,6 +110,8 @@ def _seeded_findings(adapter: Adapter, seeded: SeededSpec) -> list[str]:
         "method": (seeded.method, adapter.method),
         "config": (dict(seeded.config), dict(adapter.config)),
         "storage": (seeded.storage, storage),
+        "basis": (PHILOX_SIGN.kind, adapter.basis.kind),
+        "scales": ("one per vector", f"one per {adapter.group or 'vector'}"),
     }
     findings = [
         f"{name} must be {want!r:.120} as in the seeded graph, got {got!r:.120}"
@@ -149,7 +157,7 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
     """
     with np.errstate(over="ignore", invalid="ignore"):  # found below, by name
         feeds = (
-            _low_rank_feeds(adapter, manifest, basis)
+            _slot_feeds(adapter, manifest, basis)
             if manifest.seeded is None
             else _seeded_feeds(adapter, manifest.seeded.inputs)
         )
@@ -164,16 +172,16 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
     return feeds
 
 
-def _low_rank_feeds(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
-    feeds: Feeds = {}
-    for name, parts in get_method(adapter.method).expand(adapter, basis).items():
-        slot = manifest.slot_of(name)
+def _slot_feeds(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
+    method, feeds = get_method(adapter.method), Feeds()
+    for name, parts in method.expand(adapter, basis).items():
+        slot = manifest.slot_of(name, method.slot)
         if slot is None:
             raise UsageError(f"{name} must be a slot of the bundle, got none")
-        a, b = parts["A"], parts["B"]
-        if slot.rank is not None:
-            a, b = _pad_rank(a, b, slot.rank, name)
-        feeds[slot.inputs["A"]], feeds[slot.inputs["B"]] = a[None], b[None]
+        if slot.rank is not None and slot.kind == "low_rank":
+            parts["A"], parts["B"] = _pad_rank(parts["A"], parts["B"], slot.rank, name)
+        for part, array in parts.items():
+            feeds[slot.inputs[part]] = array.reshape(1, -1, array.shape[-1])
     return feeds
 
 
@@ -195,7 +203,7 @@ def _seeded_feeds(adapter: Adapter, inputs: Mapping[str, str]) -> Feeds:
 
 
 def _head_feeds(layer: HeadLayer, manifest: Manifest) -> Feeds:
-    slot = manifest.slot_of(layer.name)
+    slot = manifest.slot_of(layer.name, "head")
     if slot is None:
         raise UsageError(f"{layer.name} must be a head slot of the bundle, got none")
     return {
@@ -232,8 +240,9 @@ def _head_tensor(
 def stack(residents: Sequence[Resident | None], slots: Sequence[Slot], base_head: Feeds) -> Feeds:
     """Feeds in which every sample of a batch has its own adapter, or None for the base.
 
-    Ranks are padded with zeros. Heads of fewer classes are padded with zero weights and a bias of
-    -inf, so that a class which a sample does not have gets the logit -inf.
+    Ranks are padded with zeros, and so are the deltas and biases that a sample does not have. Heads
+    of fewer classes are padded with zero weights and a bias of -inf, so that a class which a sample
+    does not have gets the logit -inf.
     """
     used = {name for resident in residents if resident for name in resident.feeds}
     feeds: Feeds = {}
@@ -242,7 +251,8 @@ def stack(residents: Sequence[Resident | None], slots: Sequence[Slot], base_head
             continue
         for part, name in slot.inputs.items():
             rows = [_row(resident, name, part, slot, base_head) for resident in residents]
-            feeds[name] = _stack_padded(rows, -np.inf if part == "bias" else 0.0)
+            minus = slot.kind == "head" and part == "bias"
+            feeds[name] = _stack_padded(rows, -np.inf if minus else 0.0)
     return feeds
 
 

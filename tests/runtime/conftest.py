@@ -18,26 +18,40 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Target
-from regrow_runtime.manifest import FileEntry, GraphSpec, Manifest, Slot, TensorSpec
+from regrow_runtime.manifest import (
+    SLOT_PARTS,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    Slot,
+    TensorSpec,
+)
 from regrow_runtime.methods import get_method
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[2]
 BACKBONE = "sha256:" + "ab" * 32
 TARGETS = (Target("fc1", 16, 8), Target("fc2", 8, 8))
-NOLA = {"k": 12, "l": 9, "rank": 2, "c": 1.0, "shared": True}
-LORA = {"rank": 2, "alpha": 2.0, "rslora": False}
+CONFIGS = {
+    "nola": {"k": 12, "l": 9, "rank": 2, "c": 1.0, "shared": True},
+    "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
+    "vera": {"rank": 11},
+    "fourierft": {"n": 20, "alpha": 16.0},
+    "bitfit": {},
+    "head": {},
+}
 
 
 def _slots() -> tuple[Slot, ...]:
-    low_rank = [
+    adapted = [
         Slot(
-            t.name, "low_rank", t.in_features, t.out_features,
-            {part: f"{t.name}.adapter_{part}" for part in "AB"},
+            t.name, kind, t.in_features, t.out_features,
+            {part: f"{t.name}.adapter_{part}" for part in SLOT_PARTS[kind]},
         )
         for t in TARGETS
+        for kind in ("low_rank", "delta", "bias")
     ]  # fmt: skip
-    return (*low_rank, Slot("head", "head", 8, 3, {"weight": "head.weight", "bias": "head.bias"}))
+    return (*adapted, Slot("head", "head", 8, 3, {"weight": "head.weight", "bias": "head.bias"}))
 
 
 def _entry(path: Path) -> FileEntry:
@@ -113,7 +127,10 @@ def _head(classes: int, rng: np.random.Generator) -> Head:
 
 @pytest.fixture(scope="session")
 def make_adapter() -> Callable[..., Adapter]:
-    """make_adapter(method, storage, draw=…, seed=…, targets=…, classes=…, **config)."""
+    """make_adapter(method, storage, draw=…, seed=…, targets=…, classes=…, group=…, **config).
+
+    Method "head" has no targets, and 2 classes if not told otherwise.
+    """
 
     def make(
         method: str = "nola",
@@ -123,20 +140,25 @@ def make_adapter() -> Callable[..., Adapter]:
         seed: int = 2**63 + 5,
         targets: tuple[Target, ...] = TARGETS,
         classes: int = 0,
+        group: int | None = None,
         **config: Any,
     ) -> Adapter:
         rng = np.random.default_rng(draw)
-        config = {**(NOLA if method == "nola" else LORA), **config}
+        config = {**CONFIGS[method], **config}
         kind = get_method(method)
+        if method == "head":
+            targets, classes = (), classes or 2
         constants = kind.constants(config, targets)
         values = {
             name: Coefficients.store(
-                3 * rng.standard_normal(shape).astype(np.float32), constants[name], storage
+                3 * rng.standard_normal(shape).astype(np.float32), constants[name], storage, group
             )
             for name, shape in kind.layout(config, targets).items()
         }
         head = _head(classes, rng) if classes else None
-        return Adapter(method, config, seed, BACKBONE, targets, values, storage, head=head)
+        return Adapter(
+            method, config, seed, BACKBONE, targets, values, storage, head=head, group=group
+        )
 
     return make
 
@@ -151,8 +173,10 @@ def reference(weights: dict[str, np.ndarray]) -> Callable[..., np.ndarray]:
         x = pixels.reshape(len(pixels), 16)
         for name in ("fc1", "fc2"):
             y = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-            if expansion and name in expansion:
-                y = y + (x @ expansion[name]["A"]) @ expansion[name]["B"]
+            parts = (expansion or {}).get(name, {})
+            if "A" in parts:
+                y = y + (x @ parts["A"]) @ parts["B"]
+            y = y + (x @ parts["D"] if "D" in parts else parts.get("b", 0))
             x = np.tanh(y)
         if head is None:
             return x @ weights["head.weight"].T + weights["head.bias"]

@@ -23,6 +23,7 @@ from regrow_runtime.adapter import (
     Validated,
 )
 from regrow_runtime.errors import FormatError, RegrowError, UsageError
+from regrow_runtime.methods import METHODS
 
 # The smallest file: NOLA with k = l = rank = 1 on one layer of 1 x 1. docs/adapter-format.md walks
 # through it byte by byte.
@@ -56,13 +57,22 @@ def good(make_adapter) -> bytes:
 
 def _same(a: Adapter, b: Adapter) -> None:
     plain = ("method", "config", "seed", "backbone_id", "targets", "storage", "basis", "validated")
-    for name in (*plain, "user"):
+    for name in (*plain, "user", "group"):
         assert getattr(a, name) == getattr(b, name), name
     assert a.coefficients.keys() == b.coefficients.keys()
     for name, part in a.coefficients.items():
         np.testing.assert_array_equal(part.values, b.coefficients[name].values)
         np.testing.assert_array_equal(part.scale, b.coefficients[name].scale)
+        assert part.group == b.coefficients[name].group
         assert part.values.dtype == b.coefficients[name].values.dtype
+    for some, others in ((a.stored_basis, b.stored_basis), (a.extra, b.extra)):
+        assert some.keys() == others.keys()
+        for name, array in some.items():
+            np.testing.assert_array_equal(array, others[name], strict=True)
+    assert (a.probe is None) == (b.probe is None)
+    if a.probe is not None:
+        assert a.probe.tolerance == b.probe.tolerance
+        np.testing.assert_array_equal(a.probe.expected, b.probe.expected, strict=True)
     assert (a.head is None) == (b.head is None)
     if a.head is not None:
         assert a.head.labels == b.head.labels
@@ -72,10 +82,11 @@ def _same(a: Adapter, b: Adapter) -> None:
             np.testing.assert_array_equal(one.bias, other.bias)
 
 
-@pytest.mark.parametrize("method", ["nola", "lora"])
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("storage", sorted(STORAGE))
-def test_what_is_written_is_read_again(make_adapter, tmp_path, method, storage):
-    adapter = make_adapter(method, storage, classes=3)
+def test_what_is_written_is_read_again(make_adapter, tmp_path, method, storage, group):
+    adapter = make_adapter(method, storage, classes=3, group=group)
     adapter = replace(
         adapter,
         validated=(Validated("int8", "accuracy", 0.25, 1.0, 7),),
@@ -232,7 +243,7 @@ BROKEN = {
     "version text": (_set(format="1"), "format must be of type int, got '1'"),
     "version bool": (_set(format=True), "format must be of type int, got True"),
     "no version": (lambda d: d.pop("format"), "format must be of type int, got nothing"),
-    "method": (_set(method="magic"), "method must be one of nola, lora, got 'magic'"),
+    "method": (_set(method="magic"), "method must be one of nola, vera, fourierft, l"),
     "storage": (_set(storage="int1"), "storage must be one of fp32, fp16, int8, int2"),
     "other storage": (_set(storage="int8"), "tensor alpha must be I8 [2, 12], got U8 [2, 6]"),
     "seed number": (_set(seed=5), "seed must be of type str, got 5"),
@@ -242,7 +253,7 @@ BROKEN = {
     "seed empty": (_set(seed=""), "seed must be a uint64"),
     "seed in other digits": (_set(seed="١"), "seed must be a uint64"),
     "seed of many digits": (_set(seed="0" * 21), "seed must be a uint64"),
-    "basis": (_set(basis={"kind": "mt19937", "version": 1}), "basis must be philox-sign version 1"),
+    "basis": (_set(basis={"kind": "mt19937", "version": 1}), "basis of nola must be philox-sign"),
     "basis version": (_set(basis={"kind": "philox-sign", "version": 2}), "got 'philox-sign' ver"),
     "basis field": (
         _set(basis={"kind": "philox-sign", "version": 1, "x": 1}), "basis: unknown fields x",
@@ -267,7 +278,7 @@ BROKEN = {
     "a target too wide": (_set(targets=[["fc1", 2**24 + 1, 8]]), "a target must be"),
     "a target of bools": (_set(targets=[["a", True, True]]), "a target must be"),
     "a target of floats": (_set(targets=[["a", 1.0, 1.0]]), "a target must be"),
-    "a target that rings": (_set(targets=[["\x1b[31m", 1, 1]]), "a target must be"),
+    "a target that rings": (_set(targets=[["\x1b[31m", 1, 1]]), "in characters that print"),
     "targets as text": (_set(targets="fc1"), "targets must be of type list"),
     "very many targets": (_set(targets=[["a", 1, 1]] * 100_001), "targets must be at most 100000"),
     "head of no layers": (_set(head={"layers": [], "labels": ["a"]}), "head must have layers and"),
@@ -356,7 +367,7 @@ TENSORS = {
     "NaN": (_part("alpha.scale", data=NAN), "tensor alpha.scale must be finite, got NaN or inf"),
     "infinity": (_part("beta.scale", data=INF), "tensor beta.scale must be finite"),
     "head of one dimension": (
-        _part("head.head.weight", shape=[16]), "tensor head.head.weight must have two dimensions",
+        _part("head.head.weight", shape=[16]), "tensor head.head.weight must be 2, got 1",
     ),
     "head NaN": (
         _part("head.head.bias", data=b"\xff\x7f\0\0"), "tensor head.head.bias must be finite",

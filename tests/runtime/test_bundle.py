@@ -113,9 +113,9 @@ def test_opening_what_onnx_runtime_refuses(bundle_copy):
 # -- swapping --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["nola", "lora"])
+@pytest.mark.parametrize("method", ["nola", "lora", "vera", "fourierft", "bitfit"])
 @pytest.mark.parametrize("storage", ["fp32", "int8", "int3"])
-def test_a_swapped_file_is_its_low_rank_update(
+def test_a_swapped_file_is_its_update(
     bundle, pixels, reference, make_adapter, tmp_path, method, storage
 ):
     adapter = make_adapter(method, storage)
@@ -301,8 +301,9 @@ def test_a_merged_bundle_takes_no_adapter(bundle_copy, make_adapter):
 
 def test_a_fixed_rank_is_padded(bundle_copy, pixels, reference, make_adapter):
     def fix(data):
-        for slot in data["slots"][:2]:
-            slot["rank"] = 4
+        for slot in data["slots"]:
+            if slot["kind"] == "low_rank":
+                slot["rank"] = 4
 
     _spoil_manifest(bundle_copy, fix)
     bundle, adapter = Bundle.open(bundle_copy), make_adapter(rank=3)

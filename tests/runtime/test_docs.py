@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from regrow_runtime.basis import locations, signs
+from regrow_runtime.methods.fourierft import _delta
+from regrow_runtime.mt19937 import permutation_head, uniform_kaiming
 from regrow_runtime.philox import philox4x32
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -47,6 +49,32 @@ def test_locations():
     places = locations(777, 1000, 768, 768).tolist()
     assert places[:6] == [int(z) for z in found[1].split()]
     assert places[999] == int(found[2])
+
+
+def test_streams_of_peft():
+    a, b = (r" begins? ([0-9a-f ]+) and", r"and B' ([0-9a-f ]+)\.")
+    made = uniform_kaiming(0, 4, 6, 5)
+    for pattern, matrix in zip((a, b), made, strict=True):
+        words = re.search(pattern, BASIS)[1].split()
+        assert [f"{w:08x}" for w in matrix.reshape(-1)[:3].view(np.uint32)] == words
+    found = re.search(r"768 × 768 ([\d ]+); `out` 3072, `in` 768 ([\d ]+)\.", BASIS)
+    for text, total in zip(found.groups(), (768 * 768, 3072 * 768), strict=True):
+        assert permutation_head(777, 6, total).tolist() == [int(z) for z in text.split()]
+
+
+def test_the_fast_way_of_fourierft():
+    """As the page has it, against the runtime's."""
+    wide, high = 10, 7
+    places, values = locations(5, 30, high, wide), np.linspace(-1, 2, 30)
+    grid = np.zeros((high, wide // 2 + 1))
+    for z, v in zip(places.tolist(), values, strict=True):
+        j, k = z // wide, z % wide
+        if 2 * k > wide:
+            j, k = -j % high, wide - k
+        grid[j, k] += v if k == 0 or 2 * k == wide else v / 2
+    delta = np.fft.irfft2(grid, (high, wide), norm="forward")
+    found = _delta(values.astype(np.float32), places, wide, high).T
+    np.testing.assert_allclose(found, delta, atol=1e-6 * np.abs(delta).max())
 
 
 @pytest.mark.parametrize(("seed", "role", "vector", "layer"), [(5, 0, 0, 0), (2**64 - 1, 1, 9, 3)])

@@ -32,9 +32,12 @@ def test_what_is_written_is_read_again(bundle_folder, bundle_copy):
     assert Manifest.load(bundle_copy) == fuller
 
 
-def test_slots_are_found_by_target(bundle_folder):
+def test_slots_are_found_by_target_and_kind(bundle_folder):
     manifest = Manifest.load(bundle_folder)
     assert manifest.slot_of("fc2").inputs == {"A": "fc2.adapter_A", "B": "fc2.adapter_B"}
+    assert manifest.slot_of("fc2", "delta").inputs == {"D": "fc2.adapter_D"}
+    assert manifest.slot_of("fc2", "bias").inputs == {"b": "fc2.adapter_b"}
+    assert manifest.slot_of("fc2", "head") is None
     assert manifest.slot_of("head").kind == "head"
     assert manifest.slot_of("fc3") is None
 
@@ -80,8 +83,10 @@ BROKEN = {
     "bool shape": (
         lambda d: d["graphs"][0]["inputs"][0].update(shape=[True]), "shape must be numbers and n",
     ),
-    "slot kind": (_in("slots", kind="magic"), "slots[0]: kind must be one of low_rank, head"),
+    "slot kind": (_in("slots", kind="magic"), "slots[0]: kind must be one of low_rank, delta, b"),
     "slot part": (_in("slots", inputs={"A": "x"}), "slots[0]: inputs must be A, B"),
+    "slot parts of another kind": (_in("slots", kind="delta"), "slots[0]: inputs must be D"),
+    "slot twice": (_in("slots", 1, kind="low_rank", inputs={"A": "x", "B": "y"}), "kind once"),
     "slot input": (_in("slots", inputs={"A": "x", "B": 1}), "slots[0]: inputs must be A, B"),
     "slot width": (_in("slots", in_features=0), "slots[0]: in_features must be from 1 to 16777216"),
     "slot rank": (_in("slots", rank=0), "slots[0]: rank must be from 1 to"),

@@ -153,6 +153,17 @@ def test_lora_scales_b_with_alpha(rslora, scaling):
     }  # fmt: skip
 
 
+def test_lora_refuses_factors_that_do_not_fit_a_device():
+    """A file of 2 bits a number unfolds sixteenfold."""
+    targets = tuple(Target(f"{i:02}", 2**16, 1) for i in range(32))
+    rows = Coefficients(np.broadcast_to(np.int8(0), (2**17, 2**16)), np.ones(2**17, np.float32))
+    adapter = Adapter(
+        "lora", {"rank": 2**12, "alpha": 1.0, "rslora": False}, 0, "", targets, {"A.65536": rows}
+    )
+    with pytest.raises(RegrowError, match="factors must be at most 1073741824 bytes"):
+        get_method("lora").expand(adapter, BasisCache())
+
+
 def test_nola_counts_are_the_papers():
     """GPT-2 M, QV of 24 layers, k = l = 1000: 96 K numbers."""
     targets = [Target(f"h.{i}.{part}", 1024, 1024) for i in range(24) for part in "qv"]
@@ -177,18 +188,27 @@ def test_nola_counts_are_the_papers():
         ("lora", {"rank": 0}, "rank must be from 1 to 4096, got 0"),
         ("lora", {"alpha": None}, "alpha must be of type float, got nothing"),
         ("lora", {"k": 1}, "unknown fields k"),
+        ("vera", {"rank": 2**12 + 1}, "rank must be from 1 to 4096, got 4097"),
+        ("vera", {"alpha": 1.0}, "unknown fields alpha"),
+        ("fourierft", {"n": 0}, "n must be from 1 to 65536, got 0"),
+        ("fourierft", {"n": 2**16 + 1}, "n must be from 1 to 65536, got 65537"),
+        ("fourierft", {"alpha": float("nan")}, "alpha must be a finite number, got nan"),
+        ("bitfit", {"rank": 1}, "unknown fields rank"),
+        ("head", {"rank": 1}, "unknown fields rank"),
     ],
 )
 def test_a_config_is_bounded(method, config, message):
     good = {
         "nola": {"k": 1, "l": 1, "rank": 1, "c": 1.0, "shared": True},
         "lora": {"rank": 1, "alpha": 1.0, "rslora": False},
-    }[method]
+        "vera": {"rank": 1},
+        "fourierft": {"n": 1, "alpha": 1.0},
+    }.get(method, {})
     with pytest.raises(FormatError, match=r"^file: config: ") as caught:
         get_method(method).check_config({**good, **config}, "file")
     assert message in str(caught.value)
 
 
 def test_an_unknown_method_lists_those_there_are():
-    with pytest.raises(FormatError, match="file: method must be one of nola, lora, got 'magic'"):
+    with pytest.raises(FormatError, match="file: method must be one of nola, vera, fourierft"):
         get_method("magic", "file")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from ..errors import FormatError
 from .base import Method
+from .bitfit import Bitfit
+from .fourierft import Fourierft
+from .head import HeadOnly
 from .lora import Lora
 from .nola import Nola
+from .vera import Vera
 
 __all__ = ["METHODS", "Method", "get_method"]
 
-METHODS: dict[str, Method] = {method.name: method for method in (Nola(), Lora())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (Nola(), Vera(), Fourierft(), Lora(), Bitfit(), HeadOnly())
+}
 
 
 def get_method(name: str, where: str = "method") -> Method:

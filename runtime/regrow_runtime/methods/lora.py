@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..fields import Fields
-from .base import Expansion
+from .base import MAX_RANK, Expansion, Layout, Method, check_factors, stacked, unstacked
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Lora"]
 
-_MAX_RANK = 1 << 12
 
-
-class Lora:
+class Lora(Method):
     """Config: `rank`, `alpha` (the scale is alpha / rank), `rslora`.
 
     Coefficients are stacked over the targets that share a width: `A.<in>` [targets * rank, in]
@@ -34,30 +32,20 @@ class Lora:
     name = "lora"
     slot = "low_rank"
 
-    def check_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def read_config(self, fields: Fields) -> dict[str, Any]:
         """rank in 1..4096, finite alpha, rslora a bool."""
-        fields = Fields(config, f"{where}: config")
-        checked = {
-            "rank": fields.number("rank", 1, _MAX_RANK),
+        return {
+            "rank": fields.number("rank", 1, MAX_RANK),
             "alpha": fields.take("alpha", float),
             "rslora": fields.take("rslora", bool, False),
         }
-        fields.done()
-        return checked
 
-    def layout(
-        self, config: Mapping[str, Any], targets: Sequence[Target]
-    ) -> dict[str, tuple[int, int]]:
+    def layout(self, config: Mapping[str, Any], targets: Sequence[Target]) -> Layout:
         """A.<in> and B.<out>, one pair of dimensions per width that occurs."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for target in targets:
-            for name, width in (
-                (f"A.{target.in_features}", target.in_features),
-                (f"B.{target.out_features}", target.out_features),
-            ):
-                rows = shapes.get(name, (0, width))[0]
-                shapes[name] = (rows + config["rank"], width)
-        return shapes
+        return {
+            **stacked("A", [t.in_features for t in targets], config["rank"]),
+            **stacked("B", [t.out_features for t in targets], config["rank"]),
+        }
 
     def constants(
         self, config: Mapping[str, Any], targets: Sequence[Target]
@@ -71,16 +59,11 @@ class Lora:
         }
 
     def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
-        """A [in, rank] and B [rank, out] per target, float32; the basis is not used."""
-        rank = adapter.config["rank"]
-        dense = {name: part.dense() for name, part in adapter.coefficients.items()}
-        used = dict.fromkeys(dense, 0)
-        found: Expansion = {}
-        for target in adapter.targets:
-            rows = {}
-            for part, width in (("A", target.in_features), ("B", target.out_features)):
-                name = f"{part}.{width}"
-                rows[part] = dense[name][used[name] : used[name] + rank]
-                used[name] += rank
-            found[target.name] = {"A": np.ascontiguousarray(rows["A"].T), "B": rows["B"]}
-        return found
+        """A [in, rank] and B [rank, out] per target; the basis is not used."""
+        rank, targets = adapter.config["rank"], adapter.targets
+        check_factors(rank, targets)
+        a = unstacked(adapter, "A", [t.in_features for t in targets], rank)
+        b = unstacked(adapter, "B", [t.out_features for t in targets], rank)
+        return {
+            target.name: {"A": np.ascontiguousarray(next(a).T), "B": next(b)} for target in targets
+        }

@@ -3,9 +3,9 @@
 Run once, with the [export] extra: `python tests/runtime/data/make_model.py`. The tests use the
 written files, because the base install has no `onnx`.
 
-The model is a classifier of pictures of 4 x 4: two tanh layers with low_rank slots ("fc1" 16 -> 8,
-"fc2" 8 -> 8) and a head slot ("head", 8 -> 3). Slots are inputs with defaults, as export makes
-them: empty for fc1 and fc2, the base's head for "head".
+The model is a classifier of pictures of 4 x 4: two tanh layers with low_rank, delta and bias slots
+("fc1" 16 -> 8, "fc2" 8 -> 8) and a head slot ("head", 8 -> 3). Slots are inputs with defaults, as
+export makes them: empty or zeros for fc1 and fc2, the base's head for "head".
 """
 
 from pathlib import Path
@@ -31,15 +31,20 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def slotted(name: str, x: str) -> list[onnx.NodeProto]:
-    """tanh(x W + b + (x A) B)."""
-    a, b = f"{name}.adapter_A", f"{name}.adapter_B"
+    """tanh(x W + b + (x A) B + x[..., :r] D + adapter_b)."""
+    a, b, d = (f"{name}.adapter_{part}" for part in "ABD")
     return [
         helper.make_node("MatMul", [x, f"{name}.W"], [f"{name}.base"]),
         helper.make_node("Add", [f"{name}.base", f"{name}.b"], [f"{name}.biased"]),
         helper.make_node("MatMul", [x, a], [f"{name}.down"]),
         helper.make_node("MatMul", [f"{name}.down", b], [f"{name}.up"]),
         helper.make_node("Add", [f"{name}.biased", f"{name}.up"], [f"{name}.sum"]),
-        helper.make_node("Tanh", [f"{name}.sum"], [f"{name}.out"]),
+        helper.make_node("Shape", [d], [f"{name}.read"], start=1, end=2),
+        helper.make_node("Slice", [x, "zero", f"{name}.read", "last"], [f"{name}.first"]),
+        helper.make_node("MatMul", [f"{name}.first", d], [f"{name}.delta"]),
+        helper.make_node("Add", [f"{name}.sum", f"{name}.delta"], [f"{name}.whole"]),
+        helper.make_node("Add", [f"{name}.whole", f"{name}.adapter_b"], [f"{name}.all"]),
+        helper.make_node("Tanh", [f"{name}.all"], [f"{name}.out"]),
     ]
 
 
@@ -47,15 +52,19 @@ def model() -> onnx.ModelProto:
     """The graph; every slot is an input and an initializer."""
     stored = weights()
     inputs = [helper.make_tensor_value_info("pixel_values", FLOAT, ["batch", 1, 4, 4])]
-    tensors = {"rows": np.array([0, 1, 16], np.int64), "token": np.array([1], np.int64)}
+    numbers = {"rows": [0, 1, 16], "token": [1], "zero": [0], "last": [2]}
+    tensors = {key: np.array(value, np.int64) for key, value in numbers.items()}
     for name in ("fc1", "fc2"):
         wide, high = WIDTHS[name]
         tensors[f"{name}.W"] = np.ascontiguousarray(stored[f"{name}.weight"].T)
         tensors[f"{name}.b"] = stored[f"{name}.bias"]
-        tensors[f"{name}.adapter_A"] = np.zeros((1, wide, 0), np.float32)
-        tensors[f"{name}.adapter_B"] = np.zeros((1, 0, high), np.float32)
-        n, rank = f"{name}.n", f"{name}.rank"
-        for part, shape in (("A", [n, wide, rank]), ("B", [n, rank, high])):
+        for part, empty, shape in (
+            ("A", (1, wide, 0), [f"{name}.n", wide, f"{name}.rank"]),
+            ("B", (1, 0, high), [f"{name}.n", f"{name}.rank", high]),
+            ("D", (1, 0, high), [f"{name}.delta_n", f"{name}.delta_rank", high]),
+            ("b", (1, 1, high), [f"{name}.bias_n", 1, high]),
+        ):
+            tensors[f"{name}.adapter_{part}"] = np.zeros(empty, np.float32)
             inputs.append(helper.make_tensor_value_info(f"{name}.adapter_{part}", FLOAT, shape))
     tensors["head.weight"] = np.ascontiguousarray(stored["head.weight"].T)[None]
     tensors["head.bias"] = stored["head.bias"][None, None]

@@ -1,0 +1,40 @@
+"""Head only, a baseline: a head of its own on a backbone that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FormatError
+from ..fields import Fields
+from .base import Expansion, Layout, Method
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ..basis import BasisCache
+
+__all__ = ["HeadOnly"]
+
+
+class HeadOnly(Method):
+    """No config, no targets, no coefficients."""
+
+    name = "head"
+    slot = None
+
+    def read_config(self, fields: Fields) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def layout(self, config: Mapping[str, Any], targets: Sequence[Target]) -> Layout:
+        """Nothing."""
+        return {}
+
+    def check(self, adapter: Adapter, where: str) -> None:
+        """A head there must be, and targets there must not."""
+        if adapter.head is None or adapter.targets:
+            raise FormatError(f"{where}: an adapter of method head must have a head and no targets")
+
+    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+        """Nothing: the head's numbers are stored as they are."""
+        return {}
