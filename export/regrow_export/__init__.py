@@ -10,6 +10,14 @@ it is kept. Importing this module loads neither torch nor onnx; exporting does.
 from .bundle import export_bundle
 from .expander import build_expander
 from .source import ExportSource
-from .targets import find_linears, slot_targets
+from .targets import find_biased, find_linears, kinds_for, slot_targets
 
-__all__ = ["ExportSource", "build_expander", "export_bundle", "find_linears", "slot_targets"]
+__all__ = [
+    "ExportSource",
+    "build_expander",
+    "export_bundle",
+    "find_biased",
+    "find_linears",
+    "kinds_for",
+    "slot_targets",
+]

@@ -41,9 +41,12 @@ class GraphBuilder:
         """Cut a tensor into `count` equal parts along an axis."""
         if count == 1:
             return [value]
+        return self.several(count, "Split", value, axis=axis, num_outputs=count)
+
+    def several(self, count: int, kind: str, *inputs: str, **attributes: Any) -> list[str]:
+        """Add a node with the first `count` of its outputs; returns their names."""
         outputs = [self._name() for _ in range(count)]
-        node = helper.make_node("Split", [value], outputs, axis=axis, num_outputs=count)
-        self.nodes.append(node)
+        self.nodes.append(helper.make_node(kind, list(inputs), outputs, **attributes))
         return outputs
 
     def constant(self, value: NDArray[Any]) -> str:

@@ -17,9 +17,10 @@ from regrow_runtime.files import check_output, new_folder, sha256_file
 from regrow_runtime.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
 from regrow_runtime.slots import HEAD_FILE
 
+from .expander import check_graph
 from .extras import quiet, require_export, steady_torch
 from .source import ExportSource
-from .targets import check_adapter, head_widths, slot_targets
+from .targets import TARGET_KINDS, check_adapter, head_widths, slot_targets
 
 if TYPE_CHECKING:
     from .modes import Draft
@@ -35,6 +36,7 @@ def export_bundle(
     *,
     mode: str = "swappable",
     targets: Sequence[str] = (),
+    kinds: Sequence[str] = ("low_rank",),
     adapter: Adapter | None = None,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     force: bool = False,
@@ -45,6 +47,8 @@ def export_bundle(
         out: a new folder; `force` replaces an old one.
         mode: "swappable", "merged" or "seeded".
         targets: module paths of the layers that get slots; for "swappable" only.
+        kinds: of the slots, "low_rank", "delta" and "bias" (see `kinds_for`); for "swappable" only.
+            A target gets every kind that its layer takes; with "bias", norms can be targets.
         adapter: what is built in; for "merged" and "seeded" only.
         inputs: by argument name of `forward`, batch first: what the bundle is checked with.
             Needed for models that optimum does not know, made up for others.
@@ -55,28 +59,35 @@ def export_bundle(
         RegrowError: tracing failed, or the bundle and torch disagree, or a slot has no effect.
     """
     out = Path(out)
-    _check_request(mode, targets, adapter)
+    _check_request(mode, targets, kinds, adapter)
     check_output(out.absolute(), force=force, marker=MANIFEST)
     require_export()
     source.check()
     if adapter is None:
-        slot_targets(source.model, targets)
+        slot_targets(source.model, targets, kinds)
     else:
         check_adapter(source, adapter)
+        if mode == "seeded":
+            check_graph(adapter)
     head_widths(source, [t.name for t in adapter.targets] if adapter else targets)
     with (
         quiet(),
         steady_torch(source.model),
         new_folder(out, marker=MANIFEST, force=force) as folder,
     ):
-        return _export(source, folder, mode, targets, adapter, inputs)
+        return _export(source, folder, mode, targets, kinds, adapter, inputs)
 
 
-def _check_request(mode: str, targets: Sequence[str], adapter: Adapter | None) -> None:
+def _check_request(
+    mode: str, targets: Sequence[str], kinds: Sequence[str], adapter: Adapter | None
+) -> None:
     if mode not in MODES:
         raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if isinstance(targets, str):
         raise UsageError(f"targets must be a list of module paths, got the string {targets!r}")
+    _check_kinds(kinds)
+    if targets and not kinds:
+        raise UsageError("kinds must name at least one for targets to have slots, got none")
     if mode == "swappable":
         if adapter is not None:
             raise UsageError("adapter must be left out for mode swappable; swap it on the device")
@@ -88,18 +99,29 @@ def _check_request(mode: str, targets: Sequence[str], adapter: Adapter | None) -
         raise UsageError(f"targets must be the adapter's for mode {mode}: leave them out")
 
 
+def _check_kinds(kinds: Sequence[str]) -> None:
+    if isinstance(kinds, str):
+        raise UsageError(f"kinds must be a list of kinds of slot, got the string {kinds!r}")
+    for kind in kinds:
+        if kind not in TARGET_KINDS:
+            raise UsageError(f"kinds must be among {', '.join(TARGET_KINDS)}, got {kind!r}")
+        if list(kinds).count(kind) > 1:
+            raise UsageError(f"kinds must be named once, got {kind!r} twice")
+
+
 def _export(
     source: ExportSource,
     folder: Path,
     mode: str,
     targets: Sequence[str],
+    kinds: Sequence[str],
     adapter: Adapter | None,
     inputs: Mapping[str, NDArray[Any]] | None,
 ) -> Manifest:
     from .modes import merged, seeded, swappable
 
     if adapter is None:
-        draft = swappable(source, folder, targets, inputs)
+        draft = swappable(source, folder, targets, kinds, inputs)
     else:
         draft = (merged if mode == "merged" else seeded)(source, folder, adapter, inputs)
     _write_probe(folder, draft)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_runtime.adapter import STORAGE, Adapter, Target
+from regrow_runtime.basis import PHILOX_SIGN
 from regrow_runtime.errors import UsageError
 from regrow_runtime.methods import get_method
 from regrow_runtime.philox import key_of
@@ -18,7 +19,14 @@ from .methods import get_builder
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["adapter_inputs", "build_expander", "graph_storage", "input_types", "splice"]
+__all__ = [
+    "adapter_inputs",
+    "build_expander",
+    "check_graph",
+    "graph_storage",
+    "input_types",
+    "splice",
+]
 
 _PREFIX = "regrow"
 
@@ -28,6 +36,26 @@ def graph_storage(storage: str) -> str:
     if storage not in STORAGE:
         raise UsageError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
     return "int8" if STORAGE[storage] <= 8 else "fp32"
+
+
+def check_graph(adapter: Adapter) -> None:
+    """Raise `UsageError` with the reason if a graph cannot expand an adapter."""
+    get_builder(adapter.method)
+    if adapter.extra:
+        raise UsageError(
+            f"adapter must have no saved modules ({min(adapter.extra)}) to be fed, since there is "
+            "no slot for them: export it merged"
+        )
+    if adapter.basis.kind != PHILOX_SIGN.kind:
+        raise UsageError(
+            f"basis must be {PHILOX_SIGN.kind} for a graph to rebuild it from the seed, got "
+            f"{adapter.basis.kind}, which only the runtime expands: export it merged or swappable"
+        )
+    if adapter.group is not None:
+        raise UsageError(
+            "coefficients must have one scale per vector in a graph, got one per group of "
+            f"{adapter.group}: export it merged or swappable, or store it without groups"
+        )
 
 
 def input_types(
@@ -63,13 +91,15 @@ def build_expander(
         storage: as in an adapter; what it says about the inputs' dtype is all that matters.
 
     Returns:
-        A model with the inputs of `input_types` and outputs `<target>.adapter_A` [1, in, r] and
-        `<target>.adapter_B` [1, r, out], float32, in standard operators.
+        A model with the inputs of `input_types` and outputs `<target>.adapter_<part>`, float32, as
+        slots take them: A [1, in, r] and B [1, r, out], or D [1, in, out], or b [1, 1, out]. In
+        standard operators. Its basis is philox-sign, its coefficients have one scale per vector.
     """
     from onnx import TensorProto, helper, shape_inference
 
     from .graph import IR_VERSION, OPSET
 
+    get_builder(method)
     types = input_types(method, config, targets, storage)
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
@@ -93,6 +123,8 @@ def _nodes(
     """Nodes and constants of an expansion, and the slot tensors that they end in."""
     from .builder import GraphBuilder
 
+    if not targets:
+        return [], [], []
     g = GraphBuilder(_PREFIX)
     inputs = {name: name for name in input_types(method, config, targets, storage)}
     integer = graph_storage(storage) == "int8"
@@ -109,10 +141,9 @@ def splice(model: onnx.ModelProto, adapter: Adapter) -> None:
 
     Raises:
         RegrowError: the tracer lost a target.
-        UsageError: the method cannot be rebuilt in a graph, or an input of the model has the name
-            of one of the expansion.
+        UsageError: an input of the model has the name of one of the expansion's.
     """
-    from .graph import SlotTensor, add_input, take_out
+    from .graph import SlotTensor, add_input, free_deltas, take_out
 
     nodes, constants, names = _nodes(
         adapter.method, adapter.config, adapter.targets, adapter.storage
@@ -121,6 +152,8 @@ def splice(model: onnx.ModelProto, adapter: Adapter) -> None:
     clash = [value.name for value in model.graph.input if value.name in values]
     if clash:
         raise UsageError(f"model inputs must not be called {', '.join(values)}, got {clash}")
+    # A delta of the adapter's own has all rows.
+    free_deltas(model, [name for name in names if name.endswith(".adapter_D")], cut=False)
     take_out(model, names)
     for name, value in values.items():
         add_input(model, SlotTensor(name, value, value.shape))

@@ -9,29 +9,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_runtime.adapter import HeadLayer, Target
-from regrow_runtime.manifest import Slot
+from regrow_runtime.manifest import SLOT_PARTS, Slot
 from regrow_runtime.methods.base import Expansion
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Feeds", "expansion_feeds", "head_feeds", "head_slots", "low_rank_slots", "model_head"]
+__all__ = [
+    "Feeds",
+    "expansion_feeds",
+    "head_feeds",
+    "head_slots",
+    "model_head",
+    "slot_shapes",
+    "target_slot",
+]
 
 Feeds = dict[str, NDArray[np.float32]]
 
 
-def low_rank_slots(targets: Sequence[Target]) -> tuple[Slot, ...]:
-    """The slots of targets; inputs are `<target>.adapter_A` and `<target>.adapter_B`."""
-    return tuple(
-        Slot(
-            target=t.name,
-            kind="low_rank",
-            in_features=t.in_features,
-            out_features=t.out_features,
-            inputs={part: f"{t.name}.adapter_{part}" for part in ("A", "B")},
-        )
-        for t in targets
+def target_slot(target: Target, kind: str) -> Slot:
+    """A slot of a target; its inputs are `<target>.adapter_<part>`."""
+    return Slot(
+        target=target.name,
+        kind=kind,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        inputs={part: f"{target.name}.adapter_{part}" for part in SLOT_PARTS[kind]},
     )
+
+
+def slot_shapes(slot: Slot, rank: int) -> dict[str, tuple[int, int]]:
+    """By part, the shape of what an adapter of some rank feeds, without the leading n."""
+    wide, high = slot.in_features, slot.out_features
+    shapes = {
+        "low_rank": {"A": (wide, rank), "B": (rank, high)},
+        "delta": {"D": (wide, high)},
+        "bias": {"b": (1, high)},
+        "head": {"weight": (wide, high), "bias": (1, high)},
+    }
+    return shapes[slot.kind]
 
 
 def head_slots(widths: Mapping[str, tuple[int, int]]) -> tuple[Slot, ...]:
@@ -49,9 +66,9 @@ def head_slots(widths: Mapping[str, tuple[int, int]]) -> tuple[Slot, ...]:
 
 
 def expansion_feeds(expansion: Expansion) -> Feeds:
-    """`<target>.adapter_A` [1, in, r] and `<target>.adapter_B` [1, r, out]."""
+    """`<target>.adapter_<part>`: A [1, in, r] and B [1, r, out], D [1, in, out], b [1, 1, out]."""
     return {
-        f"{target}.adapter_{part}": value[None]
+        f"{target}.adapter_{part}": value.reshape(1, -1, value.shape[-1])
         for target, parts in expansion.items()
         for part, value in parts.items()
     }

@@ -21,6 +21,7 @@ __all__ = [
     "SlotTensor",
     "add_input",
     "describe",
+    "free_deltas",
     "open_slots",
     "specs",
     "take_out",
@@ -40,12 +41,16 @@ class SlotTensor:
     shape: tuple[int | str, ...]
 
 
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g)
+                yield from _all_graphs(attribute.g)
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    return (node for part in _all_graphs(graph) for node in part.node)
 
 
 def take_out(model: onnx.ModelProto, names: Sequence[str]) -> None:
@@ -76,6 +81,68 @@ def add_input(model: onnx.ModelProto, slot: SlotTensor) -> None:
     model.graph.input.append(helper.make_tensor_value_info(slot.name, kind, shape))
     value = np.ascontiguousarray(slot.default)
     model.graph.initializer.append(numpy_helper.from_array(value, slot.name))
+
+
+def free_deltas(model: onnx.ModelProto, names: Sequence[str], *, cut: bool) -> None:
+    """Let products with a delta [n, r, out] read as many columns of x as it has rows.
+
+    The tracer wrote x[..., :2] D with a constant 2, the length that it saw.
+
+    Args:
+        names: of the deltas.
+        cut: read x[..., :r], with r from the delta's shape; else all of x.
+
+    Raises:
+        RegrowError: a delta is read by something else than such a product.
+    """
+    deltas = set(names)
+    for graph in reversed(list(_all_graphs(model.graph))):  # inner ones first: they are copied
+        made = {output: node for node in graph.node for output in node.output}
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            for name in deltas.intersection(node.input):
+                nodes += _free_delta(node, made, name, cut=cut)
+            nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(nodes)
+    if deltas:
+        _drop_unread(model.graph)
+
+
+def _free_delta(
+    product: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], delta: str, *, cut: bool
+) -> list[onnx.NodeProto]:
+    """Change what a product reads beside the delta; returns nodes that go before it."""
+    traced = made.get(product.input[0])
+    if product.op_type != "MatMul" or traced is None or traced.op_type != "Slice":
+        raise RegrowError(
+            f"{delta} must be traced as a slice and a product, got {product.op_type}: the exporter "
+            "rewrote it; export with slots of another kind"
+        )
+    product.input[0] = traced.input[0]
+    if not cut:
+        return []
+    # By the product's name, since a layer that is called twice has two.
+    rows, axis, zero, part = (f"{product.output[0]}/{what}" for what in ("r", "axis", "0", "x"))
+    product.input[0], whole = part, product.input[0]
+    return [
+        helper.make_node("Shape", [delta], [rows], start=1, end=2),
+        helper.make_node("Constant", [], [zero], value_ints=[0]),
+        helper.make_node("Constant", [], [axis], value_ints=[-1]),
+        helper.make_node("Slice", [whole, zero, rows, axis], [part]),
+    ]
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Drop nodes whose outputs nothing reads any more."""
+    outputs = {output.name for output in graph.output}
+    while True:
+        read = outputs | {name for node in _all_nodes(graph) for name in node.input}
+        kept = [node for node in graph.node if read.intersection(node.output)]
+        if len(kept) == len(graph.node):
+            return
+        del graph.node[:]
+        graph.node.extend(kept)
 
 
 def open_slots(model: onnx.ModelProto, slots: Sequence[SlotTensor]) -> None:

@@ -13,28 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_runtime.adapter import Adapter, Coefficients, Target
+from regrow_runtime.adapter import Adapter, Coefficients
 from regrow_runtime.basis import BasisCache
 from regrow_runtime.errors import UsageError
 from regrow_runtime.manifest import SeededSpec, Slot, TensorSpec
 from regrow_runtime.methods import get_method
 
 from .expander import adapter_inputs, graph_storage, splice
-from .feeds import (
-    Feeds,
-    expansion_feeds,
-    head_feeds,
-    head_slots,
-    low_rank_slots,
-    model_head,
-)
-from .graph import SlotTensor, describe, open_slots, specs
-from .merge import merged_model
+from .feeds import Feeds, expansion_feeds, head_feeds, head_slots, model_head, target_slot
+from .graph import SlotTensor, describe, free_deltas, open_slots, specs
+from .merge import merged_model, with_extra
 from .parity import Checker, check_adapter, check_slots
 from .slots import set_slots, shared_copy, with_slots
 from .source import ExportSource
 from .store import GRAPH_FILE, save_graph
-from .targets import head_widths, slot_targets
+from .targets import head_widths, kinds_for, layer_kinds, slot_targets
 from .trace import Traced, run_torch, trace
 
 __all__ = ["Draft", "merged", "seeded", "swappable"]
@@ -58,17 +51,23 @@ class Draft:
 
 
 def swappable(
-    source: ExportSource, folder: Path, targets: Sequence[str], inputs: Arrays | None
+    source: ExportSource,
+    folder: Path,
+    targets: Sequence[str],
+    kinds: Sequence[str],
+    inputs: Arrays | None,
 ) -> Draft:
-    """A slot around every target and every layer of the head; nothing fed is the base."""
-    layers = slot_targets(source.model, targets)
-    low_rank, heads = low_rank_slots(layers), head_slots(head_widths(source, targets))
-    slots = (*low_rank, *heads)
+    """Slots around every target and every layer of the head; nothing fed is the base."""
+    own = _slots_of(source, targets, kinds)
+    heads = head_slots(head_widths(source, targets))
+    slots = (*own, *heads)
     if not slots:
         raise UsageError("targets must name at least one layer for mode swappable, got none")
-    slotted, traced = _trace_slotted(source, folder, layers, inputs)
+    slotted, traced = _trace_slotted(source, folder, slots, inputs)
+    deltas = [slot.inputs["D"] for slot in own if slot.kind == "delta"]
+    free_deltas(traced.graph, deltas, cut=True)
     defaults = head_feeds(model_head(source.model, source.head))
-    open_slots(traced.graph, [*_empty(low_rank), *_filled(heads, defaults)])
+    open_slots(traced.graph, [*_empty(own), *_filled(heads, defaults)])
     checker = _write(source, folder, "swappable", traced, slots)
     parity = {
         "base_max_abs": checker.against(partial(run_torch, shared_copy(source.model)), {}, "base")
@@ -81,10 +80,11 @@ def merged(source: ExportSource, folder: Path, adapter: Adapter, inputs: Arrays 
     """The adapter folded into the weights: a plain graph, compared to the same in slots."""
     expansion = get_method(adapter.method).expand(adapter, BasisCache())
     layers = adapter.head.layers if adapter.head else ()
-    model = merged_model(source.model, expansion, layers)
-    traced = _trace(model, source, folder, inputs)
+    changed = with_extra(source.model, adapter.extra)
+    traced = _trace(merged_model(changed, expansion, layers), source, folder, inputs)
     checker = _write(source, folder, "merged", traced, ())
-    slotted = with_slots(source.model, adapter.targets, [layer.name for layer in layers])
+    widths = {layer.name: (layer.weight.shape[1], layer.weight.shape[0]) for layer in layers}
+    slotted = with_slots(changed, [*_adapter_slots(adapter), *head_slots(widths)])
     feeds = {**expansion_feeds(expansion), **head_feeds(layers)}
     parity = check_adapter(checker, shared_copy(source.model), slotted, feeds)
     return _draft(traced, (), parity)
@@ -92,8 +92,9 @@ def merged(source: ExportSource, folder: Path, adapter: Adapter, inputs: Arrays 
 
 def seeded(source: ExportSource, folder: Path, adapter: Adapter, inputs: Arrays | None) -> Draft:
     """The basis rebuilt inside the graph; nothing fed is the adapter, another may be fed."""
-    slotted, traced = _trace_slotted(source, folder, adapter.targets, inputs)
     heads = head_slots(head_widths(source, []))
+    slots = [*_adapter_slots(adapter), *heads]
+    slotted, traced = _trace_slotted(source, folder, slots, inputs)
     own = adapter.head.layers if adapter.head else model_head(source.model, source.head)
     splice(traced.graph, adapter)
     open_slots(traced.graph, _filled(heads, head_feeds(own)))
@@ -121,20 +122,45 @@ def _trace(model: nn.Module, source: ExportSource, folder: Path, inputs: Arrays 
 
 
 def _trace_slotted(
-    source: ExportSource, folder: Path, targets: Sequence[Target], inputs: Arrays | None
+    source: ExportSource, folder: Path, slots: Sequence[Slot], inputs: Arrays | None
 ) -> tuple[nn.Module, Traced]:
-    slotted = with_slots(source.model, targets, source.head)
+    slotted = with_slots(source.model, slots)
     return slotted, _trace(slotted, source, folder, inputs)
 
 
+def _slots_of(
+    source: ExportSource, targets: Sequence[str], kinds: Sequence[str]
+) -> tuple[Slot, ...]:
+    """A slot of every one of `kinds` that a target takes: a norm takes a bias alone."""
+    return tuple(
+        target_slot(target, kind)
+        for target in slot_targets(source.model, targets, kinds)
+        for kind in kinds
+        if kind in layer_kinds(source.model.get_submodule(target.name))
+    )
+
+
+def _adapter_slots(adapter: Adapter) -> list[Slot]:
+    kinds = kinds_for(adapter.method)
+    return [target_slot(target, kind) for target in adapter.targets for kind in kinds]
+
+
 def _empty(slots: Sequence[Slot]) -> list[SlotTensor]:
-    """Defaults of rank 0. Dimensions have names per slot: each may have a rank of its own."""
+    """Defaults that change nothing. Dimensions have names per slot: each may have its own."""
     found = []
     for slot in slots:
-        n, rank, (a, b) = f"{slot.target}.n", f"{slot.target}.rank", slot.inputs.values()
         wide, high = slot.in_features, slot.out_features
-        found.append(SlotTensor(a, np.zeros((1, wide, 0), np.float32), (n, wide, rank)))
-        found.append(SlotTensor(b, np.zeros((1, 0, high), np.float32), (n, rank, high)))
+        name = slot.target if slot.kind == "low_rank" else f"{slot.target}.{slot.kind}"
+        n, rank = f"{name}.n", f"{name}.rank"
+        shapes: dict[str, tuple[int | str, ...]] = {
+            "A": (n, wide, rank),
+            "B": (n, rank, high),
+            "D": (n, rank, high),
+            "b": (n, 1, high),
+        }
+        for part, tensor in slot.inputs.items():
+            sizes = [d if isinstance(d, int) else int(d == n) for d in shapes[part]]
+            found.append(SlotTensor(tensor, np.zeros(sizes, np.float32), shapes[part]))
     return found
 
 

@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_runtime.adapter import Target
+from regrow_runtime.manifest import Slot
 
-__all__ = ["HeadSlot", "LinearSlot", "learn_folds", "set_slots", "shared_copy", "with_slots"]
+from .feeds import slot_shapes
+
+__all__ = ["HeadSlot", "TargetSlot", "learn_folds", "set_slots", "shared_copy", "with_slots"]
 
 # While tracing, slots hold unlike random numbers: the exporter merges equal initializers, and a
 # rank of 0 would let it fold the products away.
@@ -37,24 +39,49 @@ def _apply(x: Tensor, change: Callable[[Tensor], Tensor], fold: int) -> Tensor:
     return change(x.flatten(1, -2)).reshape(*x.shape[:-1], -1)
 
 
-class LinearSlot(nn.Module):
-    """y = base(x) + (x A) B with A [n, in, r] and B [n, r, out]; n is 1 or the batch size.
+class TargetSlot(nn.Module):
+    """A layer and what adapters of some kinds add to its output; n is 1 or the batch size.
+
+    low_rank: (x A) B with A [n, in, r] and B [n, r, out]. delta: x[..., :r] D with D [n, r, out],
+    where r is in, or 0 for nothing. bias: b [n, 1, out].
 
     `fold` is how many windows of a sample stand in the batch dimension (Swin), usually 1.
     """
 
     fold = 1
 
-    def __init__(self, base: nn.Module, target: Target) -> None:
+    def __init__(self, base: nn.Module, slots: Sequence[Slot]) -> None:
+        """`slots` are those of one target, each of another kind."""
         super().__init__()
         self.base = base
-        self.adapter_A = nn.Parameter(torch.randn(1, target.in_features, _TRACE_RANK))
-        self.adapter_B = nn.Parameter(torch.randn(1, _TRACE_RANK, target.out_features))
+        for slot in slots:
+            for part, (high, wide) in slot_shapes(slot, _TRACE_RANK).items():
+                # A delta of all rows would double the weights that the tracer holds.
+                rows = min(high, _TRACE_RANK) if slot.kind == "delta" else high
+                value = nn.Parameter(torch.randn(1, rows, wide))
+                self.register_parameter(f"adapter_{part}", value)
+        self.kinds = {slot.kind for slot in slots}
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, ..., in] to [batch, ..., out]."""
         y: Tensor = self.base(x)
-        return y + _apply(x, lambda rows: (rows @ self.adapter_A) @ self.adapter_B, self.fold)
+        if "low_rank" in self.kinds:
+            y = y + _apply(x, self._low_rank, self.fold)
+        if "delta" in self.kinds:
+            y = y + _apply(x, self._delta, self.fold)
+        if "bias" in self.kinds:
+            # Reshaping y, not b: an exporter would fold that into a constant.
+            y = _apply(y, lambda rows: rows + self.adapter_b, self.fold)
+        return y
+
+    def _low_rank(self, rows: Tensor) -> Tensor:
+        change: Tensor = (rows @ self.adapter_A) @ self.adapter_B
+        return change
+
+    def _delta(self, rows: Tensor) -> Tensor:
+        # Exporters take the length for a constant; `graph.free_deltas` sets that right.
+        change: Tensor = rows[..., : self.adapter_D.shape[1]] @ self.adapter_D
+        return change
 
     def __getattr__(self, name: str) -> Any:
         # Some models read `layer.weight.dtype` of the layer that is wrapped.
@@ -93,20 +120,25 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def with_slots(model: nn.Module, targets: Sequence[Target], head: Sequence[str]) -> nn.Module:
-    """A copy of `model`, weights shared, with a slot around each target and each head layer."""
+def with_slots(model: nn.Module, slots: Sequence[Slot]) -> nn.Module:
+    """A copy of `model`, weights shared, with `slots` around its targets and head layers."""
     slotted = shared_copy(model)
+    by_target: dict[str, list[Slot]] = {}
+    for slot in slots:
+        by_target.setdefault(slot.target, []).append(slot)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for target in targets:
-            slot = LinearSlot(slotted.get_submodule(target.name), target)
-            slotted.set_submodule(target.name, slot)
-        for path in head:
-            base = slotted.get_submodule(path)
-            if not isinstance(base, nn.Linear):  # checked before, by `head_widths`
-                raise TypeError(f"{path} must be nn.Linear, got {type(base).__name__}")
-            slotted.set_submodule(path, HeadSlot(base))
+        for path, own in by_target.items():
+            slotted.set_submodule(path, _wrapped(path, slotted.get_submodule(path), own))
     return slotted.eval()
+
+
+def _wrapped(path: str, base: nn.Module, slots: Sequence[Slot]) -> nn.Module:
+    if slots[0].kind != "head":
+        return TargetSlot(base, slots)
+    if not isinstance(base, nn.Linear):  # checked before, by `head_widths`
+        raise TypeError(f"{path} must be nn.Linear, got {type(base).__name__}")
+    return HeadSlot(base)
 
 
 def set_slots(slotted: nn.Module, values: Mapping[str, NDArray[np.float32]]) -> None:
@@ -123,7 +155,7 @@ def learn_folds(slotted: nn.Module, run: Callable[[], object], batch: int) -> No
     Args:
         run: runs `slotted` on `batch` samples.
     """
-    slots = [m for m in slotted.modules() if isinstance(m, LinearSlot | HeadSlot)]
+    slots = [m for m in slotted.modules() if isinstance(m, TargetSlot | HeadSlot)]
     seen: dict[nn.Module, set[int]] = {slot: set() for slot in slots}
 
     def note(slot: nn.Module, arguments: tuple[Tensor, ...]) -> None:

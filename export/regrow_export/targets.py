@@ -15,7 +15,26 @@ if TYPE_CHECKING:
 
     from .source import ExportSource
 
-__all__ = ["check_adapter", "find_linears", "head_widths", "slot_targets", "widths"]
+__all__ = [
+    "TARGET_KINDS",
+    "check_adapter",
+    "find_biased",
+    "find_linears",
+    "head_widths",
+    "kinds_for",
+    "layer_kinds",
+    "slot_targets",
+    "widths",
+]
+
+TARGET_KINDS = ("low_rank", "delta", "bias")  # of slots around targets; a linear layer takes all
+_NORM_KINDS = ("bias",)
+
+
+def kinds_for(method: str) -> tuple[str, ...]:
+    """The kinds of slot that a bundle needs for adapters of a method; none for head-only ones."""
+    kind = get_method(method).slot
+    return () if kind is None else (kind,)
 
 
 def widths(module: torch.nn.Module) -> tuple[int, int] | None:
@@ -29,21 +48,69 @@ def widths(module: torch.nn.Module) -> tuple[int, int] | None:
     return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
 
 
+def _norm_width(module: torch.nn.Module) -> int | None:
+    """The width of a norm over the last dimension, or None if it is no such layer.
+
+    Known by `normalized_shape`, or by a weight and a bias of one shape.
+    """
+    from torch import nn
+
+    batch = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    if batch or getattr(module, "data_format", None) == "channels_first":  # ConvNeXt's
+        return None
+    match getattr(module, "normalized_shape", None):
+        case (int(width),):
+            return width
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter):
+        return len(bias) if weight.shape == bias.shape and bias.dim() == 1 else None
+    return None
+
+
+def layer_kinds(module: torch.nn.Module) -> tuple[str, ...]:
+    """The kinds of slot that a module can have: all for a linear layer, a bias for a norm."""
+    if widths(module) is not None:
+        return TARGET_KINDS
+    return () if _norm_width(module) is None else _NORM_KINDS
+
+
 def find_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Every module that a slot can wrap, by module path, in the model's order."""
     return {name: m for name, m in model.named_modules() if name and widths(m) is not None}
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def find_biased(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every linear layer, factored pair and norm that has a bias, by module path."""
+    return {name: m for name, m in model.named_modules() if name and _has_bias(m)}
+
+
+def _has_bias(module: torch.nn.Module) -> bool:
+    if not layer_kinds(module):
+        return False
+    last = getattr(module, "up", module)  # of a factored pair
+    return getattr(last, "bias", None) is not None
+
+
+def _known(model: torch.nn.Module, kinds: Sequence[str]) -> dict[str, torch.nn.Module]:
+    """Every module that a slot of one of `kinds` can wrap, by module path."""
+    wanted = set(kinds)
+    return {n: m for n, m in model.named_modules() if n and wanted.intersection(layer_kinds(m))}
+
+
+def _noun(kinds: Sequence[str]) -> str:
+    return "layer" if "bias" in kinds else "linear layer"
+
+
+def _suggest(name: str, known: Sequence[str], noun: str) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; near: {', '.join(near)}" if near else f"; there are {len(known)} linear layers"
+    return f"; near: {', '.join(near)}" if near else f"; there are {len(known)} {noun}s"
 
 
-def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+def _check_names(names: Sequence[str], known: Sequence[str], noun: str) -> None:
     for name in names:
         if name not in known:
             raise UsageError(
-                f"target must be the path of a linear layer, got {name!r}{_suggest(name, known)}"
+                f"target must be the path of a {noun}, got {name!r}{_suggest(name, known, noun)}"
             )
         if names.count(name) > 1:
             raise UsageError(f"targets must be named once, got {name!r} twice")
@@ -52,20 +119,27 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             raise UsageError(f"target must not lie inside another, got {name!r} inside {outer!r}")
 
 
-def slot_targets(model: torch.nn.Module, names: Sequence[str]) -> tuple[Target, ...]:
+def slot_targets(
+    model: torch.nn.Module, names: Sequence[str], kinds: Sequence[str] = ("low_rank",)
+) -> tuple[Target, ...]:
     """Check target names against the model; sorted by the UTF-8 bytes of their names.
 
+    Args:
+        kinds: of slot; with "bias", norms can be targets too.
+
     Raises:
-        UsageError: a name is unknown (near ones are listed), no linear layer, given twice, or lies
-            inside another target.
+        UsageError: a name is unknown (near ones are listed), no layer that takes such a slot, given
+            twice, or lies inside another target.
     """
-    linears = find_linears(model)
-    _check_names(list(names), list(linears))
-    found = []
-    for name in sorted(names, key=str.encode):
-        wide, high = widths(linears[name]) or (0, 0)
-        found.append(Target(name, wide, high))
-    return tuple(found)
+    layers = _known(model, kinds)
+    _check_names(list(names), list(layers), _noun(kinds))
+    return tuple(Target(name, *_sizes(layers[name])) for name in sorted(names, key=str.encode))
+
+
+def _sizes(module: torch.nn.Module) -> tuple[int, int]:
+    """(in, out) of a layer that can be a target; a norm has its width twice."""
+    width = _norm_width(module) or 0
+    return widths(module) or (width, width)
 
 
 def head_widths(source: ExportSource, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -77,7 +151,8 @@ def head_widths(source: ExportSource, targets: Sequence[str]) -> dict[str, tuple
     for path in source.head:
         if not isinstance(linears.get(path), Linear):
             raise UsageError(
-                f"head must name nn.Linear layers, got {path!r}{_suggest(path, list(linears))}"
+                f"head must name nn.Linear layers, got {path!r}"
+                f"{_suggest(path, list(linears), 'linear layer')}"
             )
         clash = next((t for t in targets if f"{t}.".startswith(f"{path}.")), None)
         if clash or any(path.startswith(f"{t}.") for t in targets):
@@ -98,22 +173,36 @@ def check_adapter(source: ExportSource, adapter: Adapter) -> None:
             f"adapter must be of this backbone, {source.backbone_id:.19}…, "
             f"got one of another, {adapter.backbone_id:.19}…"
         )
+    kinds = kinds_for(adapter.method)
+    layers = _known(source.model, kinds)
     findings = []
-    linears = find_linears(source.model)
     for target in adapter.targets:
-        findings += _target_findings(target, linears)
-    findings += _head_findings(source, adapter, linears)
-    if get_method(adapter.method).slot != "low_rank":
-        findings.append(f"method must fill low_rank slots, got {adapter.method}")
+        findings += _target_findings(target, layers, _noun(kinds))
+    findings += _head_findings(source, adapter, find_linears(source.model))
+    findings += _extra_findings(source, adapter)
     if findings:
         raise MismatchError("adapter must fit the model that is exported", findings)
 
 
-def _target_findings(target: Target, linears: dict[str, torch.nn.Module]) -> list[str]:
-    if target.name not in linears:
-        return [f"{target.name}: no such linear layer{_suggest(target.name, list(linears))}"]
-    have, want = (target.in_features, target.out_features), widths(linears[target.name])
+def _target_findings(target: Target, layers: dict[str, torch.nn.Module], noun: str) -> list[str]:
+    if target.name not in layers:
+        return [f"{target.name}: no such {noun}{_suggest(target.name, list(layers), noun)}"]
+    have, want = (target.in_features, target.out_features), _sizes(layers[target.name])
     return [] if have == want else [f"{target.name}: in, out must be {want}, got {have}"]
+
+
+def _extra_findings(source: ExportSource, adapter: Adapter) -> list[str]:
+    """Saved modules replace parameters of the same shape."""
+    parameters = source.model.named_parameters(remove_duplicate=False)
+    known = {name: tuple(value.shape) for name, value in parameters}
+    found = []
+    for name, value in adapter.extra.items():
+        if name not in known:
+            near = _suggest(name, list(known), "parameter")
+            found.append(f"extra {name}: no such parameter{near}")
+        elif known[name] != value.shape:
+            found.append(f"extra {name}: shape must be {known[name]}, got {value.shape}")
+    return found
 
 
 def _head_findings(

@@ -14,12 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_export import ExportSource, slot_targets
+from regrow_export import ExportSource, kinds_for, slot_targets
 from regrow_runtime.adapter import Adapter, Coefficients, Head, HeadLayer, Target
 from regrow_runtime.methods import get_method
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BACKBONE = "sha256:" + "ab" * 32
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nola": {"k": 32, "l": 20, "rank": 4, "c": 1.0, "shared": True},
+    "vera": {"rank": 6},
+    "fourierft": {"n": 20, "alpha": 64.0},
+    "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
+    "bitfit": {},
+    "head": {},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -150,9 +158,7 @@ def make_adapter() -> Callable[..., Adapter]:
         draw: int = 0,
         **config: Any,
     ) -> Adapter:
-        own = {"k": 32, "l": 20, "rank": 4, "c": 1.0, "shared": True}
-        other = {"rank": 2, "alpha": 2.0, "rslora": False}
-        config = {**(own if method == "nola" else other), **config}
+        config = {**CONFIGS[method], **config}
         values = _values(method, config, targets, storage, np.random.default_rng(draw))
         return Adapter(method, config, seed, BACKBONE, tuple(targets), values, storage)
 
@@ -164,7 +170,8 @@ def adapter_for(make_adapter: Callable[..., Adapter]) -> Callable[..., Adapter]:
     """As `make_adapter`, for module paths of a source's model."""
 
     def make(source: ExportSource, names: Sequence[str], **options: Any) -> Adapter:
-        return make_adapter(slot_targets(source.model, names), **options)
+        kinds = kinds_for(options.get("method", "nola"))
+        return make_adapter(slot_targets(source.model, names, kinds), **options)
 
     return make
 
@@ -211,13 +218,21 @@ def run() -> Callable[..., dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def merged_logits() -> Callable[..., np.ndarray]:
-    """Logits of a Hugging Face model with an adapter added to its nn.Linear weights, by torch."""
+    """Logits of a Hugging Face model with an expansion in its weights and biases, by torch.
 
-    def call(source: ExportSource, inputs: Mapping[str, np.ndarray], deltas: Any) -> np.ndarray:
+    Targets are nn.Linear or nn.LayerNorm; parts are A and B, D, b, or several of them.
+    """
+
+    def call(source: ExportSource, inputs: Mapping[str, np.ndarray], expansion: Any) -> np.ndarray:
         weights = {}
-        for name, (a, b) in deltas.items():
-            weight = source.model.get_parameter(f"{name}.weight")
-            weights[f"{name}.weight"] = weight + torch.from_numpy((a @ b).T.copy())
+        for name, parts in expansion.items():
+            delta = parts.get("D", 0) + (parts["A"] @ parts["B"] if "A" in parts else 0)
+            if np.ndim(delta):
+                weight = source.model.get_parameter(f"{name}.weight")
+                weights[f"{name}.weight"] = weight + torch.from_numpy(delta.T.copy())
+            if "b" in parts:
+                bias = source.model.get_parameter(f"{name}.bias")
+                weights[f"{name}.bias"] = bias + torch.from_numpy(parts["b"].reshape(-1).copy())
         tensors = {name: torch.from_numpy(value.copy()) for name, value in inputs.items()}
         with torch.inference_mode():
             result = torch.func.functional_call(source.model, weights, kwargs=tensors)

@@ -45,7 +45,7 @@ def _random(bundle: Manifest, count: int, draw: int = 0) -> dict[str, np.ndarray
 
 def _deltas(feeds, row=0):
     names = {name.rpartition(".")[0] for name in feeds}
-    return {n: (feeds[f"{n}.adapter_A"][row], feeds[f"{n}.adapter_B"][row]) for n in names}
+    return {n: {part: feeds[f"{n}.adapter_{part}"][row] for part in "AB"} for n in names}
 
 
 def test_nothing_fed_is_the_base(vit, vit_bundle, run, pixels):
@@ -95,8 +95,7 @@ def test_a_seeded_adapter_fits_the_slots(vit, vit_bundle, run, pixels, merged_lo
         for part, value in parts.items()
     }
     inputs = {"pixel_values": pixels}
-    deltas = {name: (parts["A"], parts["B"]) for name, parts in expansion.items()}
-    expected = merged_logits(vit, inputs, deltas)
+    expected = merged_logits(vit, inputs, expansion)
     np.testing.assert_allclose(
         run(vit_bundle[0], inputs, feeds)["logits"], expected, rtol=1e-3, atol=1e-4
     )

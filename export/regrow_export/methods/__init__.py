@@ -5,11 +5,26 @@ from __future__ import annotations
 from regrow_runtime.errors import UsageError
 
 from .base import GraphMethod
+from .bitfit import BitfitGraph
+from .fourierft import FourierftGraph
+from .head import HeadGraph
+from .lora import LoraGraph
 from .nola import NolaGraph
+from .vera import VeraGraph
 
 __all__ = ["BUILDERS", "GraphMethod", "get_builder"]
 
-BUILDERS: dict[str, GraphMethod] = {builder.name: builder for builder in (NolaGraph(),)}
+BUILDERS: dict[str, GraphMethod] = {
+    builder.name: builder
+    for builder in (
+        NolaGraph(),
+        VeraGraph(),
+        FourierftGraph(),
+        LoraGraph(),
+        BitfitGraph(),
+        HeadGraph(),
+    )
+}
 
 
 def get_builder(name: str) -> GraphMethod:

@@ -17,7 +17,8 @@ class GraphMethod(Protocol):
     """Writes a method's expansion in standard operators. Instances hold no state.
 
     The runtime's method of the same name says which coefficients there are; the nodes must give
-    what its `expand` gives, to the bit where the coefficients are integers.
+    what its `expand` gives, to the bit where the coefficients are integers (FourierFT: to 1e-6 of
+    the largest entry).
     """
 
     @property
@@ -42,6 +43,7 @@ class GraphMethod(Protocol):
                 "<tensor>.scale" (float32 [rows]).
 
         Returns:
-            By target and part, the names of float32 values A [1, in, r] and B [1, r, out].
+            By target and part, the names of float32 values A [1, in, r] and B [1, r, out], or
+            D [1, in, out], or b [1, 1, out].
         """
         ...

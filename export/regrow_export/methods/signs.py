@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ..builder import GraphBuilder
 
-__all__ = ["head_rows", "round_keys", "sign_bits"]
+__all__ = ["head_rows", "logical_high", "round_keys", "sign_bits", "words"]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -24,8 +24,8 @@ _ROUNDS = 10
 _BLOCK_BITS = 128
 
 
-def _high(g: GraphBuilder, product: str) -> str:
-    """Bits 32 to 63 of an int64."""
+def logical_high(g: GraphBuilder, product: str) -> str:
+    """Bits 32 to 63 of an int64, as a number below 2**32."""
     shift = g.constant(np.array([32], dtype=np.uint64))
     return g.cast(g.op("BitShift", g.cast(product, "uint64"), shift, direction="RIGHT"), "int64")
 
@@ -59,9 +59,17 @@ def _philox(g: GraphBuilder, counter: Sequence[str], keys: Sequence[tuple[str, s
     for k0, k1 in keys:
         p0 = g.op("Mul", x0, g.integers(_M0))
         p1 = g.op("Mul", x2, g.integers(_M1))
-        x0, x2 = _xor(g, _high(g, p1), x1, k0), _xor(g, _high(g, p0), x3, k1)
+        x0, x2 = _xor(g, logical_high(g, p1), x1, k0), _xor(g, logical_high(g, p0), x3, k1)
         x1, x3 = _low(g, p1), _low(g, p0)
     return [x0, x1, x2, x3]
+
+
+def words(g: GraphBuilder, keys: Sequence[tuple[str, str]], role: int, blocks: int) -> str:
+    """The words of vector 0, layer 0 of a role: int64 [1, blocks, 4] below 2**32, in order."""
+    zero = g.constant(np.zeros((1, 1, 1), dtype=np.int64))
+    block = g.constant(np.arange(blocks, dtype=np.int64).reshape(1, -1, 1))
+    of_role = g.constant(np.full((1, 1, 1), int(role), dtype=np.int64))
+    return g.op("Concat", *_philox(g, [block, zero, of_role, zero], keys), axis=2)
 
 
 def sign_bits(
@@ -104,8 +112,8 @@ def _spread(g: GraphBuilder, value: str, dtype: str, shifts: range, mask: int) -
     return g.op("BitwiseAnd", shifted, g.constant(np.array([mask], dtype=dtype)))
 
 
-def head_rows(g: GraphBuilder, value: str, have: int, want: int) -> str:
-    """The first `want` of `have` entries of axis 1."""
+def head_rows(g: GraphBuilder, value: str, have: int, want: int, *, axis: int = 1) -> str:
+    """The first `want` of `have` entries of an axis."""
     if want == have:
         return value
-    return g.op("Slice", value, g.integers(0), g.integers(want), g.integers(1))
+    return g.op("Slice", value, g.integers(0), g.integers(want), g.integers(axis))
