@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import AdaptConfig as AdaptConfig
     from .config import CompressConfig as CompressConfig
     from .config import ImportConfig as ImportConfig
+    from .converting import convert as convert
     from .data import Dataset as Dataset
     from .data import load_data as load_data
     from .exporting import export_backbone as export_backbone
@@ -33,6 +34,7 @@ _HOMES = {
     "LowRankLinear": "lowrank",
     "adapt": "adapting",
     "compress": "compressing",
+    "convert": "converting",
     "export_backbone": "exporting",
     "import_peft": "importing",
     "load_backbone": "backbone",

@@ -20,21 +20,26 @@ from regrow_toolchain.importing import import_peft
 ID = "sha256:" + "ab" * 32
 Q, K = "base_model.model.blocks.0.q", "base_model.model.blocks.0.k"
 HEAD = "base_model.model.head"
-_CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none"}
-
-
-def _tensors() -> dict[str, np.ndarray]:
-    """q: 8 -> 6 and k: 8 -> 4, rank 2; a head of 5 classes on 6 features."""
-    rng = np.random.default_rng(0)
-    shapes = {f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (6, 2),
-              f"{K}.lora_A.weight": (2, 8), f"{K}.lora_B.weight": (4, 2),
-              f"{HEAD}.weight": (5, 6), f"{HEAD}.bias": (5,)}  # fmt: skip
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+# Of q: 8 -> 6 and k: 8 -> 4, rank 2 or 7 and 9 frequencies; a head of 5 classes on 6 features.
+_LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none"}
+_VERA: dict[str, Any] = {"peft_type": "VERA", "r": 2, "projection_prng_key": 3,
+                         "save_projection": False, "bias": "none"}  # fmt: skip
+_FOURIERFT: dict[str, Any] = {"peft_type": "FOURIERFT", "n_frequency": 9, "scaling": 12.0,
+                              "random_loc_seed": 777,
+                              "n_frequency_pattern": {"0.k": 7}}  # fmt: skip
+_HEAD = {f"{HEAD}.weight": (5, 6), f"{HEAD}.bias": (5,)}
+_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "LORA": {f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (6, 2),
+             f"{K}.lora_A.weight": (2, 8), f"{K}.lora_B.weight": (4, 2), **_HEAD},
+    "VERA": {f"{Q}.vera_lambda_d": (2,), f"{Q}.vera_lambda_b": (6,),
+             f"{K}.vera_lambda_d": (2,), f"{K}.vera_lambda_b": (4,), **_HEAD},
+    "FOURIERFT": {f"{Q}.fourierft_spectrum": (9,), f"{K}.fourierft_spectrum": (7,), **_HEAD},
+}  # fmt: skip
+_KINDS = {"low_rank": ("A", "B"), "delta": ("D",), "head": ("weight", "bias")}
 
 
 def _slot(target: str, kind: str, wide: int, high: int) -> Slot:
-    parts = ("A", "B") if kind == "low_rank" else ("weight", "bias")
-    return Slot(target, kind, wide, high, {part: f"{target}.{part}" for part in parts})
+    return Slot(target, kind, wide, high, {part: f"{target}.{part}" for part in _KINDS[kind]})
 
 
 @dataclass
@@ -42,8 +47,16 @@ class Room:
     """A folder with `peft`, `bundle` and `backbone` in it."""
 
     path: Path
+    config: dict[str, Any] = field(default_factory=lambda: dict(_LORA))
     identity: str = ID
-    tensors: dict[str, np.ndarray] = field(default_factory=_tensors)
+    tensors: dict[str, np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.tensors = {
+            name: rng.normal(size=shape).astype(np.float32)
+            for name, shape in _SHAPES[self.config["peft_type"]].items()
+        }
 
     def write(
         self, config: Mapping[str, Any] | None = None, tensors: Mapping[str, Any] | None = None
@@ -51,7 +64,7 @@ class Room:
         """`peft`, with changes by name; a tensor that is None is left out."""
         folder = self.path / "peft"
         folder.mkdir(exist_ok=True)
-        (folder / "adapter_config.json").write_text(json.dumps({**_CONFIG, **(config or {})}))
+        (folder / "adapter_config.json").write_text(json.dumps(self.config | dict(config or {})))
         kept = {n: t for n, t in {**self.tensors, **(tensors or {})}.items() if t is not None}
         save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
         return folder
@@ -62,10 +75,12 @@ class Room:
             import_peft(self.path / "peft", self.path / base, **options).to_bytes()
         return str(caught.value)
 
-    def bundle(self, name: str, mode: str = "swappable", layers: str = "qk") -> Path:
+    def bundle(
+        self, name: str, mode: str = "swappable", layers: str = "qk", kind: str = "low_rank"
+    ) -> Path:
         """A manifest alone: an import reads no more of a bundle."""
         widths = {"q": (8, 6), "k": (8, 4)}
-        slots = [_slot(f"blocks.0.{layer}", "low_rank", *widths[layer]) for layer in layers]
+        slots = [_slot(f"blocks.0.{layer}", kind, *widths[layer]) for layer in layers]
         manifest = Manifest(
             mode=mode, task="image-classification", backbone_id=ID, opset=20, ir_version=9,
             graphs=(GraphSpec("model", "m.onnx", (), ()),), labels=("ant", "bee", "cat"),
@@ -94,8 +109,23 @@ class Room:
 
 @pytest.fixture
 def room(tmp_path: Path) -> Room:
-    made = Room(tmp_path)
-    made.write()
-    made.bundle("bundle")
-    made.backbone()
-    return made
+    """A LoRA."""
+    return _made(Room(tmp_path), "low_rank")
+
+
+@pytest.fixture
+def vera_room(tmp_path: Path) -> Room:
+    """A VeRA without its projections."""
+    return _made(Room(tmp_path, dict(_VERA)), "low_rank")
+
+
+@pytest.fixture
+def fourierft_room(tmp_path: Path) -> Room:
+    return _made(Room(tmp_path, dict(_FOURIERFT)), "delta")
+
+
+def _made(room: Room, kind: str) -> Room:
+    room.write()
+    room.bundle("bundle", kind=kind)
+    room.backbone()
+    return room

@@ -57,7 +57,11 @@ def test_the_command(room: Room, cli: Cli) -> None:
     assert Adapter.load(room.path / "a.safetensors").storage == "int8"
 
 
-def test_no_torch_is_needed(room: Room, start: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", ["lora", "vera", "fourierft"])
+def test_no_torch_is_needed(
+    method: str, request: pytest.FixtureRequest, start: Callable[..., Any]
+) -> None:
+    room = request.getfixturevalue("room" if method == "lora" else f"{method}_room")
     absent = ("torch", "peft", "transformers", "onnx", "accelerate", "optimum", "rich", "PIL")
     program = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
     program += "from regrow_toolchain.cli import main; main()"
@@ -68,6 +72,7 @@ def test_no_torch_is_needed(room: Room, start: Callable[..., Any]) -> None:
         )  # fmt: skip
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
+        assert f", {method} (" in out
         assert "2 layers, own head of 5 classes" in out
     (room.path / "backbone" / "regrow.json").unlink()
     process = start(
@@ -96,20 +101,22 @@ def test_layers_that_are_missing_are_all_listed(room: Room) -> None:
     assert "blocks.0.k must be 8 -> 4, got 8 -> 8" in room.refusal("backbone")
 
 
-def test_bundles_that_take_no_lora(room: Room) -> None:
+def test_bundles_that_take_no_adapters(room: Room) -> None:
     for mode in ("merged", "seeded"):
         room.bundle(mode, mode=mode)
-        assert f"bundle must be swappable to take a LoRA, got a {mode} one" in room.refusal(mode)
+        assert f"bundle must be swappable to take an adapter, got a {mode} one" in room.refusal(
+            mode
+        )
 
 
 def test_padding_is_bounded(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow_toolchain.importing.peft_lora._MAX_BYTES", 200)
+    monkeypatch.setattr("regrow_toolchain.importing.peft._MAX_BYTES", 200)
     assert "adapter must take at most 200 bytes, got 208" in room.refusal()
 
 
 def test_numbers_too_large_for_the_storage(room: Room) -> None:
     room.write(tensors={f"{K}.lora_B.weight": np.full((4, 2), 1e6, "f4")})
-    assert "must be finite as float16" in room.refusal(storage="fp16")
+    assert "must be finite, got NaN or infinity" in room.refusal(storage="fp16")
     assert "storage must be one of fp32, fp16" in room.refusal(storage="bf16")
 
 

@@ -14,8 +14,7 @@ Q, K = "base_model.model.blocks.0.q", "base_model.model.blocks.0.k"
 HEAD = "base_model.model.head"
 
 _FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "VERA"}, "peft_type must be LORA, got 'VERA': import reads LoRA so far"),
-    ({"peft_type": "FOURIERFT"}, "got 'FOURIERFT': import reads LoRA so far"),
+    ({"peft_type": "ADALORA"}, "must be one of LORA, VERA, FOURIERFT, got 'ADALORA': train one"),
     ({"peft_type": None}, "peft_type must be of type str"),
     ({"use_dora": True}, "use_dora must not be set, got True: DoRA also scales"),
     ({"lora_bias": True}, "lora_bias must not be set"),
@@ -34,7 +33,7 @@ _FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"r": 3}, "must have factors [3, in] and [out, 3], as its config says, got [2, 8]"),
     ({"rank_pattern": {"q": 3}}, "blocks.0.q must have factors [3, in]"),
     ({"lora_alpha": "much"}, "lora_alpha must be of type float"),
-    ({"lora_alpha": 1e300}, "must be finite as float32"),
+    ({"lora_alpha": 1e300}, "must be finite, got NaN or infinity"),
     ({"alpha_pattern": {"(q": 1}}, "a pattern must be a regular expression"),
     ({"alpha_pattern": {"(a+)+q": 1}}, "without repeated groups"),
     ({"alpha_pattern": {"a*" * 9: 1}}, "without repeated groups"),
@@ -67,7 +66,7 @@ _TENSORS: list[tuple[dict[str, Any], str]] = [
     ({f"{Q}.lora_A.default.weight": _ones(2, 8)}, "is there twice, for blocks.0.q of two adapters"),
     ({"base_model.model.norm.weight": _ones(6)}, "must be the head (head), got norm: train"),
     ({f"{Q}\x07.lora_A.weight": _ones(2, 8)}, "has no printable name"),
-    ({f"{Q}.lora_B.weight": None}, "must have A and B of every layer, blocks.0.q.lora_B missing"),
+    ({f"{Q}.lora_B.weight": None}, "of every layer, blocks.0.q.lora_B missing: save it again"),
     ({f"{p}.lora_{x}.weight": None for p in (Q, K) for x in "AB"}, "of a layer, got none"),
     ({f"{Q}.lora_A.weight": _NAN}, "blocks.0.q.lora_A.weight must be finite, got NaN"),
     ({f"{Q}.lora_A.weight": _ones(2, 8, dtype="f8")}, "must be F32, F16, BF16, got F64"),

@@ -23,7 +23,8 @@ COMMANDS = {
     "compress": "Compress a model: low-rank factors (PELA), then distillation.",
     "adapt": "Train one small adapter for one user.",
     "export": "Export a backbone to ONNX, with slots for adapters.",
-    "import": "Make an adapter of a LoRA that PEFT trained, without torch.",
+    "import": "Make an adapter of one that PEFT trained, without torch.",
+    "convert": "Write an adapter as dense tensors, for programs without regrow.",
     "run": "Run a bundle on pictures or arrays, without torch.",
     "inspect": "Tell what an adapter file, a bundle or a backbone holds.",
 }

@@ -3,6 +3,6 @@
 Everything here works in the base install: no torch, and none of the libraries that wrote them.
 """
 
-from .peft_lora import import_peft
+from .peft import import_peft
 
 __all__ = ["import_peft"]

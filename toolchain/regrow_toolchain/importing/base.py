@@ -15,6 +15,7 @@ from regrow_runtime.errors import FormatError, RegrowError, UsageError
 from regrow_runtime.fields import parse_json
 from regrow_runtime.files import read_bytes
 from regrow_runtime.manifest import MANIFEST, Manifest
+from regrow_runtime.methods import get_method
 from regrow_toolchain.backbone_id import stored_tensors
 
 __all__ = ["Base", "Widths", "read_base"]
@@ -24,6 +25,7 @@ _CONFIG, _WEIGHTS, _HF_CONFIG = "regrow.json", "regrow.safetensors", "config.jso
 _FORMAT = 1
 _MAX_JSON = 64 << 20
 _MAX_WIDTH = 1 << 24
+_LINEAR = "a linear layer of the backbone, got none"
 
 Widths = tuple[int, int]  # in, out
 
@@ -34,47 +36,54 @@ class Base:
 
     Attributes:
         where: its path, for messages.
-        kind: "bundle" or "backbone".
+        change: what a layer must be to be changed, for messages.
         layers: (in, out) of the layers that adapters can change, by module path.
         head: (in, out) of the head's layers, first to last.
         labels: class names; empty if there are none.
-        oriented: whether in and out are known; False where only weights tell, which GPT-2's
-            Conv1D stores the other way round.
+        turned: layers whose in and out may be the other way round: weights alone tell, which
+            GPT-2's Conv1D stores transposed.
     """
 
     where: str
-    kind: str
+    change: str
     backbone_id: str
     layers: Mapping[str, Widths]
     head: Mapping[str, Widths]
     labels: tuple[str, ...]
-    oriented: bool = True
+    turned: frozenset[str] = frozenset()
+
+    def missing(self, layer: str) -> str | None:
+        """Why `layer` cannot be changed, None if it can."""
+        if layer in self.head:
+            return f"{layer} must be no target, got a layer of the head: use modules_to_save"
+        if layer in self.layers:
+            return None
+        return f"{layer} must be {self.change}"
 
     def finding(self, layer: str, found: Widths) -> str | None:
         """Why a change of `layer` with the widths `found` does not fit, None if it does."""
-        if layer in self.head:
-            return f"{layer} must be no target, got a layer of the head: use modules_to_save"
-        if layer not in self.layers:
-            out = ": export it with --target" if self.kind == "bundle" else ""
-            what = "slot of the bundle" if self.kind == "bundle" else "linear layer of the backbone"
-            return f"{layer} must be a {what}, got none{out}"
+        if (missing := self.missing(layer)) is not None:
+            return missing
         want = self.layers[layer]
-        if found == want or (not self.oriented and found == want[::-1]):
+        if found == want or (layer in self.turned and found == want[::-1]):
             return None
         return f"{layer} must be {want[0]} -> {want[1]}, got {found[0]} -> {found[1]}"
 
 
-def read_base(path: str | Path) -> Base:
+def read_base(path: str | Path, method: str) -> Base:
     """From a bundle, a compressed backbone, or (where torch is) a Hugging Face directory.
 
+    Args:
+        method: the adapter's, which a bundle may have no slots for.
+
     Raises:
-        UsageError: `path` is none of them, or a bundle that takes no LoRA.
+        UsageError: `path` is none of them, or a bundle that takes no adapters.
         FormatError: its files are broken.
         RegrowError: a Hugging Face directory, and torch is not installed.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return _of_bundle(path)
+        return _of_bundle(path, method)
     if (path / _CONFIG).is_file():
         return _of_compressed(path)
     if (path / _HF_CONFIG).is_file():
@@ -86,19 +95,23 @@ def read_base(path: str | Path) -> Base:
     )
 
 
-def _of_bundle(path: Path) -> Base:
+def _of_bundle(path: Path, method: str) -> Base:
     manifest = Manifest.load(path)
     if manifest.mode != "swappable":
         raise UsageError(
-            f"bundle must be swappable to take a LoRA, got a {manifest.mode} one, {path}: "
+            f"bundle must be swappable to take an adapter, got a {manifest.mode} one, {path}: "
             "export it with --mode swappable"
         )
+    slot = get_method(method).slot or ""
     slots = {
         kind: {s.target: (s.in_features, s.out_features) for s in manifest.slots if s.kind == kind}
-        for kind in ("low_rank", "head")
+        for kind in (slot, "head")
     }
+    change = "a slot of the bundle, got none: export it with --target"
+    if slot != "low_rank":
+        change = f"a {slot} slot of the bundle, got none: export it with --for {method} --target"
     return Base(
-        str(path), "bundle", manifest.backbone_id, slots["low_rank"], slots["head"], manifest.labels
+        str(path), change, manifest.backbone_id, slots[slot], slots["head"], manifest.labels
     )
 
 
@@ -119,11 +132,16 @@ def _of_compressed(path: Path) -> Base:
     if lost := [name for name in head if name not in layers]:
         raise FormatError(f"{path / _WEIGHTS} must have the head's {', '.join(lost)}, got none")
     heads = {name: layers.pop(name) for name in head}
-    for plan in fields.objects("layers"):  # a factored pair is a layer too
-        wide = plan.number("in_features", 1, _MAX_WIDTH)
-        layers[plan.take("name", str)] = (wide, plan.number("out_features", 1, _MAX_WIDTH))
+    pairs = {  # a factored pair is a layer too
+        plan.take("name", str): (
+            plan.number("in_features", 1, _MAX_WIDTH),
+            plan.number("out_features", 1, _MAX_WIDTH),
+        )
+        for plan in fields.objects("layers")
+    }
+    turned = frozenset(layers.keys() - pairs)
     identity = fields.take("backbone_id", str)
-    return Base(str(path), "backbone", identity, layers, heads, _labels(path), oriented=False)
+    return Base(str(path), _LINEAR, identity, layers | pairs, heads, _labels(path), turned)
 
 
 def _labels(path: Path) -> tuple[str, ...]:
@@ -151,4 +169,4 @@ def _of_huggingface(path: Path) -> Base:
         if (found := widths(module)) is not None
     }
     heads = {name: layers.pop(name) for name in model.head}
-    return Base(str(path), "backbone", model.backbone_id, layers, heads, model.labels)
+    return Base(str(path), _LINEAR, model.backbone_id, layers, heads, model.labels)

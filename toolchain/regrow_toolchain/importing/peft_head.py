@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,6 @@ from regrow_runtime.adapter import Head, HeadLayer
 from regrow_toolchain.backbone_id import StoredTensor
 
 from .base import Base
-from .peft_config import PeftLora
 from .tensors import read_float32
 
 __all__ = ["head_findings", "read_head"]
@@ -19,15 +18,19 @@ __all__ = ["head_findings", "read_head"]
 Saved = Mapping[str, Mapping[str, StoredTensor]]
 
 
-def head_findings(saved: Saved, base: Base, config: PeftLora) -> list[str]:
-    """Every reason why the saved modules are not the backbone's head; none were saved: none."""
+def head_findings(saved: Saved, base: Base, named: Sequence[str]) -> list[str]:
+    """Every reason why the saved modules are not the backbone's head; none were saved: none.
+
+    Args:
+        named: the names in `modules_to_save`.
+    """
     known = ", ".join(base.head) or "none"
     findings = [
         f"modules_to_save must be the head ({known}), got {name}: train without it"
         for name in saved
         if name not in base.head
     ]
-    if not saved and not any(config.saves(name) for name in base.head):
+    if not saved and not any(_is_named(name, named) for name in base.head):
         return findings
     for name in base.head:
         if "weight" not in saved.get(name, {}):
@@ -35,6 +38,16 @@ def head_findings(saved: Saved, base: Base, config: PeftLora) -> list[str]:
         else:
             findings += _layer_findings(name, saved[name], base)
     return findings
+
+
+def _is_named(layer: str, named: Sequence[str]) -> bool:
+    """Whether the layer, or a module that it lies in, ends with one of the names.
+
+    PEFT looks at the end alone: its `classifier` saves `pre_classifier` too.
+    """
+    parts = layer.split(".")
+    inside = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(path.endswith(name) for path in inside for name in named)
 
 
 def _layer_findings(name: str, parts: Mapping[str, StoredTensor], base: Base) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors` in a folder.
+"""LoRA as PEFT saves it.
 
 PEFT computes W x + s B (A x) with A [r, in], B [out, r] and s = alpha / r, or alpha / sqrt(r) with
 rsLoRA (`peft.tuners.lora.layer.LoraLayer.update_layer`); `rank_pattern` and `alpha_pattern` give
@@ -9,126 +9,125 @@ largest with rows of zeros, which change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
-from regrow_runtime.adapter import STORAGE, Adapter, Coefficients, Target
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
-from regrow_runtime.methods import get_method
-from regrow_toolchain.backbone_id import StoredTensor
+from regrow_runtime.adapter import Target
+from regrow_runtime.errors import FormatError
+from regrow_runtime.fields import Fields
 
-from .base import Base, read_base
-from .peft_config import PeftLora, read_config
-from .peft_head import head_findings, read_head
-from .peft_tensors import Stored, read_header
+from .base import Base, Widths
+from .peft_config import MERGE, Patterns, flag, patterns, take_any
+from .peft_kind import Parts, PeftKind, Row
 from .tensors import read_float32
 
-__all__ = ["import_peft"]
+__all__ = ["PeftLora"]
 
-_MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
+_MAX_RANK = 1 << 12
+_REFUSED = {
+    "use_dora": "DoRA also scales whole columns of the weights",
+    "lora_bias": "a bias of lora_B has no place in an adapter yet",
+    "target_parameters": "parameters that belong to no linear layer cannot be changed",
+    "trainable_token_indices": "embeddings of tokens cannot be changed",
+    "layer_replication": "the layers are not those of the backbone",
+    "alora_invocation_tokens": "aLoRA switches on at a token",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "use_bdlora": "BD-LoRA's factors are blocks of a diagonal",
+    "arrow_config": "Arrow chooses among several adapters",
+    "kasa_config": "KaSA has a diagonal between A and B, and changes the base's weights",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "velora_config": "VeLoRA's layers are not plain LoRA",
+    "megatron_config": "Megatron's layers are parallel ones",
+    "enable_lora": "layers of PEFT before 0.3 that adapt parts of a weight",
+}
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 
-Factors = Mapping[str, Mapping[str, StoredTensor]]
 
+@dataclass(frozen=True)
+class PeftLora(PeftKind):
+    """What the config says about a layer's rank and scale."""
 
-def import_peft(folder: str | Path, backbone: str | Path, *, storage: str = "fp32") -> Adapter:
-    """An adapter of method "lora" that computes what the PEFT directory `folder` does.
-
-    Args:
-        folder: what PEFT's `save_pretrained` wrote.
-        backbone: the bundle, the compressed backbone or (with torch) the Hugging Face directory
-            that the adapter is for: it gives the identity, the layers' widths and the labels.
-        storage: a key of `STORAGE`; "fp32" keeps every number, and the head's.
-
-    Raises:
-        UsageError: there is no such folder, or no such storage.
-        FormatError: the files are broken, or of a kind that is not read.
-        MismatchError: layers or the head do not fit the backbone; all are listed.
-    """
-    if storage not in STORAGE:
-        raise UsageError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
-    folder = Path(folder)
-    config, stored, base = read_config(folder), read_header(folder), read_base(backbone)
-    targets = _targets(folder, config, stored, base)
-    settings = get_method("lora").check_config(_settings(config, targets), str(folder))
-    _check_size(settings["rank"], targets)
-    return Adapter(
-        method="lora",
-        config=settings,
-        seed=0,
-        backbone_id=base.backbone_id,
-        targets=targets,
-        coefficients=_coefficients(stored.factors, targets, config, storage),
-        storage=storage,
-        head=read_head(stored.saved, base, "fp32" if storage == "fp32" else "fp16"),
-        user={"imported": "PEFT LoRA"},
+    peft_type = "LORA"
+    title = "LoRA"
+    method = "lora"
+    parts = ("lora_A", "lora_B")
+    ending = ".weight"
+    neutral = frozenset({
+        "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout",
+        "lora_ga_config", "megatron_core", "merge_weights", "qalora_group_size", "runtime_config",
+    })  # fmt: skip
+    refused = _REFUSED
+    reasons = (
+        (".lora_embedding_", "is an embedding's LoRA, which cannot come in: adapt linear layers"),
+        (".lora_magnitude_vector", "is DoRA's, which cannot come in: train with use_dora=False"),
+        (".lora_", "is no A or B of plain LoRA"),
     )
 
+    saved: tuple[str, ...]
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Patterns[int]
+    alphas: Patterns[float]
 
-def _targets(folder: Path, config: PeftLora, stored: Stored, base: Base) -> tuple[Target, ...]:
-    """Sorted by the UTF-8 bytes of their names, after checking that all of it fits."""
-    findings: list[str] = []
-    targets = []
-    for layer in sorted(stored.factors, key=str.encode):
-        a, b = (stored.factors[layer][part].shape for part in "AB")
-        problem = _shape_finding(layer, a, b, config)
-        if problem is None:
-            problem = base.finding(layer, (a[1], b[0]))
-            targets.append(Target(layer, a[1], b[0]))
-        findings += [problem] if problem else []
-    findings += head_findings(stored.saved, base, config)
-    if findings:
-        raise MismatchError(f"{folder} does not fit {base.where}:", findings)
-    return tuple(targets)
-
-
-def _shape_finding(layer: str, a: Sequence[int], b: Sequence[int], config: PeftLora) -> str | None:
-    if len(a) != 2 or len(b) != 2:
-        return f"{layer} must be a linear layer, got factors {list(a)} and {list(b)}"
-    rank = config.rank_of(layer)
-    if (a[0], b[1]) != (rank, rank):
-        return (
-            f"{layer} must have factors [{rank}, in] and [out, {rank}], as its config says, "
-            f"got {list(a)} and {list(b)}"
-        )
-    return None
-
-
-def _settings(config: PeftLora, targets: Sequence[Target]) -> dict[str, object]:
-    """For the file's config; what differs between layers stands in the scales alone."""
-    rank = max(config.rank_of(target.name) for target in targets)
-    return {"rank": rank, "alpha": config.alpha, "rslora": config.rslora}
-
-
-def _check_size(rank: int, targets: Sequence[Target]) -> None:
-    size = 4 * rank * sum(t.in_features + t.out_features for t in targets)
-    if size > _MAX_BYTES:
-        raise RegrowError(
-            f"adapter must take at most {_MAX_BYTES} bytes, got {size} with every layer at the "
-            f"largest rank, {rank}: train with a smaller one"
+    @classmethod
+    def read(cls, fields: Fields, saved: tuple[str, ...]) -> Self:
+        """r, lora_alpha, use_rslora, rank_pattern, alpha_pattern."""
+        _check_start(fields)
+        return cls(
+            saved,
+            rank=fields.number("r", 1, _MAX_RANK, 8),
+            alpha=fields.take("lora_alpha", float, 8.0),
+            rslora=flag(fields, "use_rslora"),
+            ranks=patterns(fields, "rank_pattern", lambda p, n: p.number(n, 1, _MAX_RANK)),
+            alphas=patterns(fields, "alpha_pattern", lambda p, n: p.take(n, float)),
         )
 
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer, by its module path."""
+        return next((r for pattern, r in self.ranks if pattern.match(layer)), self.rank)
 
-def _coefficients(
-    factors: Factors, targets: Sequence[Target], config: PeftLora, storage: str
-) -> dict[str, Coefficients]:
-    """A.<in> [targets * rank, in] and B.<out> [targets * rank, out], float32, then stored."""
-    method = get_method("lora")
-    rank = max(config.rank_of(target.name) for target in targets)
-    layout = method.layout({"rank": rank}, targets)
-    values = {name: np.zeros(shape, dtype=np.float32) for name, shape in layout.items()}
-    scales = {name: np.ones(rows, dtype=np.float32) for name, (rows, _) in layout.items()}
-    used = dict.fromkeys(layout, 0)
-    for target in targets:
-        a, b = (read_float32(factors[target.name][part]) for part in "AB")  # [r, in], [out, r]
-        for name, rows, scale in (
-            (f"A.{target.in_features}", a, 1.0),
-            (f"B.{target.out_features}", b.T, config.scaling_of(target.name)),
-        ):
-            start = used[name]
-            values[name][start : start + len(rows)] = rows
-            with np.errstate(over="ignore"):  # what becomes infinite is refused by name
-                scales[name][start : start + rank] = scale
-            used[name] = start + rank
-    return {name: Coefficients.store(values[name], scales[name], storage) for name in layout}
+    def scaling_of(self, layer: str) -> float:
+        """alpha / r of a layer, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
+        alpha = next((a for pattern, a in self.alphas if pattern.match(layer)), self.alpha)
+        rank = self.rank_of(layer)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def widths(self, layer: str, parts: Parts, base: Base) -> Widths | str:
+        """Those of A [r, in] and B [out, r]."""
+        a, b = (parts[part].shape for part in self.parts)
+        if len(a) != 2 or len(b) != 2:
+            return f"{layer} must be a linear layer, got factors {list(a)} and {list(b)}"
+        rank = self.rank_of(layer)
+        if (a[0], b[1]) != (rank, rank):
+            return (
+                f"{layer} must have factors [{rank}, in] and [out, {rank}], as its config says, "
+                f"got {list(a)} and {list(b)}"
+            )
+        return a[1], b[0]
+
+    def settings(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """The largest rank; what differs between layers stands in the scales alone."""
+        rank = max(self.rank_of(target.name) for target in targets)
+        return {"rank": rank, "alpha": self.alpha, "rslora": self.rslora}
+
+    def rows(self, target: Target, parts: Parts, settings: Mapping[str, Any]) -> Iterator[Row]:
+        """A [rank, in] and B [rank, out]."""
+        a, b = (read_float32(parts[part]) for part in self.parts)
+        more = ((0, settings["rank"] - len(a)), (0, 0))
+        yield f"A.{target.in_features}", np.pad(a, more), 1.0
+        yield f"B.{target.out_features}", np.pad(b.T, more), self.scaling_of(target.name)
+
+
+def _check_start(fields: Fields) -> None:
+    start = take_any(fields, "init_lora_weights")
+    if start is not None and not any(start is s or start == s for s in _STARTS):
+        raise FormatError(
+            f"{fields.where}: init_lora_weights must be one that leaves the base's weights as they "
+            f"are, got {start!r:.40}: save it with PEFT's save_pretrained(..., "
+            f"path_initial_model_for_weight_conversion=...), {MERGE}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from regrow_toolchain.config import ImportConfig
 def import_command(
     peft_dir: Path, out: Path, backbone: Path, force: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Make an adapter of PEFT_DIR, a folder with a LoRA that PEFT's save_pretrained wrote.
+    """Make an adapter of PEFT_DIR, which PEFT's save_pretrained wrote: LoRA, VeRA or FourierFT.
 
     Its layers are compared to the backbone's, and nothing is left out in silence: what regrow
     cannot compute is refused. A classifier in modules_to_save becomes the adapter's head.
@@ -43,12 +44,13 @@ def import_command(
     from regrow_toolchain.importing import import_peft
 
     check_output(out, force=force)
-    adapter = import_peft(peft_dir, backbone, storage=ImportConfig(**settings).storage)
+    adapter = import_peft(peft_dir, backbone, **asdict(ImportConfig(**settings)))
     written = adapter.save(out)
     result = {
         "out": str(out),
         "bytes": written,
         "method": adapter.method,
+        "basis": adapter.basis.kind,
         "config": dict(adapter.config),
         "storage": adapter.storage,
         "backbone_id": adapter.backbone_id,
@@ -60,7 +62,8 @@ def import_command(
 
 def _lines(result: dict[str, Any]) -> list[str]:
     head = f", own head of {len(result['labels'])} classes" if result["labels"] else ""
+    settings = ", ".join(f"{name} {value}" for name, value in result["config"].items())
     return [
-        f"wrote {result['out']}: {size(result['bytes'])}, lora of rank {result['config']['rank']} "
+        f"wrote {result['out']}: {size(result['bytes'])}, {result['method']} ({settings}) "
         f"in {result['storage']}, {result['targets']} layers{head}"
     ]

@@ -20,10 +20,13 @@ from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_ba
 from regrow_toolchain.exporting import export_backbone
 from regrow_toolchain.importing import import_peft
 
+# Or not to load: vera_A and vera_B, which are drawn again.
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not")
+
 _TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 48, "vocab_size": 60, "num_labels": 3}  # fmt: skip
 _LONG = {"max_position_embeddings": 24}
-# Class, sizes, LoRA's targets; a task that PEFT knows saves the head along.
+# Class, sizes, targets; a task that PEFT knows saves the head along.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", _TEXT | _LONG,
              {"target_modules": ["query", "value", "output.dense"], "task_type": "SEQ_CLS"}),
@@ -73,18 +76,29 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+KINDS: dict[str, tuple[type, dict[str, Any]]] = {
+    "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 8}),
+    "vera": (peft.VeraConfig, {"r": 24, "projection_prng_key": 2**40 + 3}),
+    "vera-drawn": (peft.VeraConfig, {"r": 24, "projection_prng_key": 12,
+                                     "save_projection": False}),
+    "fourierft": (peft.FourierFTConfig, {"n_frequency": 70, "scaling": 20, "random_loc_seed": 5}),
+}  # fmt: skip
+
+
 @pytest.fixture
 def trained(dense: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """trained("bert", r=4): a PEFT directory with random A, B and head, saved by PEFT."""
+    """trained("bert", "lora", r=4): a PEFT directory with random coefficients, saved by PEFT."""
 
-    def folder(name: str, **options: Any) -> Path:
-        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **MODELS[name][2], **options})
+    def folder(name: str, kind: str = "lora", **options: Any) -> Path:
+        make, settings = KINDS[kind]
+        config = make(**{**settings, **MODELS[name][2], **options})
         model = peft.get_peft_model(load_backbone(dense(name)).model, config)
         torch.manual_seed(11)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for path, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(torch.randn_like(parameter) * 0.2)
+                    large = "vera" in path or "fourier" in path
+                    parameter.copy_(torch.randn_like(parameter) * (0.7 if large else 0.2))
         model.save_pretrained(tmp_path / "peft")
         return tmp_path / "peft"
 
@@ -125,13 +139,30 @@ def _compare(base: Path, folder: Path, name: str, out: Path) -> Adapter:
     return adapter
 
 
+CONFIGS = {
+    "lora": {"rank": 4, "alpha": 8.0, "rslora": False},
+    "vera": {"rank": 24},
+    "fourierft": {"n": 70, "alpha": 20.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_pefts(
-    name: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+    name: str,
+    kind: str,
+    dense: Callable[[str], Path],
+    trained: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    adapter = _compare(dense(name), trained(name), name, tmp_path / "backbone")
-    assert (adapter.method, adapter.storage) == ("lora", "fp32")
-    assert dict(adapter.config) == {"rank": 4, "alpha": 8.0, "rslora": False}
+    adapter = _compare(dense(name), trained(name, kind), name, tmp_path / "backbone")
+    method = kind.partition("-")[0]
+    assert (adapter.method, adapter.storage) == (method, "fp32")
+    assert dict(adapter.config) == CONFIGS[method]
+    assert adapter.basis.kind == ("philox-sign" if method == "lora" else "peft-mt19937")
+    options = {**KINDS[kind][1], **MODELS[name][2]}
+    seed = options.get("projection_prng_key", options.get("random_loc_seed", 0))
+    assert adapter.seed == seed
     has_head = name not in ("gpt2", "llama")
     assert (adapter.head is not None) == has_head
     if adapter.head:
@@ -155,6 +186,35 @@ def test_patterns_and_rslora(
     adapter = _compare(dense(name), folder, name, tmp_path / "backbone")
     assert adapter.config["rank"] == max(ranks.values())
     assert adapter.config["rslora"] is rslora
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-classes"])
+def test_frequencies_by_pattern(
+    name: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    counts = {"bert": {"query": 20, r"layer\.1\..*value": 900}, "gpt2": {"h.0.attn.c_attn": 300},
+              "llama-classes": {"k_proj": 11, "layers.1.mlp.up_proj": 333}}[name]  # fmt: skip
+    folder = trained(name, "fourierft", n_frequency_pattern=counts)
+    adapter = _compare(dense(name), folder, name, tmp_path / "backbone")
+    assert adapter.config["n"] == max(counts.values())
+
+
+def test_projections_of_a_bfloat16_base(
+    dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PEFT rounds what it draws to the base's dtype, and computes in float32."""
+    folder, rounded = trained("gpt2", "vera-drawn"), tmp_path / "rounded"
+    with quiet_transformers():
+        load_backbone(dense("gpt2")).model.bfloat16().float().save_pretrained(rounded)
+    base = load_backbone(rounded).model.bfloat16()
+    wanted = _logits(peft.PeftModel.from_pretrained(base, folder).float().eval(), "gpt2")
+    model = load_backbone(rounded).model
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        with applied(model, import_peft(folder, rounded, base_dtype=dtype)) as changed:
+            found[dtype] = _logits(changed, "gpt2")
+    np.testing.assert_allclose(found["bfloat16"], wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(found["float32"] - wanted).max() > 1e-4
 
 
 def test_numbers_are_kept(
@@ -210,13 +270,17 @@ def test_names_of_older_files(
     assert found.to_bytes() == expected.to_bytes()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_through_a_bundle(
-    dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+    kind: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
 ) -> None:
     """ONNX Runtime with the imported file, layers and head, gives PEFT's outputs."""
-    folder, bundle = trained("vit", lora_alpha=3), tmp_path / "bundle"
-    export_backbone(load_backbone(dense("vit")), bundle, targets=["query", "value"])
-    import_peft(folder, bundle).save(tmp_path / "a.safetensors")
+    folder, bundle = trained("vit", kind), tmp_path / "bundle"
+    first = import_peft(folder, dense("vit"))
+    export_backbone(load_backbone(dense("vit")), bundle, adapter=first)
+    adapter = import_peft(folder, bundle)
+    assert adapter.to_bytes() == first.to_bytes()
+    adapter.save(tmp_path / "a.safetensors")
     device = Bundle.open(bundle)
     device.swap(tmp_path / "a.safetensors")
     found = device.run({"pixel_values": _inputs("vit")["pixel_values"].numpy()})["logits"]
