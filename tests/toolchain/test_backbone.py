@@ -162,6 +162,56 @@ def test_sharded_weights_are_one_backbone(vit_folder: Path, tmp_path: Path) -> N
         assert torch.equal(logits_of(parts.model, inputs), logits_of(whole.model, inputs))
 
 
+def test_heads_side_by_side_keep_their_classes(
+    tmp_path: Path, dataset: Callable[..., Dataset]
+) -> None:
+    """DeiT with a teacher: its own classes serve; a user's own are refused, not half learned."""
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    from regrow_toolchain.adapting import adapt
+    from regrow_toolchain.config import AdaptConfig
+    from regrow_toolchain.exporting import export_backbone
+
+    names = ("left", "middle", "right")
+    config = DeiTConfig(
+        image_size=12, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    with quiet_transformers():
+        DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "deit")
+    backbone = load_backbone(tmp_path / "deit")
+    assert (backbone.head, backbone.labels) == ((), names)
+    assert backbone.task == "image-classification"
+    done = adapt(backbone, dataset(24, 1), AdaptConfig(steps=2))
+    assert done.adapter.head is None
+    with pytest.raises(UsageError, match="backbone must have a head"):
+        adapt(backbone, dataset(24, 1, names=("a", "b", "c")), AdaptConfig(steps=2))
+    assert export_backbone(backbone, tmp_path / "bundle").labels == names
+
+
+def test_feature_extractors_have_no_head(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        vocab_size=60, max_position_embeddings=24,
+    )  # fmt: skip
+    with quiet_transformers():
+        BertModel(config).save_pretrained(tmp_path / "bert")
+    backbone = load_backbone(tmp_path / "bert")
+    assert (backbone.task, backbone.head, backbone.labels) == ("feature-extraction", (), ())
+    made = save_backbone(compress(backbone, config=_PLAIN).backbone, tmp_path / "small")
+    assert load_backbone(tmp_path / "small").backbone_id == made.backbone_id
+
+
+def test_weights_that_are_not_finite(dense_copy: Path) -> None:
+    weights = load_file(dense_copy / "model.safetensors")
+    weights["vit.layernorm.bias"][3] = float("inf")
+    save_file(weights, dense_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RegrowError, match=r"NaN or infinity in vit\.layernorm\.bias$"):
+        load_backbone(dense_copy)
+
+
 # -- identity ------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Backbones on disk: a Hugging Face directory, or one that regrow compressed.
+"""Backbones: a Hugging Face directory, a function that returns a module, or what regrow compressed.
 
 A compressed one has `regrow.json` and `regrow.safetensors`. The weights are not called
 `model.safetensors` on purpose: plain `from_pretrained` would load them with random layers and no
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_runtime.fields import Fields, dump_json, parse_json
@@ -26,8 +26,9 @@ from regrow_runtime.files import new_folder, read_bytes
 from regrow_runtime.manifest import MANIFEST
 from regrow_runtime.preprocess import PREPROCESSOR, ImagePreprocessor
 
-from .backbone_id import INDEX, backbone_id
+from .backbone_id import INDEX, backbone_id, memory_id
 from .lowrank import Plan, apply_plan
+from .plain import FUNCTION, check_finite, check_weights, declared, made_by, tied, unique_tensors
 from .structure import find_head
 
 __all__ = ["CONFIG", "WEIGHTS", "Backbone", "load_backbone", "save_backbone"]
@@ -46,6 +47,7 @@ _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -54,12 +56,15 @@ _COMPANIONS = (
 
 _TASKS = {
     "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "ForAudioClassification": "audio-classification",
 }
+
+_SOUNDS = ("input_values", "input_features")  # what models of sounds take
 
 
 @dataclass(eq=False)
@@ -75,6 +80,7 @@ class Backbone:
         layers: the layers that are factored; empty for a dense model.
         files: config, preprocessing and tokenizer files that go with it.
         report: what compression measured; kept in `regrow.json`.
+        function: `package.module:function` where a function made the model, else empty.
     """
 
     model: nn.Module
@@ -82,14 +88,20 @@ class Backbone:
     task: str
     head: tuple[str, ...]
     labels: tuple[str, ...]
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
     layers: tuple[Plan, ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
+    function: str = ""
 
     @property
     def parameters(self) -> int:
         """How many numbers the model has."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie, all of them in one place; None without any."""
+        return self.files[0].parent if self.files else None
 
     def preprocessor(self) -> ImagePreprocessor:
         """The image preprocessing that training and the device share.
@@ -107,24 +119,36 @@ class Backbone:
 
 
 def load_backbone(path: str | Path) -> Backbone:
-    """Load a Hugging Face directory or one that `regrow compress` wrote.
+    """Load a Hugging Face directory, what a function returns, or what `regrow compress` wrote.
 
     A name such as `google/vit-base-patch16-224` that is no folder here is fetched from the hub.
-    Nothing is unpickled, and a compressed model's dense weights are never made.
+    `package.module:function` is imported (from the current directory too) and called; it returns
+    an `nn.Module`, which may say what it is by attributes `labels` (class names), `head` (module
+    paths of its head's linear layers) and `task`. What was compressed from such a module is
+    `package.module:function@FOLDER`: its folder names the function, but a file's word is not
+    enough to run code. Nothing is unpickled, and the dense weights of a compressed Hugging Face
+    model are never made.
 
     Raises:
-        UsageError: `path` is no such directory.
-        FormatError: its files are broken.
-        RegrowError: the hub did not give the model.
+        UsageError: there is no such directory or function, or it is no model.
+        FormatError: files are broken.
+        RegrowError: the hub did not give the model, the function failed, or weights are not finite.
     """
     folder = Path(path)
+    if not folder.exists() and (match := FUNCTION.fullmatch(str(path))):
+        if match["folder"] is None:
+            return _from_function(match["function"])
+        folder = Path(match["folder"])
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"backbone must be a folder with {CONFIG} after @, got {folder}")
+        return _load_compressed(folder, match["function"])
     if not folder.parent.exists() and _HUB_NAME.fullmatch(str(path)):
         folder = _fetch(str(path))
     if not folder.is_dir():
         found = "it is a file" if folder.is_file() else "no such folder"
         raise UsageError(f"backbone must be a model's folder, got {folder}: {found}")
     if (folder / CONFIG).is_file():
-        return _load_compressed(folder)
+        return _load_compressed(folder, "")
     if (folder / MANIFEST).is_file():
         raise UsageError(f"backbone must be a model's folder, got {folder}: it is a bundle")
     if not (folder / _HF_CONFIG).is_file():
@@ -146,6 +170,34 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
+def _from_function(function: str) -> Backbone:
+    model = made_by(function)
+    check_weights(model, function)
+    backbone = _described(model, function)
+    backbone.backbone_id = memory_id(unique_tensors(model), backbone.head)
+    return backbone
+
+
+def _described(model: nn.Module, function: str) -> Backbone:
+    """What a function returned, with what it says of itself or else looks like; it has no id yet.
+
+    Raises:
+        UsageError: what it says does not fit.
+    """
+    said = declared(model, function)
+    head = find_head(model, _classes(model)) if said.head is None else said.head
+    plain = "classification" if head else "feature-extraction"
+    task = said.task or (_task(model) if _is_transformers(model) else plain)
+    outputs = len(model.get_submodule(head[-1]).get_parameter("weight")) if head else 0
+    labels = _names(model, outputs) if said.labels is None else said.labels
+    if head and len(labels) != outputs:
+        raise UsageError(
+            f"{function}: labels must be one per output of {head[-1]}, got {len(labels)} for "
+            f"{outputs}"
+        )
+    return Backbone(model, "", task, head, labels, function=function)
+
+
 def _load_huggingface(folder: Path) -> Backbone:
     weights = _weight_files(folder)
     model_class = _model_class(folder)
@@ -162,6 +214,7 @@ def _load_huggingface(folder: Path) -> Backbone:
     missing = [name for name in info["missing_keys"] if not name.startswith(parts)]
     if missing:
         raise FormatError(f"{folder}: weights lack {', '.join(sorted(missing)[:5])}")
+    check_finite(model, str(folder))
     backbone = _backbone(folder, model.eval(), backbone_id(weights, head), head)
     if any(name.startswith(parts) for name in info["missing_keys"]):
         backbone.labels = ()  # the head was drawn at random: its outputs mean nothing yet
@@ -179,7 +232,8 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UsageError(f"{folder} must have {_HF_WEIGHTS}, got {why}")
 
 
-def _load_compressed(folder: Path) -> Backbone:
+def _load_compressed(folder: Path, function: str) -> Backbone:
+    """`function`: what the user allowed to be imported and called; empty for nothing."""
     fields = parse_json(
         read_bytes(folder / CONFIG, limit=_MAX_JSON, what=CONFIG), str(folder / CONFIG)
     )
@@ -189,16 +243,42 @@ def _load_compressed(folder: Path) -> Backbone:
     stored_id = fields.take("backbone_id", str)
     head = fields.strings("head")
     report = fields.take("report", dict, {})
+    wanted = fields.take("function", str, "")
     fields.done()
-    model = _empty_model(folder, plans)
-    _load_weights(model, folder / WEIGHTS)
+    if wanted != function:
+        raise UsageError(_which_function(folder, wanted, function))
+    if function:
+        model = _with_plans(made_by(function), plans, folder, function)
+        _load_into(model, folder / WEIGHTS)
+    else:
+        model = _empty_model(folder, plans)
+        _load_weights(model, folder / WEIGHTS)
     if (found := backbone_id([folder / WEIGHTS], head)) != stored_id:
         raise FormatError(
             f"{folder / WEIGHTS} must have the backbone_id of {CONFIG} ({stored_id}), got {found}"
         )
-    backbone = _backbone(folder, model.eval(), stored_id, head)
+    if function:
+        backbone = _described(model, function)
+        if backbone.head != head:
+            raise FormatError(
+                f"{folder / CONFIG}: head must be the model's, {list(backbone.head)}, "
+                f"got {list(head)}"
+            )
+        backbone.backbone_id = stored_id
+    else:
+        backbone = _backbone(folder, model.eval(), stored_id, head)
     backbone.layers, backbone.report = plans, report
     return backbone
+
+
+def _which_function(folder: Path, wanted: str, given: str) -> str:
+    if not wanted:
+        return f"{folder} must be given without {given}@, got one of a Hugging Face directory"
+    other = f", got {given}" if given else ""
+    return (
+        f"{folder} was compressed from a model that {wanted} makes{other}: to import and call "
+        f"that, give {wanted}@{folder}"
+    )
 
 
 def _plan(part: Fields) -> Plan:
@@ -228,10 +308,15 @@ def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
             raise FormatError(
                 f"{folder / _HF_CONFIG} must describe a model: {_first_line(error)}"
             ) from error
+    return _with_plans(model, plans, folder, _HF_CONFIG)
+
+
+def _with_plans(model: nn.Module, plans: tuple[Plan, ...], folder: Path, source: str) -> nn.Module:
+    """The model with empty pairs in the places of the factored layers."""
     known = {name for name, _ in model.named_modules() if name}
     if lost := [plan.name for plan in plans if plan.name not in known]:
         raise MismatchError(
-            f"{folder / CONFIG} does not fit {_HF_CONFIG}:",
+            f"{folder / CONFIG} does not fit {source}:",
             [f"{name!r} is no layer of the model" for name in lost],
         )
     apply_plan(model, plans, empty=True)
@@ -239,38 +324,73 @@ def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise FormatError(f"{path} is missing: compress the model again")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    findings = [
-        f"{name} must be {list(wanted[name])}, got {list(tensor.shape)}"
-        if name in wanted
-        else f"{name} is unknown"
-        for name, tensor in tensors.items()
-        if wanted.get(name) != tensor.shape
-    ]
-    fitting = {name: t for name, t in tensors.items() if wanted.get(name) == t.shape}
+    """Into a model of transformers, which ties its weights itself."""
+    tensors = _stored(path)
+    findings = _unfitting(tensors, model.state_dict())
+    fitting = {name: t for name, t in tensors.items() if name not in findings}
     model.load_state_dict(fitting, strict=False, assign=True)
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
     lost = [n for n, p in model.named_parameters() if p.is_meta and n not in tensors]
-    findings += [f"{name} is missing" for name in lost]
-    if findings:
-        raise MismatchError(f"{path} does not fit its config:", findings)
+    _check_fit(path, findings, lost)
+
+
+def _load_into(model: nn.Module, path: Path) -> None:
+    """Into a module that does not tie its weights itself: they are tied again as they were."""
+    tensors = _stored(path)
+    state, ties = unique_tensors(model), tied(model)
+    findings = _unfitting(tensors, state)
+    _check_fit(path, findings, [name for name in state if name not in tensors])
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for name, first in ties.items():
+        (owner, part), (other, same) = (name.rpartition(".")[::2] for name in (name, first))
+        value = getattr(model.get_submodule(other), same)
+        setattr(model.get_submodule(owner), part, value)
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FormatError(f"{path} is missing: compress the model again")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
+    return tensors
+
+
+def _unfitting(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What is wrong, by name of a tensor."""
+    findings = {}
+    for name, tensor in tensors.items():
+        if name not in state:
+            findings[name] = f"{name} is unknown"
+        elif tensor.shape != (shape := state[name].shape):
+            findings[name] = f"{name} must be {list(shape)}, got {list(tensor.shape)}"
+        elif tensor.dtype != (kind := state[name].dtype):
+            findings[name] = f"{name} must be {kind}, got {tensor.dtype}"
+    return findings
+
+
+def _check_fit(path: Path, findings: Mapping[str, str], lost: Sequence[str]) -> None:
+    if findings or lost:
+        lines = [*findings.values(), *(f"{name} is missing" for name in lost)]
+        raise MismatchError(f"{path} does not fit its config:", lines)
 
 
 def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -> Backbone:
     """Write a compressed backbone atomically; returns it with its `backbone_id` and its files.
 
     Raises:
-        UsageError: `out` exists and `force` is off.
+        UsageError: `out` exists and `force` is off, or it could not be loaded again: the model is
+            neither from a Hugging Face directory nor from a function.
     """
     out = Path(out)
+    if not backbone.function and not any(file.name == _HF_CONFIG for file in backbone.files):
+        raise UsageError(
+            f"backbone must come from load_backbone to be saved, got one without {_HF_CONFIG} "
+            "and without a function"
+        )
     with new_folder(out, marker=CONFIG, force=force) as folder:
         _save_weights(backbone.model, folder / WEIGHTS)
         identity = backbone_id([folder / WEIGHTS], backbone.head)
@@ -282,6 +402,7 @@ def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -
             "head": list(backbone.head),
             "layers": [asdict(plan) for plan in backbone.layers],
             "report": backbone.report,
+            **({"function": backbone.function} if backbone.function else {}),
         }
         (folder / CONFIG).write_text(dump_json(config, indent=1) + "\n", encoding="utf-8")
     backbone.backbone_id = identity
@@ -290,34 +411,43 @@ def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
-    """Parameters and persistent buffers, tied ones once, under their first name."""
-    seen: set[int] = set()
+    """As `unique_tensors` has them; a part of another tensor is saved on its own."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
+    for name, tensor in unique_tensors(model).items():
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor.contiguous() if whole else tensor.clone()
     save_file(tensors, path, {"format": "pt"})
 
 
 def _backbone(folder: Path, model: nn.Module, identity: str, head: Sequence[str]) -> Backbone:
-    config: Any = model.config
-    names = getattr(config, "id2label", None) or {}
-    classes = _classes(model) or 0
-    labels = tuple(str(names.get(i, i)) for i in range(classes)) if head else ()
     files = tuple(folder / name for name in _COMPANIONS if (folder / name).is_file())
-    return Backbone(model, identity, _task(type(model).__name__), tuple(head), labels, files)
+    # Heads side by side are none that an adapter could replace, but their classes have names.
+    classifies = bool(head) or type(model).__name__.endswith("WithTeacher")
+    labels = _names(model, _classes(model) or 0) if classifies else ()
+    return Backbone(model, identity, _task(model), tuple(head), labels, files)
+
+
+def _names(model: nn.Module, outputs: int) -> tuple[str, ...]:
+    """Class names as the model's config has them, or else numbers."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return tuple(str(names.get(i, i)) for i in range(outputs))
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "model_type")
 
 
 def _classes(model: nn.Module) -> int | None:
-    return getattr(model.config, "num_labels", None)
+    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
-def _task(architecture: str) -> str:
-    for ending, task in _TASKS.items():
-        if architecture.endswith(ending):
-            return task
-    return "feature-extraction"
+def _task(model: nn.Module) -> str:
+    """optimum's name of what a class of transformers does."""
+    architecture = type(model).__name__
+    found = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+    if found == "text-classification" and getattr(model, "main_input_name", "") in _SOUNDS:
+        return "audio-classification"
+    return found or "feature-extraction"
 
 
 def _model_class(folder: Path) -> Any:

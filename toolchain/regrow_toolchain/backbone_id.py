@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from regrow_runtime.errors import FormatError
+from regrow_runtime.errors import FormatError, UsageError
 
-__all__ = ["INDEX", "StoredTensor", "backbone_id", "stored_tensors"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["INDEX", "StoredTensor", "backbone_id", "memory_id", "stored_tensors"]
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
 _PIECE = 1 << 20
+
+# torch's names of dtypes in the words of safetensors.
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,18 +46,45 @@ def backbone_id(files: Sequence[Path], head: Sequence[str]) -> str:
     `name TAB dtype TAB shape LF` (shape as decimal numbers with commas between, dtype as
     safetensors writes it, such as F32), then its little-endian bytes.
     """
+    tensors = (t for file in files for t in stored_tensors(file))
+    return _digest(((t.name, t.dtype, t.shape, _bytes_of(t)) for t in tensors), head)
+
+
+def memory_id(tensors: Mapping[str, Tensor], head: Sequence[str]) -> str:
+    """The id that `tensors` would have if they were saved, tied ones once.
+
+    Raises:
+        UsageError: a tensor has a dtype that safetensors does not write.
+    """
+    return _digest(((name, *_parts(name, tensor)) for name, tensor in tensors.items()), head)
+
+
+def _digest(
+    tensors: Iterable[tuple[str, str, Sequence[int], Iterable[Any]]], head: Sequence[str]
+) -> str:
     digest = hashlib.sha256()
-    tensors = sorted(
-        (t for file in files for t in stored_tensors(file)), key=lambda t: t.name.encode()
-    )
-    for tensor in tensors:
-        if any(tensor.name.startswith(f"{layer}.") for layer in head):
+    for name, dtype, shape, pieces in sorted(tensors, key=lambda part: part[0].encode()):
+        if any(name.startswith(f"{layer}.") for layer in head):
             continue
-        shape = ",".join(str(size) for size in tensor.shape)
-        digest.update(f"{tensor.name}\t{tensor.dtype}\t{shape}\n".encode())
-        for piece in _bytes_of(tensor):
+        sizes = ",".join(str(size) for size in shape)
+        digest.update(f"{name}\t{dtype}\t{sizes}\n".encode())
+        for piece in pieces:
             digest.update(piece)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _parts(name: str, tensor: Tensor) -> tuple[str, Sequence[int], Iterable[Any]]:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in _DTYPES:
+        raise UsageError(f"weights must be of a dtype that safetensors has, got {name} in {kind}")
+    return _DTYPES[kind], tuple(tensor.shape), _memory(tensor)
+
+
+def _memory(tensor: Tensor) -> Iterator[Any]:
+    """The tensor's bytes, little-endian; made when they are asked for."""
+    import torch
+
+    yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:

@@ -112,6 +112,7 @@ def _result(
         labels=backbone.labels,
         files=backbone.files,
         layers=plans,
+        function=backbone.function,
     )
     result.report = {
         "ratio": config.ratio,

@@ -7,50 +7,88 @@ from torch import nn
 __all__ = ["block_lists", "find_head", "replace_module"]
 
 
-def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The outermost lists of two or more blocks of one class, with their module paths.
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
+    """The outermost lists of blocks of one class, with their module paths.
 
-    That is how transformers and most plain models keep their encoder and decoder layers.
+    Transformers and most plain models keep their encoder and decoder layers in a `ModuleList`;
+    some (timm's) in a `Sequential`, which counts if it holds two or more modules that have parts.
     """
-    found: list[tuple[str, nn.ModuleList]] = []
+    found: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
+        listed = name and isinstance(module, nn.ModuleList | nn.Sequential)
+        if listed and not inside and _is_stack(module):
             found.append((name, module))
     return found
 
 
-def _is_stack(modules: nn.ModuleList) -> bool:
+def _is_stack(modules: nn.ModuleList | nn.Sequential) -> bool:
     kinds = {type(module) for module in modules}
     has_weights = any(True for module in modules for _ in module.parameters())
-    # A model of one layer is still a stack; a list of single linear layers is none.
-    return len(kinds) == 1 and has_weights and not issubclass(next(iter(kinds)), nn.Linear)
+    if len(kinds) != 1 or not has_weights or issubclass(next(iter(kinds)), nn.Linear):
+        return False  # a list of single linear layers is no stack
+    # A model of one layer in a list is still one; a sequence may be any chain of layers.
+    listed = isinstance(modules, nn.ModuleList)
+    return listed or (len(modules) > 1 and all(any(m.children()) for m in modules))
 
 
 def find_head(model: nn.Module, classes: int | None) -> tuple[str, ...]:
-    """Module paths of the head's linear layers: those outside of the blocks that end in `classes`.
+    """Module paths of the head's linear layers, first to last: the last ones outside the blocks.
 
-    For a model with a list of blocks the head is its last linear layer after them with `classes`
-    outputs; a head of two layers (`classifier.dense`, `classifier.out_proj`, or DistilBERT's
-    `pre_classifier`, `classifier`) is found whole.
+    A head of two layers (`classifier.dense`, `classifier.out_proj`, or DistilBERT's
+    `pre_classifier`, `classifier`) is found whole. Several heads side by side, such as those of
+    DeiT with a teacher, whose answers are averaged, are none: no single layer could take the
+    place of one.
+
+    Args:
+        classes: the outputs that the head must have; None if they are not known. Then it must
+            come after the blocks.
     """
-    stacks = [prefix for prefix, _ in block_lists(model)]
-    linears = [
-        (name, module)
+    stacks = tuple(f"{prefix}." for prefix, _ in block_lists(model))
+    names = [name for name, _ in model.named_modules()]
+    start = max((i for i, n in enumerate(names) if stacks and n.startswith(stacks)), default=-1)
+    behind = set(names[start + 1 :])
+    linears = {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not any(name.startswith(f"{prefix}.") for prefix in stacks)
-    ]
-    last = [name for name, module in linears if classes is None or module.out_features == classes]
-    if not last or classes is None:
+        if isinstance(module, nn.Linear) and not (stacks and name.startswith(stacks))
+    }
+    if classes is None:
+        last = [name for name in linears if name in behind]
+    else:
+        last = [name for name, module in linears.items() if module.out_features == classes]
+    if not last:
         return ()
     name = last[-1]
+    near = {n: m for n, m in linears.items() if n in behind or name not in behind}
+    if _side_by_side(near, name, surely_chained=classes is None):
+        return ()
     parent = name.rpartition(".")[0]
+    if not stacks:
+        return (name,)
     return tuple(
         other
-        for other, _ in linears
+        for other in near
         if other.rpartition(".")[0] == parent and (parent or other.endswith(name))
     )
+
+
+def _side_by_side(linears: dict[str, nn.Linear], last: str, *, surely_chained: bool) -> bool:
+    """Whether the layer before the last one takes the same input and gives as many outputs.
+
+    They have one parent and equal widths, and cannot be a chain, since the one does not give what
+    the other takes. Where it does, only names can tell (DistilBERT's chain is `pre_classifier`,
+    `classifier`), unless it is `surely_chained`.
+    """
+    parent = last.rpartition(".")[0]
+    siblings = [name for name in linears if name.rpartition(".")[0] == parent]
+    if siblings[-1] != last or len(siblings) < 2:
+        return False
+    one, two = linears[siblings[-2]], linears[last]
+    if (one.in_features, one.out_features) != (two.in_features, two.out_features):
+        return False
+    chain = surely_chained or parent or siblings[-2].endswith(last)
+    return two.in_features != two.out_features or not chain
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import click
 
+from ..forms import DATA
 from . import printable
 
 __all__ = [
     "check_data",
     "config_options",
+    "data_options",
     "emit",
     "force_option",
     "json_option",
@@ -36,9 +38,10 @@ targets_option = click.option(
     "targets",
     multiple=True,
     metavar="NAME",
-    help="Layer to adapt: an ending such as `query`, or a shell pattern such as `*.layer.0.*`; "
-    "repeatable. "
-    "By default every linear layer of the blocks.",
+    help="Layer to adapt: an ending such as `query`, a shell pattern such as `*.layer.0.*`, or a "
+    "set: `@qv` (query and value, or the layer that fuses them), `@attention`, `@mlp`, `@all` "
+    "(every linear layer of the blocks, the default), `all-linear` (those outside of the blocks "
+    "too, but not the head); repeatable.",
 )
 
 
@@ -71,9 +74,37 @@ def check_data(path: Path) -> None:
     from regrow_runtime.errors import UsageError
 
     if not path.exists():
-        raise UsageError(
-            f"data must be a folder of pictures by class or an .npz, got {path}: no such file"
-        )
+        raise UsageError(f"data must be {DATA}; got {path}: no such file")
+
+
+def data_options(what: str, *, required: bool = False) -> Callable[[F], F]:
+    """--data with `what` in its help, and how to read it: --text, --label and --max-length."""
+
+    def decorate(function: F) -> F:
+        for option in (
+            click.option(
+                "--max-length", type=click.IntRange(2), default=128, show_default=True,
+                help="Tokens per text at most; the model may take fewer.",
+            ),
+            click.option(
+                "--label", metavar="NAME",
+                help="Column or array with the labels; by default `label`, `labels`, `category` "
+                "or `intent`.",
+            ),
+            click.option(
+                "--text", metavar="NAME",
+                help="Column with the text, or two with a comma between for pairs; by default "
+                "`text`, or the only one of words.",
+            ),
+            click.option(
+                "--data", type=click.Path(path_type=Path), required=required,
+                help=f"{what}: {DATA}.",
+            ),
+        ):  # fmt: skip
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def config_options(kind: type) -> Callable[[F], F]:

@@ -1,41 +1,96 @@
-"""Training data from disk. A further kind of source is one file here and one line in `_readers`.
+"""Training data from disk. A further kind of file is one module here and one line in `_READERS`.
 
-Sources: a folder with one folder of pictures per class, or an `.npz` with `images` (or ready
-`pixel_values`) and `labels`.
+| source | what becomes of it |
+|---|---|
+| a folder with one folder of pictures or `.wav` files per class | the model's own preprocessing |
+| `.npz` | arrays by the names of the arguments of `forward`, or pictures |
+| `.csv`, `.tsv`, `.jsonl` | a text column through the backbone's tokenizer |
+| `.txt` | windows of tokens, for language models |
+| a folder that the datasets library saved | as a table, or arrays by the names of arguments |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from regrow_runtime.errors import UsageError
-from regrow_runtime.preprocess import ImagePreprocessor
 
-from .dataset import Dataset
+from ..forms import DATA
+from .dataset import Dataset, by_user, check_samples, split
 from .folder import read_folder
-from .npz import read_npz
+from .npz import read_inputs, read_npz
+from .saved import is_saved, read_saved
+from .source import Source
+from .tables import read_csv, read_jsonl, read_tsv
+from .text import read_text
 
-__all__ = ["Dataset", "load_data"]
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+
+__all__ = ["Dataset", "by_user", "check_samples", "load_data", "load_inputs", "split"]
+
+_READERS: dict[str, Callable[[Source], Dataset]] = {
+    ".npz": read_npz,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".txt": read_text,
+}
 
 
-def load_data(path: str | Path, preprocessor: Callable[[], ImagePreprocessor]) -> Dataset:
-    """Read labelled pictures.
+def load_data(
+    path: str | Path,
+    backbone: Backbone,
+    *,
+    users: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    max_length: int = 128,
+) -> Dataset:
+    """Read samples, and make of them what the backbone takes.
 
     Args:
-        path: a folder of pictures by class, or an `.npz`.
-        preprocessor: gives the model's preprocessing; called only if pictures must be prepared.
+        path: see the module's table.
+        users: whose each sample is: the column or the array with user ids, or "folder" for
+            folders PATH/USER/CLASS. Without it all samples are one user's.
+        text: the text column, or two with a comma between for pairs; by default `text`, or the
+            only column of words besides labels and users.
+        label: the column or the array with labels; by default `label`, `labels` and the like;
+            "" for none.
+        max_length: tokens per text at most; the backbone may take fewer.
 
     Raises:
-        UsageError: there is nothing at `path` that can be read, or labels are missing.
+        UsageError: there is nothing at `path` that can be read, something is missing, or what is
+            there does not fit the backbone.
         FormatError: a file is broken.
     """
     path = Path(path)
+    source = Source(path, backbone, users, text, label, max_length)
     if path.is_dir():
-        return read_folder(path, preprocessor())
-    if path.suffix == ".npz":
-        return read_npz(path, preprocessor)
-    raise UsageError(
-        f"data must be a folder of pictures by class or an .npz, got {path}"
-        + ("" if path.exists() else ": no such file")
-    )
+        return read_saved(source) if is_saved(path) else read_folder(source)
+    if not path.exists():
+        raise UsageError(f"data must be {DATA}; got {path}: no such file")
+    if (reader := _READERS.get(path.suffix.lower())) is None:
+        raise UsageError(f"data must be {DATA}; got {path}")
+    return reader(source)
+
+
+def load_inputs(path: str | Path, backbone: Backbone) -> dict[str, NDArray[Any]]:
+    """The model's inputs from an `.npz`, as `load_data` reads them; labels are not needed.
+
+    Returns:
+        float32, int64 or bool arrays by argument name, samples first.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npz":
+        raise UsageError(f"inputs must be an .npz with arrays, got {path}")
+    inputs = read_inputs(Source(path, backbone))
+    if len({len(array) for array in inputs.values()}) != 1:
+        counts = {name: len(array) for name, array in inputs.items()}
+        raise UsageError(f"{path}: inputs must have as many samples each, got {counts}")
+    return {name: np.ascontiguousarray(array) for name, array in inputs.items()}

@@ -1,15 +1,18 @@
-"""Labelled samples, ready for the model, and how to split them."""
+"""Samples, ready for the model, and how to divide them: by user, and into two parts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regrow_runtime.errors import UsageError
 
-__all__ = ["Dataset", "split"]
+__all__ = ["Dataset", "by_user", "check_samples", "split"]
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,41 +20,141 @@ class Dataset:
     """Model inputs with labels.
 
     Attributes:
-        inputs: arrays by the name of the model's argument, samples first.
-        labels: int64 [samples], indices into `names`.
-        names: class names. `named` is False where they are only numbers from an array, which then
-            mean the backbone's own outputs.
+        inputs: arrays by the name of the model's argument, samples first; float32, int64 or bool.
+        labels: int64 [samples], indices into `names`; or float32 [samples] or [samples, values],
+            what a regression or a teacher gives; or int64 [samples, tokens], where -100 counts
+            for no loss.
+        names: class names; empty where labels are no classes. `named` is False where they are
+            only numbers from an array, which then mean the backbone's own outputs.
+        users: the id of each sample's user, strings [samples]; None if all are one user's.
+
+    Raises:
+        UsageError: the arrays differ in their numbers of samples, or labels are of no such kind.
     """
 
-    inputs: dict[str, NDArray[np.float32]]
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
+    inputs: dict[str, NDArray[Any]]
+    labels: NDArray[Any]
+    names: tuple[str, ...] = ()
     named: bool = True
+    users: NDArray[np.str_] | None = None
+
+    def __post_init__(self) -> None:
+        inputs = {name: _plain(array) for name, array in self.inputs.items()}
+        labels = _plain(np.asarray(self.labels))
+        users = None if self.users is None else np.asarray(self.users).astype(np.str_)
+        for name, array in (*inputs.items(), ("users", users)):
+            if array is not None and (array.ndim < 1 or len(array) != len(labels)):
+                raise UsageError(
+                    f"{name} must be one per label, got {list(array.shape)} for {len(labels)}"
+                )
+        if labels.dtype.kind not in "if" or labels.ndim not in (1, 2):
+            raise UsageError(
+                "labels must be classes, values or tokens, "
+                f"got {labels.dtype} of shape {labels.shape}"
+            )
+        for field, value in (("inputs", inputs), ("labels", labels), ("users", users)):
+            object.__setattr__(self, field, value)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def kind(self) -> str:
+        """What the labels are: "classes", "values" or "tokens"."""
+        if self.labels.dtype.kind == "f":
+            return "values"
+        return "classes" if self.labels.ndim == 1 else "tokens"
+
     def take(self, rows: NDArray[np.int64]) -> Dataset:
         """The samples at `rows`."""
         inputs = {name: array[rows] for name, array in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels[rows])
+        users = None if self.users is None else self.users[rows]
+        return replace(self, inputs=inputs, labels=self.labels[rows], users=users)
+
+
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """As torch is to see it: integers as int64, floats as float32, others as they are."""
+    kind = array.dtype.kind
+    if kind in "iu" and array.dtype != np.int64:
+        return array.astype(np.int64)
+    if kind == "f" and array.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32)
+    return array
+
+
+def _rows_by_user(data: Dataset) -> dict[str, NDArray[np.int64]]:
+    """Row numbers in their order, by user id; ids sorted."""
+    if data.users is None:
+        raise UsageError("data must say whose each sample is, got no users")
+    names, index = np.unique(data.users, return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(index, minlength=len(names)))[:-1])
+    return {str(name): rows for name, rows in zip(names, parts, strict=True)}
+
+
+def by_user(data: Dataset) -> dict[str, Dataset]:
+    """One dataset per user, in the order of their ids; within, samples keep their order.
+
+    Raises:
+        UsageError: `data` has no users.
+    """
+    parts = _rows_by_user(data)
+    return {user: replace(data.take(rows), users=None) for user, rows in parts.items()}
 
 
 def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split off about `share` of every class: (the rest, the part split off).
 
-    A class keeps at least one sample in the rest. With `share` 0 the second part is empty.
+    A class keeps at least one sample in the rest; where labels are no classes, the samples are
+    drawn as if they were one. Every user's samples are split as if they were alone. With `share`
+    0 the second part is empty.
 
     Raises:
         UsageError: `share` is not from 0 to below 1.
     """
     if not 0 <= share < 1:
         raise UsageError(f"holdout must be from 0 to below 1, got {share}")
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(data))
-    held: list[int] = []
-    for label in np.unique(data.labels):
-        rows = order[data.labels[order] == label]
-        held += rows[: min(round(share * len(rows)), len(rows) - 1)].tolist()
+    alone = [np.arange(len(data))]
+    groups = alone if data.users is None else list(_rows_by_user(data).values())
     mask = np.zeros(len(data), dtype=bool)
-    mask[held] = True
+    for rows in groups:
+        classes = data.labels[rows] if data.kind == "classes" else np.zeros(len(rows), np.int64)
+        mask[rows[_drawn(classes, share, seed)]] = True
     return data.take(np.flatnonzero(~mask)), data.take(np.flatnonzero(mask))
+
+
+def _drawn(classes: NDArray[np.int64], share: float, seed: int) -> list[int]:
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(classes))
+    held: list[int] = []
+    for label in np.unique(classes):
+        rows = order[classes[order] == label]
+        held += rows[: min(round(share * len(rows)), len(rows) - 1)].tolist()
+    return held
+
+
+def check_samples(data: Dataset) -> None:
+    """Raise `UsageError` where there is too little to learn from, naming the users.
+
+    Every user needs two samples or more, of two classes or more where labels are classes.
+    """
+    parts = {"": np.arange(len(data))} if data.users is None else _rows_by_user(data)
+    poor = {user: why for user, rows in parts.items() if (why := _lack(data, rows))}
+    if not poor:
+        return
+    wanted = "two samples or more" + (", of two classes" if data.kind == "classes" else "")
+    if data.users is None:
+        raise UsageError(f"data must have {wanted}; got {poor['']}")
+    shown = "; ".join(f"{user}: {why}" for user, why in list(poor.items())[:_SHOWN])
+    more = f"; and {len(poor) - _SHOWN} users more" if len(poor) > _SHOWN else ""
+    raise UsageError(f"every user must have {wanted}; got {shown}{more}")
+
+
+def _lack(data: Dataset, rows: NDArray[np.int64]) -> str:
+    if len(rows) < 2:
+        return f"{len(rows)} sample" + ("s" if not len(rows) else "")
+    if data.kind != "classes" or (data.labels[rows] != data.labels[rows[0]]).any():
+        return ""
+    label = int(data.labels[rows[0]])
+    name = data.names[label] if label < len(data.names) else str(label)
+    return f"{len(rows)} samples of one class, {name}"

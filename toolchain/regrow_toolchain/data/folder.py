@@ -1,39 +1,101 @@
-"""A folder with one folder of pictures per class; the folders' names are the class names."""
+"""A folder with one folder of pictures or sounds per class; the folders' names are the classes'."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regrow_runtime.errors import UsageError
-from regrow_runtime.preprocess import ImagePreprocessor, image_files, read_image
+from regrow_runtime.preprocess import IMAGE_ENDINGS, read_image
 
+from .audio import WAV, read_sounds
 from .dataset import Dataset
+from .source import Source
 
 __all__ = ["read_folder"]
 
 _AT_ONCE = 64
 
 
-def read_folder(path: Path, preprocessor: ImagePreprocessor) -> Dataset:
-    """Read `path`/CLASS/PICTURE; pictures are prepared as they are read, so few are open at once.
+@dataclass(frozen=True)
+class _Sample:
+    file: Path
+    label: str
+    user: str
+
+
+def read_folder(source: Source) -> Dataset:
+    """Read PATH/CLASS/FILE, or with users "folder" PATH/USER/CLASS/FILE.
+
+    Files are pictures, or all of them `.wav`.
 
     Raises:
-        UsageError: there are no folders with pictures in `path`.
-        FormatError: a picture cannot be read.
+        UsageError: there are no folders with files in it, or the backbone takes no such files.
+        FormatError: a file cannot be read.
     """
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise UsageError(f"data must be a folder with one folder per class, got {path} without any")
-    files, labels = [], []
-    for index, folder in enumerate(folders):
-        found = image_files(folder)
-        files += found
-        labels += [index] * len(found)
+    source.refuse("text", "label")
+    if source.users not in (None, "folder"):
+        raise UsageError(
+            f"users must be `folder` for a folder of files (PATH/USER/CLASS), got {source.users!r}"
+        )
+    samples = _samples(source)
+    files = [sample.file for sample in samples]
+    if sounds := [file for file in files if file.suffix.lower() == WAV]:
+        if len(sounds) != len(files):
+            other = next(file for file in files if file.suffix.lower() != WAV)
+            raise UsageError(f"data must be pictures or sounds, got both: {other}, {sounds[0]}")
+        inputs = read_sounds(source, files)
+    else:
+        inputs = {"pixel_values": _pictures(source, files)}
+    names, index = np.unique([sample.label for sample in samples], return_inverse=True)
+    return Dataset(
+        inputs,
+        index.astype(np.int64),
+        tuple(str(name) for name in names),
+        users=np.array([sample.user for sample in samples]) if source.users else None,
+    )
+
+
+def _samples(source: Source) -> list[_Sample]:
+    if source.users is None:
+        return _by_class(source.path, "")
+    users = _folders(source.path, "one folder per user")
+    return [sample for user in users for sample in _by_class(user, user.name)]
+
+
+def _by_class(path: Path, user: str) -> list[_Sample]:
+    classes = _folders(path, "one folder per class")
+    return [_Sample(file, folder.name, user) for folder in classes for file in _files(folder)]
+
+
+def _folders(path: Path, wanted: str) -> list[Path]:
+    found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not found:
+        raise UsageError(f"data must be a folder with {wanted}, got {path} without any")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    endings = (*IMAGE_ENDINGS, WAV)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
+    if not found:
+        raise UsageError(f"{folder} must have pictures ({', '.join(endings)}), got none")
+    return found
+
+
+def _pictures(source: Source, files: list[Path]) -> NDArray[Any]:
+    """float32 [n, channels, height, width]; prepared as they are read: few are open at once."""
+    if "pixel_values" not in (wanted := source.arguments()):
+        raise UsageError(
+            f"backbone must take pictures (pixel_values), got one of {', '.join(wanted)}"
+        )
+    preprocessor = source.backbone.preprocessor()
     parts = [
         preprocessor([read_image(file) for file in files[start : start + _AT_ONCE]])
         for start in range(0, len(files), _AT_ONCE)
     ]
-    names = tuple(folder.name for folder in folders)
-    return Dataset({"pixel_values": np.concatenate(parts)}, np.array(labels, dtype=np.int64), names)
+    return np.concatenate(parts)

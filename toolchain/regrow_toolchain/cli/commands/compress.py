@@ -11,6 +11,7 @@ import click
 from regrow_toolchain.cli.options import (
     check_data,
     config_options,
+    data_options,
     emit,
     force_option,
     json_option,
@@ -24,19 +25,23 @@ from regrow_toolchain.config import CompressConfig
 @click.command("compress")
 @path_argument("model")
 @out_option("Folder for the compressed backbone.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="Training data with the model's own labels: a folder of pictures by class, or an .npz. "
-    "Without it: plain SVD.",
-)
+@data_options("Training data with the model's own labels (without it: plain SVD)")
 @config_options(CompressConfig)
 @force_option
 @json_option
 def compress_command(
-    model: Path, out: Path, data: Path | None, force: bool, as_json: bool, **settings: Any
+    model: Path,
+    out: Path,
+    data: Path | None,
+    text: str | None,
+    label: str | None,
+    max_length: int,
+    force: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Turn MODEL, a Hugging Face directory or hub name, into a low-rank backbone (PELA).
+    """Turn MODEL into a low-rank backbone (PELA): a Hugging Face directory or hub name, or
+    package.module:function that returns an nn.Module.
 
     Every linear layer of the blocks becomes two of a rank that divides its parameters by the
     ratio. With --data the factors are then trained: on the labels, to give the dense model's
@@ -55,7 +60,9 @@ def compress_command(
     from regrow_toolchain.data import load_data
 
     source = load_backbone(model)
-    samples = load_data(data, source.preprocessor) if data else None
+    samples = None
+    if data is not None:
+        samples = load_data(data, source, text=text, label=label, max_length=max_length)
     done = compress(source, samples, CompressConfig(**settings))
     backbone = save_backbone(done.backbone, out, force=force)
     result = {

@@ -36,6 +36,20 @@ from regrow_toolchain.cli.tables import size
     help="Adapter file: what merged and seeded build in. A swappable bundle gets slots for its "
     "layers only.",
 )
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    help="An .npz with arrays by the names of the model's arguments, to trace and check it with: "
+    "for a plain module; others need none.",
+)
+@click.option(
+    "--for",
+    "methods",
+    multiple=True,
+    metavar="METHOD",
+    help="Method whose adapters a swappable bundle takes, such as fourierft or bitfit, beside that "
+    "of --adapter; repeatable. By default nola, lora and vera, whose slots are the same.",
+)
 @targets_option
 @force_option
 @json_option
@@ -44,11 +58,14 @@ def export_command(
     out: Path,
     mode: str,
     adapter: Path | None,
+    inputs: Path | None,
+    methods: tuple[str, ...],
     targets: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export BACKBONE (a compressed one, or a Hugging Face directory) to an ONNX bundle.
+    """Export BACKBONE to an ONNX bundle: a compressed one, a Hugging Face directory, or
+    package.module:function that returns an nn.Module.
 
     The bundle is run in ONNX Runtime and compared to torch, base and adapter, before it is kept.
     """
@@ -58,17 +75,25 @@ def export_command(
     from regrow_runtime.adapter import Adapter
     from regrow_runtime.files import check_output
     from regrow_runtime.manifest import MANIFEST
+    from regrow_runtime.methods import METHODS
 
     if mode != "swappable" and adapter is None:
         raise click.UsageError(f"--mode {mode} builds one adapter in: give it with --adapter")
+    if mode != "swappable" and methods:
+        raise click.UsageError(f"--mode {mode} builds one adapter in, of its own method: no --for")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise click.UsageError(f"--for must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
     check_output(out, force=force, marker=MANIFEST)
     loaded = Adapter.load(adapter) if adapter else None
     from regrow_toolchain.backbone import load_backbone
+    from regrow_toolchain.data import load_inputs
     from regrow_toolchain.exporting import export_backbone
 
+    model = load_backbone(backbone)
     manifest = export_backbone(
-        load_backbone(backbone), out, mode=mode, targets=targets, adapter=loaded, force=force
-    )
+        model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
+        inputs=load_inputs(inputs, model) if inputs else None, force=force,
+    )  # fmt: skip
     result = {
         "out": str(out),
         "mode": manifest.mode,
