@@ -38,7 +38,7 @@ def make_inputs(folder: Path, epochs: int) -> None:
     np.savez(folder / "test.npz", images=255 - digits.test[0], labels=digits.test[1])
     model = new_model(seed=0)
     save_dense(model, folder / "untrained")
-    data = load_data(folder / "train.npz", load_backbone(folder / "untrained").preprocessor)
+    data = load_data(folder / "train.npz", load_backbone(folder / "untrained"))
     train_dense(model, data, DenseRecipe(epochs=epochs), seed=0)
     save_dense(model, folder / "dense")
 
@@ -52,13 +52,13 @@ def main() -> None:
         make_inputs(folder, epochs=4 if small else 36)
 
         dense = load_backbone(folder / "dense")  # your model's directory
-        train = load_data(folder / "train.npz", dense.preprocessor)  # your data
+        train = load_data(folder / "train.npz", dense)  # your data
         config = CompressConfig(ratio=2, epochs=2 if small else 14, lr=2e-3)
         compressed = compress(dense, train, config)
         backbone = save_backbone(compressed.backbone, folder / "backbone")
         print(f"dense {compressed.dense_accuracy:.1%}, compressed {compressed.accuracy:.1%}")
 
-        user = load_data(folder / "user.npz", backbone.preprocessor)
+        user = load_data(folder / "user.npz", backbone)
         done = adapt(backbone, user, AdaptConfig(steps=40 if small else 180, storage="int4"))
         size = done.adapter.save(folder / "user.safetensors")
         print(f"adapter of {size} bytes: {done.before:.1%} before, {done.after:.1%} after")

@@ -43,7 +43,7 @@ def test_importing_the_package_brings_nothing_heavy() -> None:
 
 
 def test_the_command_line_brings_nothing_heavy() -> None:
-    commands = "demo", "compress", "adapt", "export", "import_", "run", "inspect"
+    commands = "demo", "compress", "adapt", "export", "import_", "convert", "run", "inspect"
     code = "import regrow_toolchain.cli\n" + "\n".join(
         f"import regrow_toolchain.cli.commands.{name}" for name in commands
     )

@@ -1,63 +1,83 @@
-"""Training one adapter on a frozen backbone."""
+"""Training adapters on a frozen backbone: for one user, or for many in one pass."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from numpy.typing import NDArray
 
-from regrow_runtime.adapter import (
-    STORAGE,
-    Adapter,
-    Coefficients,
-    Head,
-    HeadLayer,
-    Target,
-    Validated,
-)
+from regrow_runtime.adapter import STORAGE, Adapter, Coefficients, Target, Validated
 from regrow_runtime.errors import RegrowError, UsageError
 from regrow_runtime.methods import get_method
 from regrow_runtime.philox import check_seed
 
-from .applying import Hooks, applied, linear
+from .applying import applied
 from .backbone import Backbone
+from .checkpoint import Checkpoint
+from .cohort import Augmentation, Cohort
 from .config import AdaptConfig
 from .data import Dataset
-from .data.dataset import split
-from .labels import fit_labels
+from .devices import accelerated
+from .fitting import Fitting, Stopped
+from .heads import Heads
 from .methods import Trained, get_trainable
-from .progress import progress
+from .people import Person, prepare
+from .rounding import rounded_weights
+from .settings import check_settings
 from .targets import find_targets
-from .training import (
-    augment,
-    batches,
-    check_loss,
-    cosine,
-    deterministic,
-    frozen,
-    logits_of,
-    predict,
-    score,
-)
+from .tasks import Loss, Task, choose_task
+from .training import deterministic, frozen, measured
 
-__all__ = ["Adapted", "adapt"]
+__all__ = ["Adapted", "TrainingStopped", "adapt", "adapt_each", "adapt_users"]
 
-# From this share of the steps on, training sees the coefficients as the file will hold them.
-_ROUNDED_FROM = 0.5
+# Users in one pass: together they have about as many samples as keep two cores busy.
+_SAMPLES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A trained adapter with its scores on held-back samples (NaN if none were held back)."""
+    """A trained adapter with its scores on held-back samples (NaN if none were held back).
+
+    Attributes:
+        floor: the score of the best constant answer, for a head with classes of the user's own.
+        stopped: why training ended before its last step, if the loss was not finite.
+    """
 
     adapter: Adapter
     before: float
     after: float
     samples: int
+    metric: str = "accuracy"
+    higher_is_better: bool = True
+    floor: float = math.nan
+    stopped: Stopped | None = None
+
+    @property
+    def helps(self) -> bool:
+        """Whether it is better than no adapter; without samples nobody knows: then it counts."""
+        if math.isnan(self.after):
+            return self.samples == 0
+        sign = 1 if self.higher_is_better else -1
+        return all(math.isnan(s) or sign * self.after > sign * s for s in (self.before, self.floor))
+
+
+class TrainingStopped(RegrowError):
+    """The loss became NaN or infinite.
+
+    Attributes:
+        adapted: the last good adapter; None if there was none before the first step.
+    """
+
+    def __init__(self, message: str, adapted: Adapted | None) -> None:
+        super().__init__(message)
+        self.adapted = adapted
 
 
 def adapt(
@@ -66,6 +86,10 @@ def adapt(
     config: AdaptConfig | None = None,
     *,
     targets: Sequence[str] = (),
+    held: Dataset | None = None,
+    loss: Loss | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
 ) -> Adapted:
     """Train one adapter for one user.
 
@@ -73,151 +97,255 @@ def adapt(
         backbone: dense or compressed; its weights do not change.
         data: the user's labelled samples; a share of them is held back for the scores.
         targets: names or patterns of the layers to adapt; every linear layer of the blocks if none.
+        held: samples to score on, instead of a share of `data`.
+        loss: `loss(outputs, labels)`, one per sample or one for all, instead of the task's.
+        checkpoint: a file for the state of training, written every ten seconds and removed in the
+            end; with `resume` training goes on from it, to the same result.
 
     Raises:
         UsageError: labels, targets or settings make no sense.
-        RegrowError: the loss became NaN or infinite.
+        TrainingStopped: the loss became NaN or infinite.
     """
+    data = replace(data, users=None)
+    held = replace(held, users=None) if held is not None else None
+    ((_, done),) = adapt_each(
+        backbone, data, config, targets=targets, held=held, loss=loss, checkpoint=checkpoint,
+        resume=resume,
+    )  # fmt: skip
+    if done.stopped:
+        kept = done if done.stopped.step else None
+        raise TrainingStopped(str(done.stopped), kept)
+    return done
+
+
+def adapt_users(
+    backbone: Backbone,
+    data: Dataset,
+    config: AdaptConfig | None = None,
+    *,
+    targets: Sequence[str] = (),
+    held: Dataset | None = None,
+    loss: Loss | None = None,
+) -> dict[str, Adapted]:
+    """Train an adapter for each user of `data`, several in one pass over the backbone.
+
+    Each gets what training alone would give, within rounding. Arguments and errors are those of
+    `adapt`; a user whose loss is not finite has `stopped` set, the others go on.
+    """
+    return dict(adapt_each(backbone, data, config, targets=targets, held=held, loss=loss))
+
+
+def adapt_each(
+    backbone: Backbone,
+    data: Dataset,
+    config: AdaptConfig | None = None,
+    *,
+    targets: Sequence[str] = (),
+    held: Dataset | None = None,
+    loss: Loss | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+) -> Iterator[tuple[str, Adapted]]:
+    """As `adapt_users`, one after another as they are ready."""
     config = config or AdaptConfig()
     _check(config, backbone)
-    fitted, new_head = fit_labels(data, backbone.labels, config.head)
-    if new_head and not backbone.head:
-        raise UsageError("backbone must have a head to train a new one, got none")
-    layers = find_targets(backbone.model, targets)
-    train, held = split(fitted, config.holdout, config.seed)
-    trained = get_trainable(config.method).start(layers, config.method_settings, config.seed)
-    trained.storage = config.storage
-    with deterministic(config.seed), frozen(backbone.model):
-        head = _new_head(backbone, len(fitted.names)) if new_head else {}
-        _train(backbone.model, trained, head, train, config)
-        adapter = _adapter(backbone, trained, head, layers, fitted.names, config)
-        before = _named_score(backbone, held)
-        with applied(backbone.model, adapter):
-            after = score(backbone.model, held)
-    return Adapted(_with_scores(adapter, before, after, len(held)), before, after, len(held))
-
-
-def _named_score(backbone: Backbone, held: Dataset) -> float:
-    """Accuracy of the backbone alone, by class names: labels that it does not know are missed."""
-    if not len(held):
-        return math.nan
-    answers = predict(backbone.model, held).argmax(axis=1)
-    known = dict(enumerate(backbone.labels))
-    pairs = zip(answers, held.labels, strict=True)
-    return sum(known.get(int(a)) == held.names[int(t)] for a, t in pairs) / len(held)
+    task = choose_task(config, data, backbone.task, loss)
+    layers = find_targets(backbone.model, targets, method=config.method)
+    people = prepare(backbone, data, held, task, config)
+    if any(person.head != "keep" for person in people) and not backbone.head:
+        raise UsageError("backbone must have a head to train one, got none")
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(config.seed))
+        stack.enter_context(frozen(backbone.model))
+        stack.enter_context(rounded_weights(backbone.model, config.precision))
+        accelerator = stack.enter_context(accelerated(backbone.model, config))
+        groups = list(_groups(people, config))
+        for number, group in enumerate(groups):
+            # One file each: what is done is not read as the state of what follows.
+            path = f"{checkpoint}.{number}" if checkpoint and len(groups) > 1 else checkpoint
+            state = _checkpoint(path, backbone, group, layers, task, config)
+            job = _Job(backbone, task, layers, group, config, accelerator)
+            yield from job.run(state, resume=resume)
 
 
 def _check(config: AdaptConfig, backbone: Backbone) -> None:
     check_seed(config.seed)
+    check_settings(config)
     if not backbone.backbone_id:
         raise UsageError("backbone must be saved before adapters are trained for it: save_backbone")
-    if config.storage not in STORAGE:
-        raise UsageError(f"storage must be one of {', '.join(STORAGE)}, got {config.storage!r}")
-    if config.head not in ("auto", "keep", "new"):
-        raise UsageError(f"head must be auto, keep or new, got {config.head!r}")
-    if not 0 <= config.label_smoothing <= 1:
-        raise UsageError(f"label_smoothing must be from 0 to 1, got {config.label_smoothing}")
-    if config.steps < 1 or config.batch_size < 1:
-        raise UsageError("steps and batch size must be at least 1")
+    if config.group and (config.group < 8 or STORAGE[config.storage] > 8):
+        raise UsageError(
+            "group must be 0, or 8 or more with a storage of 8 bits or fewer, "
+            f"got {config.group} with {config.storage}"
+        )
+    if config.method == "head" and config.head == "keep":
+        raise UsageError("head must be auto, new or tune for method head, got keep")
 
 
-# -- training ------------------------------------------------------------------------------------
+def _groups(people: Sequence[Person], config: AdaptConfig) -> Iterator[list[Person]]:
+    """Users that are trained together: their heads are dealt with alike, and they fit in RAM."""
+    for head in ("keep", "tune", "new"):
+        alike = [person for person in people if person.head == head]
+        largest = max((min(config.batch_size, len(p.train)) for p in alike), default=1)
+        size = config.users_at_once or max(1, _SAMPLES_AT_ONCE // largest)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
 
 
-def _new_head(backbone: Backbone, classes: int) -> dict[str, nn.Linear]:
-    """The backbone's head as a start, with a fresh last layer of `classes` outputs."""
-    layers = {}
-    for name in backbone.head:
-        old = backbone.model.get_submodule(name)
-        if not isinstance(old, nn.Linear):
-            raise RegrowError(f"head {name} must be a linear layer, got {type(old).__name__}")
-        if name == backbone.head[-1]:
-            layers[name] = nn.Linear(old.in_features, classes)
-        else:
-            bias = torch.zeros(old.out_features) if old.bias is None else old.bias
-            layers[name] = linear(old.weight.numpy(), bias.numpy()).requires_grad_(True)
-    return layers
-
-
-def _train(
-    model: nn.Module,
-    trained: Trained,
-    head: dict[str, nn.Linear],
-    data: Dataset,
-    config: AdaptConfig,
-) -> None:
-    lr = config.lr or get_trainable(config.method).default_lr
-    groups = [{"params": list(trained.parameters()), "lr": lr}]
-    if head:
-        parameters = [p for layer in head.values() for p in layer.parameters()]
-        groups.append({"params": parameters, "lr": config.head_lr})
-    optimizer = torch.optim.Adam(groups)
-    schedule = cosine(optimizer, config.steps)
-    hooks = Hooks(model, head)
-    model.eval()  # a frozen backbone without dropout: what the device computes
-    try:
-        hooks.attach([target.name for target in trained.targets])
-        with progress(f"adapt ({config.method})", config.steps) as advance:
-            steps = batches(data, config.batch_size, config.steps, config.seed)
-            for step, (inputs, labels) in enumerate(steps):
-                trained.rounded = step >= _ROUNDED_FROM * config.steps
-                hooks.factors = trained.factors()
-                logits = logits_of(model, augment(inputs, config.shift, config.noise))
-                loss = nn.functional.cross_entropy(
-                    logits, labels, label_smoothing=config.label_smoothing
-                )
-                check_loss(loss, step)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                advance(f"loss {loss.item():.3f}")
-    finally:
-        hooks.detach()
-
-
-# -- the result ----------------------------------------------------------------------------------
-
-
-def _adapter(
+def _checkpoint(
+    path: str | Path | None,
     backbone: Backbone,
-    trained: Trained,
-    head: dict[str, nn.Linear],
-    targets: tuple[Target, ...],
-    names: tuple[str, ...],
+    people: Sequence[Person],
+    layers: Sequence[Target],
+    task: Task,
     config: AdaptConfig,
-) -> Adapter:
-    method = get_method(config.method)
-    constants = method.constants(trained.config, targets)
-    coefficients = {
-        name: Coefficients.store(values, constants[name], config.storage)
-        for name, values in trained.values().items()
+) -> Checkpoint | None:
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    settings = {k: v for k, v in asdict(config).items() if k not in ("device", "method_settings")}
+    own = {name: str(value) for name, value in sorted(config.method_settings.items())}
+    names = [target.name for target in layers]
+    digest.update(repr([settings, own, names, task.name, backbone.backbone_id]).encode())
+    for person in people:
+        for part in (person.train, person.validation):
+            arrays = {} if part is None else {"": part.labels, **part.inputs}
+            for name, array in arrays.items():
+                digest.update(f"{person.id} {person.head} {name} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+    return Checkpoint(Path(path), digest.hexdigest())
+
+
+class _Job:
+    """One pass: users that are trained together, and what becomes of each."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        layers: tuple[Target, ...],
+        people: Sequence[Person],
+        config: AdaptConfig,
+        accelerator: Any,
+    ) -> None:
+        self.backbone, self.task, self.layers = backbone, task, layers
+        self.people, self.config, self.accelerator = people, config, accelerator
+
+    def run(self, checkpoint: Checkpoint | None, *, resume: bool) -> Iterator[tuple[str, Adapted]]:
+        """Train, then score each as its file stores it."""
+        config, people = self.config, self.people
+        method = get_trainable(config.method)
+        users = len(people)
+        trained = method.start(self.layers, config.method_settings, config.seed, users)
+        trained.storage, trained.group = config.storage, config.group
+        heads = self._heads()
+        fitting = Fitting(
+            self.backbone.model, trained, heads, self.task, self._cohort("train"), config,
+            accelerator=self.accelerator, lr=config.lr or method.default_lr,
+            validation=self._cohort("validation") if config.patience else None,
+        )  # fmt: skip
+        before = self._before()
+        count = "" if users == 1 else f", {users} users"
+        fitting.run(f"adapt ({config.method}{count})", checkpoint, resume=resume)
+        for user, person in enumerate(people):
+            adapter = self._adapter(trained, heads, user, person)
+            done = self._scored(adapter, person, before[user])
+            yield person.id, replace(done, stopped=fitting.stopped.get(user))
+        if checkpoint:
+            checkpoint.remove()
+
+    def _heads(self) -> Heads | None:
+        kind = self.people[0].head
+        if kind == "keep":
+            return None
+        counts = [person.outputs for person in self.people]
+        return Heads(self.backbone, counts, fresh=kind == "new", seed=self.config.seed)
+
+    def _cohort(self, part: str) -> Cohort:
+        config = self.config
+        parts = [getattr(person, part) for person in self.people]
+        device = self.accelerator.device
+        if part == "validation":
+            return Cohort(parts, size=max(map(len, parts)), seed=config.seed, device=device)
+        augmentation = Augmentation(config.shift, config.noise)
+        return Cohort(
+            parts, size=config.batch_size, seed=config.seed, device=device,
+            augmentation=augmentation,
+        )  # fmt: skip
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def _measured(self, data: Dataset) -> NDArray[np.float32]:
+        return measured(self.backbone.model, self.task, data)
+
+    def _before(self) -> list[float]:
+        """Each user's score without an adapter."""
+        return [self._score_before(person) for person in self.people]
+
+    def _score_before(self, person: Person) -> float:
+        held = person.held
+        if not len(held):
+            return math.nan
+        if self.task.name == "regression" and person.head == "new":
+            return self._constant(person)
+        found = self._measured(held)
+        if person.head != "new":
+            return self.task.score(found, held.labels)
+        # By class names: labels that the backbone does not know are missed.
+        known = dict(enumerate(self.backbone.labels))
+        pairs = zip(found[:, 0], held.labels, strict=True)
+        return sum(known.get(int(a)) == person.names[int(t)] for a, t in pairs) / len(held)
+
+    def _constant(self, person: Person) -> float:
+        """The score of the best answer that does not look; NaN where there is no such thing."""
+        train, held = person.train.labels, person.held.labels
+        if person.head != "new" or not len(held):
+            return math.nan
+        if self.task.name == "classification":
+            return float((held == np.bincount(train).argmax()).mean())
+        return float(np.sqrt(np.square(held - train.mean(axis=0)).mean()))
+
+    def _scored(self, adapter: Adapter, person: Person, before: float) -> Adapted:
+        after = math.nan
+        if len(person.held):
+            with applied(self.backbone.model, adapter):
+                after = self.task.score(self._measured(person.held), person.held.labels)
+            found = Validated(
+                self.config.precision, self.task.metric, before, after, len(person.held)
+            )
+            if math.isfinite(before) and math.isfinite(after):
+                adapter = replace(adapter, validated=(found,))
+        return Adapted(
+            adapter, before, after, len(person.held), self.task.metric,
+            self.task.higher_is_better, self._constant(person),
+        )  # fmt: skip
+
+    # -- the file ---------------------------------------------------------------------------------
+
+    def _adapter(self, trained: Trained, heads: Heads | None, user: int, person: Person) -> Adapter:
+        config = self.config
+        constants = get_method(config.method).constants(trained.config, trained.targets)
+        return Adapter(
+            method=config.method,
+            config=trained.config,
+            seed=config.seed,
+            backbone_id=self.backbone.backbone_id,
+            targets=trained.targets,
+            coefficients=_stored(trained.values(user), constants, config),
+            storage=config.storage,
+            group=config.group or None,
+            basis=trained.basis,
+            stored_basis=trained.stored_basis,
+            head=heads.stored(user, person.names) if heads else None,
+        )
+
+
+def _stored(
+    values: Mapping[str, NDArray[np.float32]],
+    constants: Mapping[str, NDArray[np.float32]],
+    config: AdaptConfig,
+) -> dict[str, Coefficients]:
+    return {
+        name: Coefficients.store(rows, constants[name], config.storage, config.group or None)
+        for name, rows in values.items()
     }
-    return Adapter(
-        method=config.method,
-        config=trained.config,
-        seed=config.seed,
-        backbone_id=backbone.backbone_id,
-        targets=targets,
-        coefficients=coefficients,
-        storage=config.storage,
-        head=_stored_head(head, names) if head else None,
-    )
-
-
-def _stored_head(head: dict[str, nn.Linear], names: tuple[str, ...]) -> Head:
-    """As the file holds it, in fp16, so that the scores are those of the file."""
-    layers = []
-    for name, layer in head.items():
-        weight = layer.weight.detach().numpy().astype(np.float16).astype(np.float32)
-        bias = layer.bias.detach().numpy().astype(np.float16).astype(np.float32)
-        layers.append(HeadLayer(name, weight, bias))
-    return Head(tuple(layers), names)
-
-
-def _with_scores(adapter: Adapter, before: float, after: float, samples: int) -> Adapter:
-    from dataclasses import replace
-
-    if math.isnan(after):
-        return adapter
-    return replace(adapter, validated=(Validated("fp32", "accuracy", before, after, samples),))

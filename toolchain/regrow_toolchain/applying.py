@@ -1,9 +1,10 @@
-"""Computing with an adapter in torch: forward hooks that add a change and replace the head."""
+"""Computing with adapters in torch: forward hooks that add changes and replace the head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,45 +12,109 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_export.targets import find_linears, widths
+from regrow_export.targets import widths
 from regrow_runtime.adapter import Adapter
 from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import MismatchError
+from regrow_runtime.errors import MismatchError, RegrowError
 from regrow_runtime.methods import get_method
 
-from .methods import Factors
+from .methods import Change, Changes
+from .methods.low_rank import low_rank
 
 __all__ = ["Hooks", "applied", "linear"]
 
 
 class Hooks:
-    """Forward hooks that add each target's change and replace the head.
+    """Forward hooks through which the adapters of several users enter a model.
 
-    Set `factors` before each forward pass; always `detach` in the end.
+    Set `changes` before each forward pass; always `detach` in the end. The batch holds every user's
+    samples together, as many of each.
+
+    Args:
+        heads: by module path, what replaces a layer: x [users, rows, in] to [users, rows, out].
     """
 
-    def __init__(self, model: nn.Module, head: dict[str, nn.Linear]) -> None:
-        self.model, self.head = model, head
-        self.factors: Factors = {}
+    def __init__(
+        self, model: nn.Module, heads: Mapping[str, Change] | None = None, users: int = 1
+    ) -> None:
+        self.model, self.users = model, users
+        self.changes: Changes = {}
+        self._heads = dict(heads or {})
         self._handles: list[Any] = []
+        self._first: dict[str, int] | None = None
+        self._missed: set[str] = set()
 
     def attach(self, names: Sequence[str]) -> None:
-        """Hook the targets `names`, and the layers of the head."""
+        """Hook the targets `names`, and the layers of the heads."""
         for name in names:
-            module = self.model.get_submodule(name)
-            self._handles.append(module.register_forward_hook(self._changing(name)))
-        for name, layer in self.head.items():
-            module = self.model.get_submodule(name)
-            self._handles.append(
-                module.register_forward_hook(lambda _m, args, _out, layer=layer: layer(args[0]))
+            self._hook(name, partial(self._changed, name))
+        for name in self._heads:
+            self._hook(name, partial(self._replaced, name))
+        self._missed = {*names, *self._heads}
+
+    def check_reached(self) -> None:
+        """Raise `RegrowError` if a layer was never called: a change there would do nothing.
+
+        Some models read a layer's weight and multiply themselves. To be called after a forward
+        pass.
+        """
+        if self._missed:
+            first, count = min(self._missed), len(self._missed)
+            more = f" and {count - 1} more" if count > 1 else ""
+            raise RegrowError(
+                "targets must be called by the model's forward pass, got no call of "
+                f"{first}{more}: drop them from the targets"
             )
 
-    def _changing(self, name: str) -> Any:
-        def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            a, b = self.factors[name]
-            return output + (args[0] @ a) @ b
+    def _hook(self, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return change(args[0], output)
 
-        return change
+        self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+
+    def _changed(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        self._note(name, x)
+        change = self.changes.get(name)
+        return output if change is None else output + self._by_user(change, x)
+
+    def _replaced(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        self._note(name, x)
+        return output if self._first is not None else self._by_user(self._heads[name], x)
+
+    def _by_user(self, change: Change, x: Tensor) -> Tensor:
+        rows = x.reshape(self.users, -1, x.shape[-1])
+        return change(rows).reshape(*x.shape[:-1], -1)
+
+    def _note(self, name: str, x: Tensor) -> None:
+        self._missed.discard(name)
+        if self._first is not None:
+            self._first[name] = x.shape[0]
+
+    def check_batch_first(self, run: Callable[[int], object]) -> None:
+        """Raise `RegrowError` if a layer does not see the samples of the batch first.
+
+        Where users share a batch, such a layer would mix them without an error.
+
+        Args:
+            run: runs the model on so many users' samples.
+        """
+        if self.users == 1:
+            return
+        counts = []
+        users, changes, self.changes = self.users, self.changes, {}
+        try:
+            for number in (1, 2):
+                self._first, self.users = {}, number
+                run(number)
+                counts.append(self._first)
+        finally:
+            self._first, self.users, self.changes = None, users, changes
+        for name, one in counts[0].items():
+            if counts[1].get(name) != 2 * one:
+                raise RegrowError(
+                    f"targets must see the batch first for several users at once, got {name}, "
+                    "which does not: train them one by one"
+                )
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -61,22 +126,20 @@ class Hooks:
 def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
     """Within the block `model` computes with `adapter`, exactly as its file stores it.
 
-    The factors are those that the device's own code expands.
+    The tensors are those that the device's own code expands.
 
     Raises:
         MismatchError: the model does not have the adapter's layers.
     """
+    _check_targets(model, adapter)
     expansion = get_method(adapter.method).expand(adapter, BasisCache())
-    head = {
-        layer.name: linear(layer.weight, layer.bias)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    heads = {
+        layer.name: linear(layer.weight, layer.bias).to(device)
         for layer in (adapter.head.layers if adapter.head else ())
     }
-    hooks = Hooks(model, head)
-    _check_targets(model, adapter)
-    hooks.factors = {
-        name: (torch.from_numpy(np.array(p["A"])), torch.from_numpy(np.array(p["B"])))
-        for name, p in expansion.items()
-    }
+    hooks = Hooks(model, heads)
+    hooks.changes = {name: _change(parts, device) for name, parts in expansion.items()}
     try:
         hooks.attach(list(expansion))
         yield model
@@ -84,16 +147,33 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
         hooks.detach()
 
 
+def _change(parts: Mapping[str, NDArray[np.float32]], device: torch.device) -> Change:
+    """What a slot with these tensors adds; see `regrow_runtime.methods.base.Expansion`."""
+    tensors = {part: torch.from_numpy(np.array(v)).to(device)[None] for part, v in parts.items()}
+    if "A" in tensors:
+        return partial(low_rank, a=tensors["A"], b=tensors["B"])
+    if "D" in tensors:
+        return lambda x: x @ tensors["D"].to(x.dtype)
+    return lambda x: tensors["b"].to(x.dtype)[:, None].expand(-1, x.shape[1], -1)
+
+
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:
     """Raise `MismatchError` unless the model has the adapter's layers, with its widths."""
-    linears = find_linears(model)
+    modules = dict(model.named_modules())
     findings = [
         f"{t.name} must be a layer {t.in_features} -> {t.out_features}"
         for t in adapter.targets
-        if t.name not in linears or widths(linears[t.name]) != (t.in_features, t.out_features)
+        if t.name not in modules or _widths(modules[t.name]) != (t.in_features, t.out_features)
     ]
     if findings:
         raise MismatchError("model does not fit the adapter:", findings)
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, or of a norm, whose width is both."""
+    bias = getattr(module, "bias", None)
+    norm = (len(bias), len(bias)) if isinstance(bias, Tensor) and bias.dim() == 1 else None
+    return widths(module) or norm
 
 
 def linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:

@@ -46,27 +46,62 @@ class CompressConfig:
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """Training of one adapter. What belongs to a method alone is in `method_settings`."""
+    """Training of adapters. What belongs to a method alone is in `method_settings`."""
 
-    method: str = setting("nola", "Adapter method.", choices=("nola", "lora"))
-    storage: str = setting(
-        "int4", "How coefficients are stored.", choices=("fp32", "fp16", "int8", "int6", "int4")
+    method: str = setting(
+        "nola",
+        "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
+        choices=("nola", "vera", "fourierft", "lora", "bitfit", "head"),
     )
+    storage: str = setting(
+        "int4",
+        "How coefficients are stored.",
+        choices=("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"),
+    )
+    group: int = setting(0, "Coefficients that share a scale; 0 gives every vector one.")
     head: str = setting(
         "auto",
-        "keep the backbone's head, train a new one, or decide by the labels.",
-        choices=("auto", "keep", "new"),
+        "keep the backbone's head, train a new one, tune a copy of the backbone's, or decide by "
+        "the labels.",
+        choices=("auto", "keep", "new", "tune"),
+    )
+    task: str = setting(
+        "auto",
+        "What is learnt; by default what labels and model mean.",
+        choices=("auto", "classification", "regression", "causal-lm", "metric", "distillation"),
     )
     steps: int = setting(180, "Training steps.", low=1)
     lr: float = setting(
-        0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own: nola 0.05, lora 0.003."
+        0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own (see docs/tuning.md)."
     )
-    head_lr: float = setting(0.005, "Peak learning rate of a new head.")
+    head_lr: float = setting(0.005, "Peak learning rate of a head.")
     batch_size: int = setting(64, "Samples a step.", low=1)
+    accumulate: int = setting(
+        1, "Pieces that a step's samples are cut into, to save memory.", low=1
+    )
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
     shift: float = setting(0.6, "Augmentation: shift pictures by up to this many pixels.")
-    noise: float = setting(0.15, "Augmentation: standard deviation of noise on inputs.")
+    noise: float = setting(0.15, "Augmentation: standard deviation of noise on pictures.")
     holdout: float = setting(0.2, "Share of the data kept to score the adapter before and after.")
+    validation: float = setting(
+        0.2, "With --patience: share of the training samples to stop early on."
+    )
+    patience: int = setting(
+        0, "Stop after so many evaluations without a better one, and keep the best; 0: never."
+    )
+    eval_every: int = setting(20, "With --patience: steps between evaluations.", low=1)
+    precision: str = setting(
+        "fp32",
+        "Train on the backbone as it will be deployed: weights rounded as export rounds them.",
+        choices=("fp32", "int8", "int4"),
+    )
+    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"))
+    mixed_precision: str = setting(
+        "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
+    )
+    users_at_once: int = setting(
+        0, "With --users: users trained in one pass; 0 takes as many as suit the machine."
+    )
     seed: int = setting(0, "Seed of the basis and of training.")
     method_settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,4 +114,9 @@ class ImportConfig:
         "fp32",
         "How coefficients are stored; fp32 keeps every number.",
         choices=("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"),
+    )
+    base_dtype: str = setting(
+        "float32",
+        "What the base was loaded in when VeRA was trained without saving its projections.",
+        choices=("float32", "bfloat16", "float16"),
     )

@@ -37,6 +37,8 @@ def fit_labels(
         raise UsageError(
             f"backbone must have a trained head with class names to keep, got none: {way_out}"
         )
+    if (least := int(data.labels.min())) < 0:
+        raise UsageError(f"labels must be 0 or more, got {least}")
     if head == "new" or not labels:
         return _own_labels(data), True
     known = dict(zip(labels, range(len(labels)), strict=True))
@@ -47,25 +49,33 @@ def fit_labels(
                 f"{way_out}"
             )
         return replace(data, names=labels), False
-    unknown = [name for name in data.names if name not in known]
-    if head == "auto" and len(unknown) == len(data.names):
+    _check_named(data)
+    there = [data.names[i] for i in np.unique(data.labels)]  # other users may have more
+    unknown = [name for name in there if name not in known]
+    if head == "auto" and len(unknown) == len(there):
         return _own_labels(data), True
     if unknown:
         raise UsageError(
             f"labels must be among the backbone's ({_shown(labels)}), got {_shown(unknown)}: "
             f"{way_out}"
         )
-    index = np.array([known[name] for name in data.names], dtype=np.int64)
+    index = np.array([known.get(name, -1) for name in data.names], dtype=np.int64)
     return replace(data, labels=index[data.labels], names=labels), False
 
 
 def _own_labels(data: Dataset) -> Dataset:
     """Only the classes that occur, numbered from 0."""
+    _check_named(data)
     used, index = np.unique(data.labels, return_inverse=True)
     if len(used) < 2:
         raise UsageError(f"labels must be of two classes or more for a new head, got {len(used)}")
     names = tuple(data.names[i] for i in used)
     return replace(data, labels=index.astype(np.int64), names=names)
+
+
+def _check_named(data: Dataset) -> None:
+    if (top := int(data.labels.max())) >= len(data.names):
+        raise UsageError(f"labels must be below {len(data.names)}, the number of names, got {top}")
 
 
 def _shown(names: tuple[str, ...] | list[str]) -> str:

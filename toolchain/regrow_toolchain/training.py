@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,16 +17,23 @@ from regrow_runtime.errors import RegrowError
 
 from .data import Dataset
 
+if TYPE_CHECKING:
+    from .tasks import Task
+
 __all__ = [
     "augment",
     "batches",
     "check_loss",
     "cosine",
+    "cosine_factor",
     "deterministic",
+    "features_of",
     "frozen",
     "logits_of",
+    "measured",
     "predict",
     "score",
+    "shifted",
 ]
 
 _PREDICT_BATCH = 256
@@ -36,12 +44,17 @@ def deterministic(seed: int) -> Iterator[None]:
     """Seed torch and refuse operations that differ between runs; the old state comes back."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.manual_seed(seed % 2**63)
         torch.use_deterministic_algorithms(True)
+        # It fills memory before it is written, which finds faulty operators and takes time.
+        memory.fill_uninitialized_memory = False
         try:
             yield
         finally:
+            memory.fill_uninitialized_memory = filled
             torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
@@ -83,34 +96,38 @@ def augment(inputs: Mapping[str, Tensor], shift: float, noise: float = 0.0) -> d
     found = dict(inputs)
     for name, x in inputs.items():
         if x.dim() == 4 and shift:
-            x = _shifted(x, shift)
+            x = shifted(x, (torch.rand(len(x), 2) * 2 - 1) * shift)
         if x.is_floating_point() and noise:
             x = x + noise * torch.randn_like(x)
         found[name] = x
     return found
 
 
-def _shifted(x: Tensor, shift: float) -> Tensor:
-    count, _, height, width = x.shape
-    pixels = (torch.rand(count, 2) * 2 - 1) * shift
-    move = torch.eye(2, 3).repeat(count, 1, 1)
-    move[:, :, 2] = pixels * 2 / torch.tensor([width, height])  # the grid runs from -1 to 1
+def shifted(x: Tensor, pixels: Tensor) -> Tensor:
+    """Pictures [n, c, h, w], each moved by its own `pixels` [n, 2], bilinear, edges repeated."""
+    _, _, height, width = x.shape
+    move = torch.eye(2, 3, device=x.device, dtype=x.dtype).repeat(len(x), 1, 1)
+    sizes = torch.tensor([width, height], device=x.device, dtype=x.dtype)
+    move[:, :, 2] = pixels * 2 / sizes  # the grid runs from -1 to 1
     grid = functional.affine_grid(move, list(x.shape), align_corners=False)
     return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def cosine_factor(step: int, steps: int, warmup: float = 0.1) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def cosine(
     optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a share of the steps, then a cosine to zero."""
-    rise = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    """`cosine_factor` as a schedule of torch."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine_factor(step, steps, warmup)
+    )
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -129,10 +146,46 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
+def features_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[batch, d] from a model that gives embeddings, or tokens, of which the mean is taken.
+
+    Padding, as `attention_mask` has it, is left out of the mean (sentence-transformers' pooling).
+    """
+    result = model(**inputs)
+    for name in ("sentence_embedding", "image_embeds", "text_embeds", "last_hidden_state"):
+        found = result if isinstance(result, Tensor) else getattr(result, name, None)
+        if found is not None:
+            break
+    else:
+        raise RegrowError(f"model must return embeddings, got {type(result).__name__}")
+    if found.dim() == 2:
+        return found
+    tokens = found.flatten(1, -2)
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != tokens.shape[:2]:
+        return tokens.mean(1)
+    weight = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
 def check_loss(loss: Tensor, step: int) -> None:
     """Raise `RegrowError` if the loss is not finite."""
     if not torch.isfinite(loss):
         raise RegrowError(f"loss must be finite, got {loss.item()} at step {step}: lower --lr")
+
+
+@torch.no_grad()
+def measured(model: nn.Module, task: Task, data: Dataset) -> NDArray[np.float32]:
+    """[samples, m]: what a task's score needs of each sample; on the model's device."""
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parts = []
+    for start in range(0, len(data), _PREDICT_BATCH):
+        rows = slice(start, start + _PREDICT_BATCH)
+        inputs = {name: torch.from_numpy(a[rows]).to(device) for name, a in data.inputs.items()}
+        labels = torch.from_numpy(data.labels[rows]).to(device)
+        parts.append(task.measure(task.outputs(model, inputs), labels))
+    return np.concatenate(parts)
 
 
 @torch.no_grad()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from regrow_runtime.errors import UsageError
 
-from .base import Factors, TrainableMethod, Trained
+from .base import Change, Changes, TrainableMethod, Trained
+from .bitfit import Bitfit
+from .fourierft import Fourierft
+from .head import HeadOnly
 from .lora import Lora
 from .nola import Nola
+from .vera import Vera
 
-__all__ = ["METHODS", "Factors", "TrainableMethod", "Trained", "get_trainable"]
+__all__ = ["METHODS", "Change", "Changes", "TrainableMethod", "Trained", "get_trainable"]
 
-METHODS: dict[str, TrainableMethod] = {method.name: method for method in (Nola(), Lora())}
+METHODS: dict[str, TrainableMethod] = {
+    method.name: method for method in (Nola(), Vera(), Fourierft(), Lora(), Bitfit(), HeadOnly())
+}
 
 
 def get_trainable(name: str) -> TrainableMethod:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
@@ -11,45 +11,76 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from regrow_runtime.adapter import STORAGE, Target
+from regrow_runtime.basis import BasisSpec
 from regrow_runtime.errors import FormatError, UsageError
 from regrow_runtime.methods import get_method
 
-__all__ = ["Factors", "TrainableMethod", "Trained", "fake_quantize", "parse_settings"]
+__all__ = ["Change", "Changes", "TrainableMethod", "Trained", "fake_quantize", "parse_settings"]
 
-# By target: A [in, r] and B [r, out]; the layer's output gains (x A) B.
-Factors = dict[str, tuple[Tensor, Tensor]]
+# What a layer's output gains, by user: x [users, rows, in] to [users, rows, out].
+Change = Callable[[Tensor], Tensor]
+Changes = dict[str, Change]
 
 
 class Trained(nn.Module, ABC):
-    """One adapter in training: its coefficients are the parameters.
+    """Adapters of one method in training, one for each of several users, over one frozen model.
+
+    Every coefficient tensor of the file is one parameter [users, rows, length]: nothing mixes
+    users, so each is trained as it would be alone.
 
     Attributes:
-        config: what goes into the adapter file's config.
-        targets: the layers that it changes, in the file's order.
-        storage: how coefficients will be stored; `rounded` trains on them as stored.
+        config: what goes into the adapter files' config.
+        targets: the layers that are changed, in the file's order.
+        users: how many adapters there are.
+        storage, group: how coefficients will be stored; `rounded` trains on them as stored.
+        basis, stored_basis: what the file says of the basis, and the tensors it needs for it.
     """
 
-    config: dict[str, Any]
-    targets: tuple[Target, ...]
-
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        method: str,
+        config: Mapping[str, Any],
+        targets: Sequence[Target],
+        start: Mapping[str, Tensor],
+        users: int,
+    ) -> None:
+        """`start` has the first value of every coefficient tensor, [rows, length], for each."""
         super().__init__()
-        self.storage = "fp32"
-        self.rounded = False
+        self.config, self.targets, self.users = dict(config), tuple(targets), users
+        self.storage, self.group, self.rounded = "fp32", 0, False
+        self.basis = BasisSpec()
+        self.stored_basis: dict[str, NDArray[Any]] = {}
+        self._names = list(start)
+        constants = get_method(method).constants(self.config, self.targets)
+        for name, value in start.items():
+            rows = value.float().expand(users, *value.shape).clone()
+            self.register_parameter(_key(name), nn.Parameter(rows))
+            self.register_buffer(f"{_key(name)}_constant", torch.from_numpy(constants[name]))
 
     @abstractmethod
-    def factors(self) -> Factors:
-        """The factors of every target, with gradients; called once a step."""
+    def changes(self) -> Changes:
+        """By target, what its output gains, with gradients; called once a step."""
 
-    @abstractmethod
-    def values(self) -> dict[str, NDArray[np.float32]]:
-        """By tensor name of the file, [rows, length]: coefficients without any constant."""
+    def rows(self, name: str) -> Tensor:
+        """[users, rows, length]: a tensor as it is used, rounded if training sees it rounded."""
+        values: Tensor = self.get_parameter(_key(name))
+        values = fake_quantize(values, self.storage, self.group) if self.rounded else values
+        return values * self.get_buffer(f"{_key(name)}_constant")[:, None]
 
-    def stored(self, values: Tensor) -> Tensor:
-        """`values` [rows, length] as the file will hold them, gradients straight through."""
-        return fake_quantize(values, self.storage) if self.rounded else values
+    def values(self, user: int = 0) -> dict[str, NDArray[np.float32]]:
+        """By tensor name of the file, [rows, length]: one user's numbers without any constant."""
+        return {
+            name: self.get_parameter(_key(name))[user].detach().cpu().numpy().copy()
+            for name in self._names
+        }
+
+
+def _key(name: str) -> str:
+    """A tensor's name as torch allows it for a parameter."""
+    return name.replace(".", "_")
 
 
 class TrainableMethod(Protocol):
@@ -70,8 +101,10 @@ class TrainableMethod(Protocol):
         """The dataclass of the method's own settings."""
         ...
 
-    def start(self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int) -> Trained:
-        """A fresh adapter: delta W is 0 and its gradient is not.
+    def start(
+        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+    ) -> Trained:
+        """Fresh adapters: delta W is 0 and its gradient is not.
 
         Raises:
             UsageError: a setting is unknown or makes no sense.
@@ -79,24 +112,37 @@ class TrainableMethod(Protocol):
         ...
 
 
-def fake_quantize(values: Tensor, storage: str) -> Tensor:
-    """Round rows as `regrow_runtime.quantize` does; the gradient passes straight through."""
+def fake_quantize(values: Tensor, storage: str, group: int = 0) -> Tensor:
+    """Round the last dimension as `regrow_runtime.quantize` does; gradients pass straight through.
+
+    The masters stay in full precision (NOLA, arXiv 2310.02556, section 3.3).
+    """
     bits = STORAGE[storage]
     if bits == 32:
         return values
+    if group and bits <= 8:
+        length = values.shape[-1]
+        padded = functional.pad(values, (0, -length % group))
+        pieces = padded.reshape(*values.shape[:-1], -1, group)
+        return fake_quantize(pieces, storage).flatten(-2)[..., :length]
     with torch.no_grad():
         if bits == 16:
             rounded = values.half().to(values.dtype)
         else:
             top = 2 ** (bits - 1) - 1
-            scale = values.abs().amax(dim=1, keepdim=True) / top
+            scale = values.abs().amax(dim=-1, keepdim=True) / top
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             rounded = (values / scale).round().clamp(-top, top) * scale
     return values + (rounded - values).detach()
 
 
-def parse_settings(kind: type, given: Mapping[str, Any], method: str) -> dict[str, Any]:
+def parse_settings(
+    kind: type, given: Mapping[str, Any], method: str, *, kept: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The settings dataclass `kind` with `given` in it, as a dict; strings are converted.
+
+    Args:
+        kept: the settings that the file's config has; all if None. Others are not checked here.
 
     Raises:
         UsageError: a name is unknown (all names are listed), a value has the wrong type, or one
@@ -106,12 +152,13 @@ def parse_settings(kind: type, given: Mapping[str, Any], method: str) -> dict[st
     values = {}
     for name, value in given.items():
         if name not in known:
-            listed = ", ".join(f"{n}={d}" for n, d in known.items())
+            listed = ", ".join(f"{n}={d}" for n, d in known.items()) or "none: it has no settings"
             raise UsageError(f"settings of {method} must be among {listed}, got {name!r}")
         values[name] = _convert(value, type(known[name]), f"{method}'s {name}")
-    config = asdict(kind(**values))
+    settings = asdict(kind(**values))
+    config = {k: v for k, v in settings.items() if kept is None or k in kept}
     try:
-        return get_method(method).check_config(config, method)
+        return {**settings, **get_method(method).check_config(config, method)}
     except FormatError as error:
         raise UsageError(str(error)) from None
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regrow_toolchain.cli.options import (
     check_data,
     config_options,
+    data_options,
     emit,
     force_option,
     json_option,
@@ -19,18 +23,31 @@ from regrow_toolchain.cli.options import (
     path_argument,
     targets_option,
 )
-from regrow_toolchain.cli.tables import percent, size
+from regrow_toolchain.cli.tables import percent, size, table
 from regrow_toolchain.config import AdaptConfig
+
+if TYPE_CHECKING:
+    from regrow_toolchain.adapting import Adapted
+    from regrow_toolchain.backbone import Backbone
+    from regrow_toolchain.data import Dataset
+
+_SHOWN = 20
+_SETTINGS = (
+    "nola: k=64, l=64, rank=8, c=8.0, shared=true; vera: rank=64, d_initial=0.1; "
+    "fourierft: n=128, alpha=64.0, init=zero, bias_frequency=0, bias_width=0; "
+    "lora: rank=4, alpha=4.0, rslora=false"
+)
 
 
 @click.command("adapt")
 @path_argument("backbone")
-@out_option("Adapter file to write (.safetensors).")
+@out_option("Adapter file to write (.safetensors); with --users a folder of them.")
+@data_options("The user's samples", required=True)
 @click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="The user's samples: a folder of pictures by class, or an .npz.",
+    "--users",
+    metavar="NAME",
+    help="Train an adapter for every user in one pass: the column or the array with user ids, or "
+    "`folder` for DATA/USER/CLASS.",
 )
 @targets_option
 @config_options(AdaptConfig)
@@ -39,8 +56,16 @@ from regrow_toolchain.config import AdaptConfig
     "pairs",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting of the method; repeatable. nola: k=64, l=64, rank=8, c=8.0, shared=true; "
-    "lora: rank=4, alpha=4.0, rslora=false (these are the defaults).",
+    help=f"A setting of the method; repeatable. {_SETTINGS} (these are the defaults).",
+)
+@click.option(
+    "--loss",
+    metavar="MODULE:FUNCTION",
+    help="A loss of your own: function(outputs, labels), a number per sample. It is imported.",
+)
+@click.option("--keep-anyway", is_flag=True, help="Write an adapter that is no better than none.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
 )
 @force_option
 @json_option
@@ -48,16 +73,25 @@ def adapt_command(
     backbone: Path,
     out: Path,
     data: Path,
+    text: str | None,
+    label: str | None,
+    max_length: int,
+    users: str | None,
     targets: tuple[str, ...],
     pairs: tuple[str, ...],
+    loss: str | None,
+    keep_anyway: bool,
+    resume: bool,
     force: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train an adapter for BACKBONE (a compressed one, or a Hugging Face directory).
+    """Train an adapter for BACKBONE: a compressed one, a Hugging Face directory, or
+    package.module:function that returns an nn.Module.
 
     The backbone's weights stay as they are. Part of the samples is held back to score the adapter
-    before and after. Labels that are the backbone's keep its head; others get a head of their own.
+    before and after; one that is not better is not written. Labels that are the backbone's keep
+    its head; others get a head of their own.
     """
     from regrow_toolchain.extras import need
 
@@ -65,20 +99,61 @@ def adapt_command(
     need("export", "regrow adapt")
     from regrow_runtime.files import check_output
 
-    check_output(out, force=force)
     check_data(data)
-    from regrow_toolchain.adapting import adapt
+    if users is None:
+        check_output(out, force=force)
     from regrow_toolchain.backbone import load_backbone
     from regrow_toolchain.data import load_data
 
+    config = AdaptConfig(**settings)
+    own_loss = _loss(loss)
     model = load_backbone(backbone)
-    samples = load_data(data, model.preprocessor)
-    done = adapt(model, samples, AdaptConfig(**settings), targets=targets)
-    written = done.adapter.save(out)
+    samples = load_data(data, model, users=users, text=text, label=label, max_length=max_length)
+    arguments = {"targets": targets, "loss": own_loss}
+    if users is None:
+        result = _one(model, samples, config, arguments, out, keep_anyway, resume)
+        emit(result, _lines(result), as_json=as_json)
+    else:
+        result = _many(model, samples, config, arguments, out, keep_anyway, resume, force)
+        emit(result, _user_lines(result), as_json=as_json)
+
+
+def _loss(name: str | None) -> Callable[..., Any] | None:
+    if name is None:
+        return None
+    from regrow_toolchain.plain import function_called
+
+    return function_called(name, "loss")
+
+
+# -- one user --------------------------------------------------------------------------------------
+
+
+def _one(
+    model: Backbone,
+    samples: Dataset,
+    config: AdaptConfig,
+    arguments: dict[str, Any],
+    out: Path,
+    keep_anyway: bool,
+    resume: bool,
+) -> dict[str, Any]:
+    from regrow_runtime.errors import RegrowError
+    from regrow_toolchain.adapting import adapt
+
+    state = out.with_name(f"{out.name}.resume")
+    if state.exists() and not resume:
+        raise RegrowError(
+            f"an interrupted training left {state}: --resume goes on with it, or remove it"
+        )
+    with _last_good(out, keep_anyway):
+        done = adapt(model, samples, config, checkpoint=state, resume=resume, **arguments)
+    if not done.helps and not keep_anyway:
+        raise RegrowError(_no_help(done))
     adapter = done.adapter
-    result = {
+    return {
         "out": str(out),
-        "bytes": written,
+        "bytes": adapter.save(out),
         "method": adapter.method,
         "config": dict(adapter.config),
         "storage": adapter.storage,
@@ -87,30 +162,128 @@ def adapt_command(
         "targets": len(adapter.targets),
         "labels": list(adapter.head.labels) if adapter.head else None,
         "samples": {"data": len(samples), "held_back": done.samples},
+        "metric": done.metric,
         "before": None if math.isnan(done.before) else done.before,
         "after": None if math.isnan(done.after) else done.after,
     }
-    emit(result, _lines(result), as_json=as_json)
-    if done.after < done.before:
-        click.echo(
-            "regrow: warning: this adapter is worse than none on held-back samples", err=True
-        )
+
+
+@contextmanager
+def _last_good(out: Path, keep_anyway: bool) -> Iterator[None]:
+    """Write what was good before the loss stopped being a number, and say where."""
+    from regrow_runtime.errors import RegrowError
+    from regrow_toolchain.adapting import TrainingStopped
+
+    try:
+        yield
+    except TrainingStopped as error:
+        if error.adapted is None or not (error.adapted.helps or keep_anyway):
+            raise RegrowError(f"{error}; no adapter better than none was reached") from error
+        kept = out.with_name(f"{out.stem}.last-good.safetensors")
+        error.adapted.adapter.save(kept)
+        raise RegrowError(
+            f"{error}; the last good adapter is {kept} "
+            f"({_score(error.adapted.after, error.adapted.metric)})"
+        ) from error
+
+
+def _no_help(done: Adapted) -> str:
+    before, what = done.before, "without it"
+    sign = 1 if done.higher_is_better else -1
+    if not math.isnan(done.floor) and sign * done.floor > sign * before:
+        before, what = done.floor, "for the best constant answer"
+    return (
+        f"adapter must be better than none to be written, got {_score(done.after, done.metric)} "
+        f"on {done.samples} held-back samples, {_score(before, done.metric)} {what}: give more "
+        "samples, or try --steps, --lr or another --method (--keep-anyway writes it)"
+    )
+
+
+def _score(value: float | None, metric: str) -> str:
+    if value is None or math.isnan(value):
+        return "no score"
+    return f"{metric} {percent(value) if 'accuracy' in metric else format(value, '.4g')}"
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    held = result["samples"]["held_back"]
+    held, metric = result["samples"]["held_back"], result["metric"]
     score = (
-        f"accuracy on {held} held-back samples: {percent(result['before'])} before, "
-        f"{percent(result['after'])} after"
+        f"{_score(result['before'], metric)} before, {_score(result['after'], metric)} after, "
+        f"on {held} held-back samples"
         if held
         else "no samples held back, so no score"
     )
-    head = f", own head of {len(result['labels'])} classes" if result["labels"] else ""
-    kept = "the backbone's, so its head is kept (--head new trains one for your own)"
-    labels = f"the user's own: {', '.join(result['labels'])}" if result["labels"] else kept
+    labels = result["labels"]
+    head = f", own head of {len(labels)} outputs" if labels else ""
+    shown = ", ".join(labels[:_SHOWN]) + (" …" if len(labels) > _SHOWN else "") if labels else ""
+    kept = "the head is the backbone's (--head new trains one of the user's own)"
     return [
-        f"labels: {labels}",
+        f"the adapter has a head of its own: {shown}" if labels else kept,
         score,
         f"wrote {result['out']}: {size(result['bytes'])}, {result['method']} in "
         f"{result['storage']}, {result['targets']} layers{head}",
+    ]
+
+
+# -- many users ------------------------------------------------------------------------------------
+
+
+def _many(
+    model: Backbone,
+    samples: Dataset,
+    config: AdaptConfig,
+    arguments: dict[str, Any],
+    out: Path,
+    keep_anyway: bool,
+    resume: bool,
+    force: bool,
+) -> dict[str, Any]:
+    import numpy as np
+
+    from regrow_toolchain.adapting import adapt_each
+    from regrow_toolchain.userfiles import UserFolder
+
+    folder = UserFolder(out, force=force, keep_anyway=keep_anyway, resume=resume)
+    assert samples.users is not None
+    left = samples.take(np.flatnonzero(~np.isin(samples.users, sorted(folder.done))))
+    if len(left):
+        for user, done in adapt_each(model, left, config, **arguments):
+            folder.add(user, done)
+    folder.finish()
+    scored = [row for row in folder.rows if row["after"] is not None]
+    return {
+        "out": str(out),
+        "users": len(folder.rows),
+        "written": sum(row["file"] is not None for row in folder.rows),
+        "bytes": sum(row["bytes"] for row in folder.rows),
+        "method": config.method,
+        "storage": config.storage,
+        "metric": folder.rows[0]["metric"],
+        "before": fmean(row["before"] for row in scored) if scored else None,
+        "after": fmean(row["after"] for row in scored) if scored else None,
+        "adapters": folder.rows,
+    }
+
+
+def _user_lines(result: dict[str, Any]) -> list[str]:
+    metric = result["metric"]
+    rows = [
+        (
+            row["user"],
+            _score(row["before"], metric).removeprefix(f"{metric} "),
+            _score(row["after"], metric).removeprefix(f"{metric} "),
+            size(row["bytes"]) if row["file"] else ("stopped" if row["stopped"] else "not better"),
+        )
+        for row in result["adapters"]
+    ]
+    hidden = [f"… {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
+    refused = result["users"] - result["written"]
+    return [
+        *table(("user", f"{metric} before", "after", "file"), rows[:_SHOWN]),
+        *hidden,
+        f"mean {_score(result['before'], metric)} before, {_score(result['after'], metric)} after "
+        f"({result['users']} users)",
+        f"wrote {result['out']}: {result['written']} adapters, {size(result['bytes'])}, "
+        f"{result['method']} in {result['storage']}"
+        + (f"; {refused} not written, no better than none (--keep-anyway)" if refused else ""),
     ]

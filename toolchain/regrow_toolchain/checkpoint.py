@@ -1,0 +1,71 @@
+"""The state of a training that was interrupted: a safetensors file beside the output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from regrow_runtime.errors import UsageError
+from regrow_runtime.files import write_bytes
+
+__all__ = ["Checkpoint"]
+
+State = dict[str, Tensor]
+
+
+class Checkpoint:
+    """Where a training's state is kept from time to time.
+
+    Args:
+        path: the file.
+        identity: digest of everything that decides the result: settings, samples, backbone.
+        seconds: how often to write; the state is that after a whole step.
+    """
+
+    def __init__(self, path: Path, identity: str, *, seconds: float = 10.0) -> None:
+        self.path, self.identity, self.seconds = path, identity, seconds
+        self._last = time.monotonic()
+
+    def save(self, step: int, state: Callable[[], State]) -> None:
+        """Write the state after `step` steps, if it is time to."""
+        if time.monotonic() - self._last < self.seconds:
+            return
+        data = save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()},
+            {"step": str(step), "identity": self.identity},
+        )
+        write_bytes(self.path, data)
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[int, State] | None:
+        """(steps done, state), or None if there is no file.
+
+        Raises:
+            UsageError: it is of another training, or broken.
+        """
+        if not self.path.is_file():
+            return None
+        way_out = f"remove {self.path} to start anew"
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UsageError(
+                f"{self.path} must be a whole checkpoint: {error}; {way_out}"
+            ) from None
+        if metadata.get("identity") != self.identity:
+            raise UsageError(
+                f"{self.path} must be of the same training (samples, settings, backbone) to be "
+                f"resumed, got another; {way_out}"
+            )
+        return int(metadata["step"]), state
+
+    def remove(self) -> None:
+        """Forget the state: the training is done."""
+        self.path.unlink(missing_ok=True)

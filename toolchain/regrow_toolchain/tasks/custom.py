@@ -1,0 +1,68 @@
+"""A loss of the user's own, over whatever the model gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from regrow_runtime.errors import UsageError
+
+from .base import Inputs
+
+__all__ = ["Custom"]
+
+
+@dataclass(frozen=True)
+class Custom:
+    """`loss(outputs, labels)` gives a loss per sample [N], or one number for all.
+
+    One number serves a single user alone: it cannot be told apart by user. `outputs` is the model's
+    tensor, or the first of what it gives. The score is the mean loss. See `Task`.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    name = "custom"
+    metric = "loss"
+    higher_is_better = False
+
+    def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        result = model(**inputs)
+        if isinstance(result, Tensor):
+            return result
+        first = result.to_tuple() if hasattr(result, "to_tuple") else tuple(result)
+        found: Tensor = first[0]
+        return found
+
+    def losses(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        classes: Tensor | None = None,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        users, samples = labels.shape[:2]
+        found = self.loss(outputs.flatten(0, 1), labels.flatten(0, 1))
+        if found.dim() == 0:
+            if users > 1:
+                raise UsageError(
+                    "loss must give one number per sample to train several users at once, got one "
+                    "for all: return it before its mean is taken"
+                )
+            return found.expand(1, samples)
+        return found.reshape(users, samples, -1).mean(-1)
+
+    def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
+        """[N, 1]: the loss."""
+        found = self.loss(outputs, labels)
+        found = found.expand(len(labels)) if found.dim() == 0 else found.flatten(1).mean(-1) \
+            if found.dim() > 1 else found  # fmt: skip
+        return found.float().unsqueeze(-1).cpu().numpy()
+
+    def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
+        return float(measured.mean()) if len(labels) else math.nan

@@ -1,0 +1,105 @@
+"""Training of embeddings: by classes that should lie together, or towards a teacher's features."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from regrow_runtime.errors import RegrowError
+
+from ..training import features_of
+from .base import Inputs
+
+__all__ = ["Distillation", "Metric"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Labels are int64 classes; embeddings of one class come closer (supervised contrastive loss,
+    arXiv 2004.11362, the variant with the sum outside). Scored by the nearest other sample.
+
+    See `Task`.
+    """
+
+    temperature: float = 0.1
+    name = "metric"
+    metric = "1-NN accuracy"
+    higher_is_better = True
+
+    def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        return functional.normalize(features_of(model, inputs).float(), dim=-1)
+
+    def losses(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        classes: Tensor | None = None,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """0 for a sample without another of its class in the batch."""
+        apart = torch.eye(outputs.shape[1], dtype=torch.bool, device=outputs.device)
+        if used is not None:  # what only fills up is nobody's neighbour
+            apart = apart | ~used.unsqueeze(-2)
+        near = outputs @ outputs.mT / self.temperature
+        # Not -inf: a sample alone in its batch would have gradients that are not numbers.
+        near = near.masked_fill(apart, torch.finfo(near.dtype).min)
+        scores = torch.log_softmax(near, dim=-1).masked_fill(apart, 0.0)
+        same = (labels.unsqueeze(-1) == labels.unsqueeze(-2)) & ~apart
+        return -(scores * same).sum(-1) / same.sum(-1).clamp(min=1)
+
+    def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
+        """[N, d]: the embeddings."""
+        return outputs.cpu().numpy()
+
+    def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
+        """Share of samples whose nearest other one, by cosine, is of their class."""
+        if len(labels) < 2:
+            return math.nan
+        near = measured @ measured.T
+        np.fill_diagonal(near, -np.inf)
+        return float((labels[near.argmax(axis=1)] == labels).mean())
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Labels are a teacher's features [n, d]; scored by the mean cosine to them. See `Task`."""
+
+    name = "distillation"
+    metric = "cosine"
+    higher_is_better = True
+
+    def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        return features_of(model, inputs)
+
+    def losses(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        classes: Tensor | None = None,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """1 - cosine."""
+        return 1 - _cosine(outputs, labels)
+
+    def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
+        """[N, 1]: the cosine."""
+        return _cosine(outputs, labels).unsqueeze(-1).cpu().numpy()
+
+    def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
+        return float(measured.mean()) if len(labels) else math.nan
+
+
+def _cosine(outputs: Tensor, labels: Tensor) -> Tensor:
+    if labels.shape != outputs.shape:
+        raise RegrowError(
+            f"labels must be features as wide as the model's, {outputs.shape[-1]}, "
+            f"got {'one number' if labels.dim() < outputs.dim() else labels.shape[-1]} per sample"
+        )
+    return functional.cosine_similarity(outputs.float(), labels.float(), dim=-1)
