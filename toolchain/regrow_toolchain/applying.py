@@ -139,12 +139,29 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
         for layer in (adapter.head.layers if adapter.head else ())
     }
     hooks = Hooks(model, heads)
+    replaced = _replace(model, adapter.extra, device)
     hooks.changes = {name: _change(parts, device) for name, parts in expansion.items()}
     try:
         hooks.attach(list(expansion))
         yield model
     finally:
         hooks.detach()
+        for module, name, parameter in replaced:
+            module.register_parameter(name, parameter)
+
+
+def _replace(
+    model: nn.Module, extra: Mapping[str, NDArray[Any]], device: torch.device
+) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Put an adapter's own parameters in; returns what was there."""
+    found = []
+    for path, value in extra.items():
+        parent, _, name = path.rpartition(".")
+        module = model.get_submodule(parent)
+        found.append((module, name, module.get_parameter(name)))
+        fresh = torch.from_numpy(np.array(value, dtype=np.float32)).to(device)
+        module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
+    return found
 
 
 def _change(parts: Mapping[str, NDArray[np.float32]], device: torch.device) -> Change:
@@ -164,6 +181,12 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
         f"{t.name} must be a layer {t.in_features} -> {t.out_features}"
         for t in adapter.targets
         if t.name not in modules or _widths(modules[t.name]) != (t.in_features, t.out_features)
+    ]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    findings += [
+        f"{name} must be a parameter of shape {list(value.shape)}"
+        for name, value in adapter.extra.items()
+        if shapes.get(name) != value.shape
     ]
     if findings:
         raise MismatchError("model does not fit the adapter:", findings)

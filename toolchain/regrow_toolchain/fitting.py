@@ -27,6 +27,8 @@ __all__ = ["Fitting", "Stopped"]
 
 # From this share of the steps on, training sees the coefficients as the file will hold them.
 _ROUNDED_FROM = 0.5
+# Of a user's largest gradient in a tensor: below it float32 has no digits left.
+_NOISE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,21 @@ class Fitting:
         self._note_failures(losses, step)
         if len(self.stopped) < self.users:
             self._last_good = self._copies()
+            self._drop_noise()
             self.optimizer.step()
         return losses
+
+    def _drop_noise(self) -> None:
+        """Set gradients to 0 that are only rounding.
+
+        Where the true gradient is 0, as of a key's bias or of a shift that the next norm takes
+        away, Adam would make whole steps of what rounding leaves, others in company than alone.
+        """
+        for value in self._parameters().values():
+            if value.grad is not None:
+                size = value.grad.abs()
+                largest = size.amax(dim=(1, 2), keepdim=True)
+                value.grad.masked_fill_(size < _NOISE * largest, 0.0)
 
     def _losses(self, batch: Batch) -> Tensor:
         """[users]: the weighted means of the samples' losses."""

@@ -61,8 +61,13 @@ def prepare(
         others = by_user(held) if held.users is not None else {"": held}
         if lost := sorted(set(parts) - set(others)):
             raise UsageError(f"held samples must be there for every user, got none of {lost[0]!r}")
-    return [_person(backbone, id, part, others.get(id), task, config)
-            for id, part in parts.items()]  # fmt: skip
+    people = []
+    for id, part in parts.items():
+        try:
+            people.append(_person(backbone, id, part, others.get(id), task, config))
+        except UsageError as error:
+            raise UsageError(f"user {id}: {error}" if id else str(error)) from None
+    return people
 
 
 def _person(
@@ -79,8 +84,7 @@ def _person(
     if config.patience:
         train, validation = split(train, config.validation, config.seed + 1)
         if not len(validation):
-            who = f" of {id}" if id else ""
-            raise UsageError(f"validation must leave samples to stop early on, got none{who}")
+            raise UsageError("validation must leave samples to stop early on, got none")
     return Person(id, train, apart, validation, names, head, outputs)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-__all__ = ["percent", "size", "table"]
+__all__ = ["percent", "score", "size", "table"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -32,3 +33,10 @@ def size(count: float) -> str:
 def percent(share: float) -> str:
     """0.983 as 98.3 %."""
     return f"{100 * share:.1f} %"
+
+
+def score(value: float | None, metric: str) -> str:
+    """A score as people read it: accuracies in percent, others with four digits."""
+    if value is None or math.isnan(value):
+        return "no score"
+    return percent(value) if "accuracy" in metric else f"{value:.4g}"

@@ -106,9 +106,10 @@ def by_user(data: Dataset) -> dict[str, Dataset]:
 def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split off about `share` of every class: (the rest, the part split off).
 
-    A class keeps at least one sample in the rest; where labels are no classes, the samples are
-    drawn as if they were one. Every user's samples are split as if they were alone. With `share`
-    0 the second part is empty.
+    A class keeps at least one sample in the rest, if it has two; where labels are no classes, the
+    samples are drawn as if they were one. Where that takes nothing, as with few samples of each
+    class, the share is drawn from all samples together, at least one. Every user's samples are
+    split as if they were alone. With `share` 0 the second part is empty.
 
     Raises:
         UsageError: `share` is not from 0 to below 1.
@@ -130,6 +131,11 @@ def _drawn(classes: NDArray[np.int64], share: float, seed: int) -> list[int]:
     for label in np.unique(classes):
         rows = order[classes[order] == label]
         held += rows[: min(round(share * len(rows)), len(rows) - 1)].tolist()
+    if share and not held and len(order) > 1:
+        counts = np.bincount(classes, minlength=1)
+        # From the classes that have most, so that few lose their only sample.
+        order = order[np.argsort(-counts[classes[order]], kind="stable")]
+        held = order[: max(1, round(share * len(order)))].tolist()
     return held
 
 

@@ -23,7 +23,7 @@ from regrow_toolchain.cli.options import (
     path_argument,
     targets_option,
 )
-from regrow_toolchain.cli.tables import percent, size, table
+from regrow_toolchain.cli.tables import score, size, table
 from regrow_toolchain.config import AdaptConfig
 
 if TYPE_CHECKING:
@@ -200,28 +200,27 @@ def _no_help(done: Adapted) -> str:
 
 
 def _score(value: float | None, metric: str) -> str:
-    if value is None or math.isnan(value):
-        return "no score"
-    return f"{metric} {percent(value) if 'accuracy' in metric else format(value, '.4g')}"
+    shown = score(value, metric)
+    return shown if shown == "no score" else f"{metric} {shown}"
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
     held, metric = result["samples"]["held_back"], result["metric"]
-    score = (
+    scores = (
         f"{_score(result['before'], metric)} before, {_score(result['after'], metric)} after, "
         f"on {held} held-back samples"
         if held
         else "no samples held back, so no score"
     )
-    labels = result["labels"]
-    head = f", own head of {len(labels)} outputs" if labels else ""
-    shown = ", ".join(labels[:_SHOWN]) + (" …" if len(labels) > _SHOWN else "") if labels else ""
+    labels = result["labels"] or []
+    names = ", ".join(labels[:_SHOWN]) + (" …" if len(labels) > _SHOWN else "")
     kept = "the head is the backbone's (--head new trains one of the user's own)"
     return [
-        f"the adapter has a head of its own: {shown}" if labels else kept,
-        score,
+        f"the adapter has a head of its own: {names}" if labels else kept,
+        scores,
         f"wrote {result['out']}: {size(result['bytes'])}, {result['method']} in "
-        f"{result['storage']}, {result['targets']} layers{head}",
+        f"{result['storage']}, {result['targets']} layers"
+        + (f", own head of {len(labels)} outputs" if labels else ""),
     ]
 
 
@@ -270,8 +269,8 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
     rows = [
         (
             row["user"],
-            _score(row["before"], metric).removeprefix(f"{metric} "),
-            _score(row["after"], metric).removeprefix(f"{metric} "),
+            score(row["before"], metric),
+            score(row["after"], metric),
             size(row["bytes"]) if row["file"] else ("stopped" if row["stopped"] else "not better"),
         )
         for row in result["adapters"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from regrow_toolchain.cli.options import emit, json_option, path_argument
-from regrow_toolchain.cli.tables import percent, size, table
+from regrow_toolchain.cli.tables import score, size, table
 
 if TYPE_CHECKING:
     from regrow_runtime.adapter import Adapter
@@ -49,11 +49,15 @@ def _adapter(adapter: Adapter, path: Path) -> dict[str, Any]:
         "config": dict(adapter.config),
         "seed": str(adapter.seed),
         "basis": f"{adapter.basis.kind} {adapter.basis.version}",
+        "basis_fields": dict(adapter.basis.fields),
         "backbone_id": adapter.backbone_id,
         "storage": adapter.storage,
+        "group": adapter.group,
         "bytes": path.stat().st_size,
         "coefficients": coefficients,
         "labels": list(adapter.head.labels) if adapter.head else None,
+        "extra": sorted(adapter.extra),
+        "probe": len(adapter.probe.expected) if adapter.probe else None,
         "validated": [vars(score) for score in adapter.validated],
         "user": dict(adapter.user),
         "targets": [[t.name, t.in_features, t.out_features] for t in adapter.targets],
@@ -107,8 +111,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
             lines.append(f"{name:13} {value} ({size(value)})")
         elif name == "validated" and value:
             lines += [
-                f"{name:13} {v['metric']} {percent(v['before'])} -> {percent(v['after'])} on "
-                f"{v['samples']} held-back samples ({v['variant']})"
+                f"{name:13} {v['metric']} {score(v['before'], v['metric'])} -> "
+                f"{score(v['after'], v['metric'])} on {v['samples']} held-back samples "
+                f"({v['variant']})"
                 for v in value
             ]
         elif name != "targets" and value not in (None, [], {}, ""):
