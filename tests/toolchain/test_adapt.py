@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regrow_runtime.adapter import STORAGE, Adapter
+from regrow_runtime.adapter import STORAGE, Adapter, HeadLayer
 from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
+from regrow_runtime.errors import MismatchError, UsageError
 from regrow_runtime.methods import get_method
 from regrow_toolchain.adapting import adapt
 from regrow_toolchain.applying import applied
@@ -24,6 +24,7 @@ from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.data.dataset import split
+from regrow_toolchain.fitting import Fitting
 from regrow_toolchain.labels import fit_labels
 from regrow_toolchain.methods import METHODS
 from regrow_toolchain.training import predict, score
@@ -31,10 +32,21 @@ from regrow_toolchain.training import predict, score
 Data = Callable[..., Dataset]
 _OWN = ("open", "shut", "stop")
 _QUICK = AdaptConfig(steps=8)
-_LEARN: dict[str, dict[str, Any]] = {
-    "nola": {"steps": 100, "shift": 0.3, "noise": 0.05},
-    "lora": {"steps": 120, "shift": 0.3, "noise": 0.05, "lr": 0.02},
+# The condition, and what learns it from 48 samples. Biases alone cannot turn light into dark.
+_LEARN: dict[str, tuple[str, dict[str, Any]]] = {
+    "nola": ("inverted", {"steps": 90}),
+    "vera": ("inverted", {"steps": 80, "lr": 0.05}),
+    "fourierft": ("inverted", {"steps": 80}),
+    "lora": ("inverted", {"steps": 130, "lr": 0.02}),
+    "bitfit": ("faint", {"steps": 70, "lr": 0.05}),
+    "head": ("swapped", {"steps": 60, "head_lr": 0.05}),
 }
+# Every method in the default storage, every storage with the default method, and fp16 with others.
+_STORED = [
+    *((method, "int4") for method in METHODS),
+    *(("nola", storage) for storage in STORAGE if storage != "int4"),
+    *((method, "fp16") for method in METHODS if method != "nola"),
+]
 
 
 @pytest.fixture
@@ -43,22 +55,34 @@ def small(compressed_folder: Path) -> Backbone:
     return load_backbone(compressed_folder)
 
 
+def _condition(data: Dataset, name: str) -> Dataset:
+    """Light for dark, a tenth of the contrast, or left for right."""
+    pixels = data.inputs["pixel_values"]
+    if name == "swapped":
+        return replace(data, labels=np.array([2, 1, 0])[data.labels])
+    changed = -pixels if name == "inverted" else 0.1 * pixels
+    return replace(data, inputs={"pixel_values": changed.astype(np.float32)})
+
+
 # -- learning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("which", ["dense", "compressed"])
-def test_a_shifted_condition_is_learned(
+def test_another_condition_is_learned(
     backbone: Backbone, small: Backbone, dataset: Data, method: str, which: str
 ) -> None:
-    """Light and dark exchanged: the backbone is at chance, 48 samples make up for it."""
+    """The backbone is at chance or near it, 48 samples make up for it."""
     model = backbone if which == "dense" else small
-    unseen = dataset(150, 9, inverted=True)
-    config = AdaptConfig(method=method, **_LEARN[method])
-    done = adapt(model, dataset(60, 5, inverted=True), config)
+    condition, options = _LEARN[method]
+    unseen = _condition(dataset(150, 9), condition)
+    noise = 0.05 if condition == "inverted" else 0.0
+    config = AdaptConfig(method=method, shift=0.3, noise=noise, **options)
+    done = adapt(model, _condition(dataset(60, 5), condition), config)
     before = score(model.model, unseen)
     assert before < 0.5
-    assert done.adapter.head is None
+    assert done.helps
+    assert (done.adapter.head is None) is (method != "head")
     with applied(model.model, done.adapter):
         assert score(model.model, unseen) > before + 0.3
     assert score(model.model, unseen) == before
@@ -86,6 +110,45 @@ def test_head_kept_or_new(small: Backbone, dataset: Data) -> None:
         adapt(small, own, replace(_QUICK, head="keep"))
     with pytest.raises(UsageError, match="labels must be among the backbone's"):
         adapt(small, dataset(24, 5, names=("left", "shut", "stop")), _QUICK)
+
+
+@pytest.mark.parametrize("method", ["nola", "head"])
+def test_a_head_that_is_tuned_starts_as_the_backbones(
+    small: Backbone, dataset: Data, method: str
+) -> None:
+    still = replace(_QUICK, method=method, head="tune", head_lr=0.0, steps=1)
+    head = adapt(small, dataset(24, 5), still).adapter.head
+    assert head is not None
+    assert head.labels == small.labels
+    own = small.model.get_submodule(small.head[-1])
+    assert np.abs(head.layers[-1].weight - own.weight.detach().numpy()).max() < 1e-3  # fp16
+    moved = adapt(small, dataset(24, 5), replace(still, head_lr=0.01, steps=8)).adapter.head
+    assert moved is not None
+    assert np.abs(moved.layers[-1].weight - own.weight.detach().numpy()).max() > 1e-3
+    with pytest.raises(UsageError, match="labels must be among the backbone's"):
+        adapt(small, dataset(24, 5, names=_OWN), still)
+
+
+def test_head_only_with_ones_own_labels(small: Backbone, dataset: Data) -> None:
+    config = AdaptConfig(method="head", steps=60, shift=0.0, head_lr=0.05)
+    done = adapt(small, dataset(60, 5, names=_OWN), config)
+    assert (done.adapter.targets, dict(done.adapter.coefficients)) == ((), {})
+    assert done.after > 0.8
+    assert done.helps
+
+
+def test_a_head_learns_at_its_own_rate(small: Backbone, dataset: Data) -> None:
+    data = dataset(24, 5, names=_OWN)
+    weights = []
+    for rate in (0.001, 0.002):
+        done = adapt(small, data, replace(_QUICK, head_lr=rate, steps=1, lr=0.0, noise=0.0))
+        assert done.adapter.head is not None
+        weights.append(done.adapter.head.layers[-1].weight)
+    still = adapt(small, data, replace(_QUICK, head_lr=0.0, steps=1)).adapter.head
+    assert still is not None
+    first = still.layers[-1].weight
+    ratio = np.abs(weights[1] - first).mean() / np.abs(weights[0] - first).mean()
+    assert ratio == pytest.approx(2, rel=0.1)  # Adam's first step is as long as its rate
 
 
 def test_a_new_head_may_have_fewer_classes(small: Backbone, dataset: Data) -> None:
@@ -179,7 +242,7 @@ def test_the_state_of_torch_comes_back(small: Backbone, dataset: Data) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_bytes(small: Backbone, dataset: Data, method: str) -> None:
-    config = replace(_QUICK, method=method, seed=2**64 - 1)
+    config = replace(_QUICK, method=method, seed=2**64 - 1, steps=4)
     data = dataset(24, 5, names=_OWN)
     one = adapt(small, data, config).adapter.to_bytes()
     torch.manual_seed(99)
@@ -187,23 +250,16 @@ def test_the_same_seed_gives_the_same_bytes(small: Backbone, dataset: Data, meth
     assert adapt(small, data, replace(config, seed=7)).adapter.to_bytes() != one
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_is_64_bits(small: Backbone, dataset: Data, seed: int) -> None:
-    with pytest.raises(UsageError, match="seed must be"):
-        adapt(small, dataset(24, 5), replace(_QUICK, seed=seed))
-
-
 # -- the file ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "storage"), _STORED)
 def test_the_scores_are_those_of_the_file(
     small: Backbone, dataset: Data, tmp_path: Path, method: str, storage: str
 ) -> None:
     """From the same data, with the adapter as it comes from disk."""
     data = dataset(45, 5, names=_OWN)
-    config = replace(_QUICK, method=method, storage=storage, holdout=0.4, steps=20)
+    config = replace(_QUICK, method=method, storage=storage, holdout=0.4, steps=10)
     done = adapt(small, data, config)
     written = done.adapter.save(tmp_path / "a.safetensors")
     assert written == (tmp_path / "a.safetensors").stat().st_size
@@ -236,76 +292,32 @@ def test_without_samples_held_back_there_is_no_score(small: Backbone, dataset: D
     assert done.adapter.validated == ()
 
 
-# -- failures ------------------------------------------------------------------------------------
-
-
-def test_a_rate_that_breaks_the_loss_stops(small: Backbone, dataset: Data) -> None:
-    with pytest.raises(RegrowError, match=r"loss must be finite, got .*: lower --lr"):
-        adapt(small, dataset(24, 5), replace(_QUICK, lr=1e30))
-    assert not any(module._forward_hooks for module in small.model.modules())
-    assert any(p.requires_grad for p in load_backbone(small.files[0].parent).model.parameters())
-
-
-def test_samples_that_are_not_finite_stop(small: Backbone, dataset: Data) -> None:
-    data = dataset(24, 5)
-    data.inputs["pixel_values"][:] = np.nan
-    with pytest.raises(RegrowError, match="loss must be finite, got nan at step 0"):
-        adapt(small, data, _QUICK)
-
-
-@pytest.mark.parametrize("storage", ["fp32", "fp16", "int4"])
-def test_coefficients_that_break_at_the_last_step_are_no_file(
-    small: Backbone, dataset: Data, tmp_path: Path, storage: str
-) -> None:
-    """The loss was finite, the step after it was not."""
-    config = replace(_QUICK, steps=1, lr=1e38, method="lora", storage=storage, holdout=0)
-    with pytest.raises(RegrowError, match="finite"):
-        adapt(small, dataset(24, 5), replace(config, lr=float("inf"))).adapter.save(tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"method": "vera"}, "method must be one of nola, lora, got 'vera'"),
-        ({"storage": "int9"}, "storage must be one of fp32"),
-        ({"head": "maybe"}, "head must be auto, keep or new, got 'maybe'"),
-        ({"steps": 0}, "steps and batch size must be at least 1"),
-        ({"batch_size": 0}, "steps and batch size must be at least 1"),
-        ({"holdout": 1.0}, "holdout must be from 0 to below 1"),
-        ({"label_smoothing": 1.5}, "label_smoothing must be from 0 to 1, got 1.5"),
-        ({"method_settings": {"rank": 64}}, "rank must be at most 32"),
-        ({"method_settings": {"speed": 1}}, "settings of nola must be among"),
-    ],
-)
-def test_settings_that_make_no_sense(
-    small: Backbone, dataset: Data, change: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(UsageError, match=words):
-        adapt(small, dataset(24, 5), replace(_QUICK, **change))
-
-
-def test_a_backbone_without_a_head(small: Backbone, dataset: Data) -> None:
-    bare = replace(small, head=(), labels=())
-    for head in ("new", "auto"):
-        with pytest.raises(UsageError, match="backbone must have a head to train a new one"):
-            adapt(bare, dataset(24, 5), replace(_QUICK, head=head))
-
-
-def test_a_model_that_takes_no_pictures(bert_folder: Path, dataset: Data) -> None:
-    names = ("LABEL_0", "LABEL_1", "LABEL_2")
-    with pytest.raises(RegrowError, match=r"model must take the data's inputs, got pixel_values"):
-        adapt(load_backbone(bert_folder), dataset(24, 5, names=names), _QUICK)
-
-
 # -- applying ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", ["query", "output.dense", "query.down"])
-def test_applied_adds_x_a_b(small: Backbone, dataset: Data, method: str, target: str) -> None:
-    """By hand: every target's output gains (x A) B, with A and B from the device's code."""
-    config = replace(_QUICK, method=method, steps=20, method_settings={"rank": 3})
+def _gain(parts: Mapping[str, np.ndarray], x: torch.Tensor) -> torch.Tensor:
+    """What a slot adds: (x A) B, x D, or b."""
+    tensors = {name: torch.from_numpy(np.array(part)) for name, part in parts.items()}
+    if "A" in tensors:
+        return (x @ tensors["A"]) @ tensors["B"]
+    return x @ tensors["D"] if "D" in tensors else tensors["b"].expand(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        *((m, t) for m in METHODS for t in ("query", "output.dense") if m != "head"),
+        *((m, "query.down") for m in ("nola", "vera", "fourierft", "lora")),
+        *(("bitfit", t) for t in ("query.up", "layernorm_before", "*layernorm*")),
+    ],
+)
+def test_applied_adds_what_the_slots_do(
+    small: Backbone, dataset: Data, method: str, target: str
+) -> None:
+    """By hand, with the tensors that the device's code expands."""
+    config = replace(_QUICK, method=method)
+    if method in ("nola", "vera", "lora"):
+        config = replace(config, method_settings={"rank": 3})
     adapter = adapt(small, dataset(24, 5), config, targets=[target]).adapter
     expansion = get_method(method).expand(adapter, BasisCache())
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -322,11 +334,39 @@ def test_applied_adds_x_a_b(small: Backbone, dataset: Data, method: str, target:
         handle.remove()
     assert len(seen) == len(expansion) > 1
     for name, (x, out) in seen.items():
-        a, b = (torch.from_numpy(np.array(expansion[name][part])) for part in "AB")
         with torch.no_grad():
             plain = small.model.get_submodule(name)(x)
         assert (out - plain).abs().max() > 1e-5
-        torch.testing.assert_close(out, plain + (x @ a) @ b)
+        torch.testing.assert_close(out, plain + _gain(expansion[name], x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_and_the_file_are_one_computation(
+    small: Backbone, dataset: Data, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """What a further step would compute, rounded, is what `applied` computes from the file."""
+    seen: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
+    original = Fitting.run
+
+    def run(self: Fitting, *arguments: Any, **more: Any) -> None:
+        original(self, *arguments, **more)
+        self.hooks.attach([target.name for target in self.trained.targets])
+        inputs = self.cohort.batch(0).inputs
+        with torch.no_grad():
+            seen.append((inputs, self._outputs(self.cohort.batch(0))[0]))
+        self.hooks.detach()
+
+    monkeypatch.setattr(Fitting, "run", run)
+    config = replace(_QUICK, method=method, holdout=0, storage="int4", noise=0.0, shift=0.0)
+    adapter = adapt(small, dataset(24, 5), config).adapter
+    ((inputs, outputs),) = seen
+    with torch.no_grad():
+        plain = small.model(**inputs).logits
+        with applied(small.model, adapter):
+            found = small.model(**inputs).logits
+    assert (found - plain).abs().max() > 1e-2
+    near = 1e-3 if method == "head" else 1e-5  # heads are stored in fp16
+    torch.testing.assert_close(found, outputs, rtol=near, atol=near)
 
 
 def test_an_adapter_that_does_not_fit_leaves_no_hooks(
@@ -340,6 +380,51 @@ def test_an_adapter_that_does_not_fit_leaves_no_hooks(
     with pytest.raises(KeyError), applied(small.model, adapter):
         raise KeyError
     assert not any(module._forward_hooks for module in small.model.modules())
+
+
+def test_a_head_that_does_not_fit_leaves_no_hooks(
+    small: Backbone, gpt2_folder: Path, bert_folder: Path, dataset: Data
+) -> None:
+    config = replace(_QUICK, method="head", steps=1)
+    adapter = adapt(small, dataset(24, 5, names=_OWN), config).adapter
+    head = adapter.head
+    assert head is not None
+    gpt2 = load_backbone(gpt2_folder).model
+    with pytest.raises(MismatchError, match="classifier must be a head of 32 inputs"):
+        applied(gpt2, adapter).__enter__()
+    narrow = HeadLayer("classifier", head.layers[0].weight[:, :16], head.layers[0].bias)
+    cut = replace(adapter, head=replace(head, layers=(narrow,)))
+    with pytest.raises(MismatchError, match="classifier must be a head of 16 inputs"):
+        applied(small.model, cut).__enter__()
+    for model in (gpt2, small.model):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+class _Named(nn.Module):
+    """Hands its layers their input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(6, 6)}) for _ in range(2)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block["fc"](input=x))
+        result: torch.Tensor = self.head(input=x)
+        return result
+
+
+def test_layers_may_get_their_input_by_name() -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(_Named().eval(), "sha256:1", "custom", ("head",), ("a", "b", "c"), ())
+    x = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
+    data = Dataset({"x": x}, np.arange(24) % 3, _OWN)
+    done = adapt(backbone, data, replace(_QUICK, method_settings={"rank": 2}))
+    assert done.adapter.head is not None
+    plain = predict(backbone.model, data)
+    with applied(backbone.model, done.adapter):
+        assert np.abs(predict(backbone.model, data) - plain).max() > 1e-3
 
 
 def test_before_counts_known_names_when_the_head_is_new(small: Backbone, dataset: Data) -> None:

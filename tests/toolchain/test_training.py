@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from torch import nn
 
 from regrow_runtime.errors import RegrowError
 from regrow_toolchain import training
+from regrow_toolchain.cohort import Augmentation, Cohort
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.training import (
     augment,
     batches,
     check_loss,
     cosine,
+    cosine_factor,
     deterministic,
+    features_of,
     frozen,
     logits_of,
     predict,
@@ -56,6 +60,98 @@ def test_the_seed_decides_the_order() -> None:
 
     assert order(3) == order(3) != order(4)
     assert order(3)[:20] != order(3)[20:]  # a new order for the second pass
+
+
+# -- batches of several users --------------------------------------------------------------------
+
+
+def _pictures(count: int, seed: int) -> Dataset:
+    rng = np.random.default_rng(seed)
+    return Dataset(
+        {"pixel_values": rng.normal(size=(count, 2, 6, 5)).astype(np.float32),
+         "ids": rng.integers(0, 99, (count, 4))},
+        np.arange(count, dtype=np.int64) % 3, ("a", "b", "c"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(1.5, 0.3)])
+def test_a_users_samples_are_the_same_in_any_company(augmentation: Augmentation, seed: int) -> None:
+    parts = [_pictures(count, i) for i, count in enumerate((9, 3, 9, 2, 14))]
+    together = Cohort(parts, size=4, seed=seed, augmentation=augmentation)
+    for user, part in enumerate(parts):
+        alone = Cohort([part], size=4, seed=seed, augmentation=augmentation)
+        size = min(4, len(part))
+        for step in (0, 1, 2, 17):
+            one, many = alone.batch(step), together.batch(step)
+            assert one.labels.shape == one.weights.shape == (1, size)
+            assert many.labels.shape == many.weights.shape == (5, 4)
+            assert torch.equal(one.labels[0], many.labels[user, :size])
+            assert torch.equal(one.weights[0], many.weights[user, :size])
+            assert not many.weights[user, size:].any()
+            for name, value in one.inputs.items():
+                mine = many.inputs[name].unflatten(0, (5, 4))[user]
+                assert torch.equal(value, mine[:size])
+                # What fills up is a sample of the user's own, which no loss reads.
+                if augmentation == Augmentation():
+                    assert torch.equal(mine[size:], mine[:1].expand_as(mine[size:]))
+
+
+@pytest.mark.parametrize(("count", "size"), [(9, 4), (3, 64), (7, 7), (5, 2)])
+def test_a_cohort_sees_every_sample_once_in_a_pass(count: int, size: int) -> None:
+    cohort = Cohort([_data(count), _data(count + 2)], size=size, seed=3)
+    for user, number in ((0, count), (1, count + 2)):
+        seen: list[int] = []
+        used = min(size, number)
+        for step in range(3 * number):
+            rows = cohort.batch(step).inputs["x"].unflatten(0, (2, -1))[user, :used, 0]
+            seen += rows.int().tolist()
+        assert len(seen) == 3 * number * used
+        for start in range(0, len(seen) - number + 1, number):
+            assert sorted(seen[start : start + number]) == list(range(number))
+    assert torch.equal(cohort.batch(5).labels, cohort.batch(5).labels)
+
+
+def test_a_step_does_not_need_those_before_it() -> None:
+    """Interrupted training goes on with the samples and the noise that it would have had."""
+    parts = [_pictures(7, 1), _pictures(40, 2)]
+    walked = Cohort(parts, size=5, seed=1, augmentation=Augmentation(1, 0.2))
+    for step in range(30):
+        last = walked.batch(step)
+    fresh = Cohort(parts, size=5, seed=1, augmentation=Augmentation(1, 0.2)).batch(29)
+    assert torch.equal(last.labels, fresh.labels)
+    assert all(torch.equal(last.inputs[name], value) for name, value in fresh.inputs.items())
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 4])
+def test_the_pieces_of_a_step_are_its_samples(pieces: int) -> None:
+    """With their noise, and with weights that sum to 1 over all of them."""
+    parts = [_pictures(9, 0), _pictures(3, 1)]
+    cohort = Cohort(parts, size=4, seed=0, augmentation=Augmentation(1, 0.2))
+    whole = cohort.batch(3)
+    some = [cohort.batch(3, piece, pieces) for piece in range(pieces)]
+    assert torch.equal(torch.cat([batch.labels for batch in some], 1), whole.labels)
+    weights = torch.cat([batch.weights for batch in some], 1)
+    assert torch.equal(weights, whole.weights)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+    for name, value in whole.inputs.items():
+        found = torch.cat([batch.inputs[name].unflatten(0, (2, -1)) for batch in some], 1)
+        assert torch.equal(found.flatten(0, 1), value)
+
+
+def test_only_pictures_are_augmented_and_no_two_steps_alike() -> None:
+    part = _pictures(6, 0)
+    cohort = Cohort([part], size=6, seed=0, augmentation=Augmentation(1, 0.2))
+    plain = Cohort([part], size=6, seed=0)
+    noisy = Cohort([part], size=6, seed=0, augmentation=Augmentation(0, 0.2))
+    for other in (cohort, noisy):
+        moved = [other.batch(s).inputs["pixel_values"] - plain.batch(s).inputs["pixel_values"]
+                 for s in (0, 1)]  # fmt: skip
+        assert all(change.abs().amax(dim=(1, 2, 3)).min() > 0 for change in moved)
+        assert (moved[0] - moved[1]).abs().max() > 0.1
+    assert torch.equal(cohort.batch(0).inputs["ids"], plain.batch(0).inputs["ids"])
+    change = noisy.batch(0).inputs["pixel_values"] - plain.batch(0).inputs["pixel_values"]
+    assert change.std().item() == pytest.approx(0.2, rel=0.1)
 
 
 # -- augmentation --------------------------------------------------------------------------------
@@ -123,6 +219,7 @@ def test_the_schedule_rises_then_ends_at_zero(steps: int) -> None:
     assert max(rates) == pytest.approx(2.0)
     assert min(rates) > 0
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0 if steps > 1 else 2, abs=1e-9)
+    assert rates == pytest.approx([2 * cosine_factor(step, steps) for step in range(steps)])
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
@@ -184,6 +281,26 @@ def test_logits_come_from_a_tensor_or_an_output() -> None:
     assert logits_of(lambda x: SimpleNamespace(logits=logits), {"x": logits}) is logits
     with pytest.raises(RegrowError, match="model must return logits, got tuple"):
         logits_of(lambda x: (logits,), {"x": logits})
+
+
+def test_features_come_from_embeddings_or_from_the_mean_of_tokens() -> None:
+    tokens, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    pooled = torch.randn(2, 4)
+    ids = {"x": torch.ones(2, 3)}
+
+    def gives(**outputs: torch.Tensor) -> Any:
+        return lambda **_: SimpleNamespace(**outputs)
+
+    assert features_of(gives(sentence_embedding=pooled, last_hidden_state=tokens), ids) is pooled
+    assert features_of(lambda **_: pooled, ids) is pooled
+    found = features_of(gives(last_hidden_state=tokens), {**ids, "attention_mask": mask})
+    wanted = torch.stack([tokens[0, :2].mean(0), tokens[1, 0]])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(features_of(lambda **_: tokens, ids), tokens.mean(1))
+    nothing = {**ids, "attention_mask": torch.zeros(2, 3, dtype=torch.int64)}
+    assert not features_of(gives(last_hidden_state=tokens), nothing).any()  # and no NaN
+    with pytest.raises(RegrowError, match="model must return embeddings, got SimpleNamespace"):
+        features_of(gives(hidden=pooled), ids)
 
 
 def test_inputs_that_a_model_does_not_take() -> None:

@@ -132,6 +132,8 @@ def adapt_users(
     Each gets what training alone would give, within rounding. Arguments and errors are those of
     `adapt`; a user whose loss is not finite has `stopped` set, the others go on.
     """
+    if data.users is None:
+        raise UsageError("data must say whose each sample is, got no users")
     return dict(adapt_each(backbone, data, config, targets=targets, held=held, loss=loss))
 
 
@@ -154,6 +156,8 @@ def adapt_each(
     people = prepare(backbone, data, held, task, config)
     if any(person.head != "keep" for person in people) and not backbone.head:
         raise UsageError("backbone must have a head to train one, got none")
+    if any(person.head != "keep" for person in people):
+        _check_apart(layers, backbone)
     with ExitStack() as stack:
         stack.enter_context(deterministic(config.seed))
         stack.enter_context(frozen(backbone.model))
@@ -182,6 +186,12 @@ def _check(config: AdaptConfig, backbone: Backbone) -> None:
         raise UsageError("head must be auto, new or tune for method head, got keep")
 
 
+def _check_apart(layers: Sequence[Target], backbone: Backbone) -> None:
+    """Raise `UsageError` if a target is a layer of the head, which is replaced as a whole."""
+    if both := [target.name for target in layers if target.name in backbone.head]:
+        raise UsageError(f"targets must not be layers of a head that is trained, got {both[0]}")
+
+
 def _groups(people: Sequence[Person], config: AdaptConfig) -> Iterator[list[Person]]:
     """Users that are trained together: their heads are dealt with alike, and they fit in RAM."""
     for head in ("keep", "tune", "new"):
@@ -206,7 +216,8 @@ def _checkpoint(
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "method_settings")}
     own = {name: str(value) for name, value in sorted(config.method_settings.items())}
     names = [target.name for target in layers]
-    digest.update(repr([settings, own, names, task.name, backbone.backbone_id]).encode())
+    kind = [task.name, getattr(getattr(task, "loss", None), "__qualname__", "")]
+    digest.update(repr([settings, own, names, kind, backbone.backbone_id]).encode())
     for person in people:
         for part in (person.train, person.validation):
             arrays = {} if part is None else {"": part.labels, **part.inputs}

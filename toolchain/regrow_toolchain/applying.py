@@ -67,10 +67,13 @@ class Hooks:
             )
 
     def _hook(self, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return change(args[0], output)
+        def hook(
+            _module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> Tensor:
+            return change(args[0] if args else next(iter(named.values())), output)
 
-        self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        module = self.model.get_submodule(name)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _changed(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         self._note(name, x)
@@ -135,7 +138,7 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
     expansion = get_method(adapter.method).expand(adapter, BasisCache())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     heads = {
-        layer.name: linear(layer.weight, layer.bias).to(device)
+        layer.name: partial(_in_float, linear(layer.weight, layer.bias).to(device))
         for layer in (adapter.head.layers if adapter.head else ())
     }
     hooks = Hooks(model, heads)
@@ -182,6 +185,10 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
         for t in adapter.targets
         if t.name not in modules or _widths(modules[t.name]) != (t.in_features, t.out_features)
     ]
+    for layer in adapter.head.layers if adapter.head else ():
+        wide = layer.weight.shape[1]
+        if getattr(modules.get(layer.name), "in_features", None) != wide:
+            findings.append(f"{layer.name} must be a head of {wide} inputs")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     findings += [
         f"{name} must be a parameter of shape {list(value.shape)}"
@@ -197,6 +204,12 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     bias = getattr(module, "bias", None)
     norm = (len(bias), len(bias)) if isinstance(bias, Tensor) and bias.dim() == 1 else None
     return widths(module) or norm
+
+
+def _in_float(layer: nn.Module, x: Tensor) -> Tensor:
+    """A head of float32 in a model of any dtype."""
+    result: Tensor = layer(x.float()).to(x.dtype)
+    return result
 
 
 def linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:

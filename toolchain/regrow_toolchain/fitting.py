@@ -186,18 +186,23 @@ class Fitting:
     def _note_broken(self) -> None:
         """The last step has no loss after it: look at the numbers themselves."""
         for user in range(self.users):
-            if user in self.stopped or user in self._best.kept:
+            if user in self.stopped or user in self._best.kept or self._is_finite(user):
                 continue
-            if not all(bool(value[user].isfinite().all()) for value in self._parameters().values()):
-                self.stopped[user] = Stopped(self.config.steps, math.nan)
-                self._best.keep(user, self._last_good)
+            self.stopped[user] = Stopped(self.config.steps, math.nan)
+            self._best.keep(user, self._last_good)
+
+    def _is_finite(self, user: int) -> bool:
+        return all(bool(value[user].isfinite().all()) for value in self._parameters().values())
 
     def _is_over(self, step: int) -> bool:
         if len(self.stopped) == self.users:
             return True
         if self.validation is None or (step + 1) % self.config.eval_every:
             return False
-        scores = self._validate(self.validation)
+        scores = [
+            score if self._is_finite(user) else math.nan
+            for user, score in enumerate(self._validate(self.validation))
+        ]
         self._best.update(scores, self._copies(), self.config.patience, set(self.stopped))
         return self._best.all_done(set(self.stopped))
 
@@ -248,10 +253,13 @@ class Fitting:
         for name, value in self._parameters().items():
             with torch.no_grad():
                 value.copy_(state[f"value.{name}"])
-            self.optimizer.state[value] = {
+            moments = {
                 key: _moment(key, state[f"adam.{key}.{name}"], device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam.{key}.{name}" in state
             }
+            if moments:  # none for what has had no gradient yet
+                self.optimizer.state[value] = moments
         self._last_good = {name: state[f"good.{name}"].to(device) for name in self._last_good}
         ends = zip(state["stopped.step"].tolist(), state["stopped.loss"].tolist(), strict=True)
         self.stopped = {user: Stopped(*end) for user, end in enumerate(ends) if end[0] >= 0}

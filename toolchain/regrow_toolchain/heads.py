@@ -84,7 +84,7 @@ def _fresh(wide: int, high: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def _copied(base: nn.Linear) -> tuple[Tensor, Tensor]:
     bias = torch.zeros(base.out_features) if base.bias is None else base.bias
-    return base.weight.detach().T, bias.detach()[None]
+    return base.weight.detach().float().T, bias.detach().float()[None]
 
 
 def _padded(pairs: Sequence[tuple[Tensor, Tensor]], part: int, width: int) -> Tensor:

@@ -132,28 +132,30 @@ def _fitted_classes(
     backbone: Backbone, data: Dataset, held: Dataset | None, config: AdaptConfig
 ) -> tuple[tuple[str, ...], str, int, Dataset, Dataset | None]:
     wanted = "keep" if config.head == "tune" else config.head
-    both = _joined(data, held) if held is not None else data
+    both = _joined(data, held) if held is not None else replace(data, inputs={})
     fitted, fresh = fit_labels(both, backbone.labels, wanted)
     head = "new" if fresh else _head(config, backbone, known=True)
-    mine = np.arange(len(data))
-    rest = None if held is None else fitted.take(np.arange(len(data), len(fitted)))
-    return fitted.names, head, len(fitted.names), fitted.take(mine), rest
+    mine, theirs = np.split(fitted.labels, [len(data)])
+    data = replace(data, labels=mine, names=fitted.names)
+    rest = None if held is None else replace(held, labels=theirs, names=fitted.names)
+    return fitted.names, head, len(fitted.names), data, rest
 
 
 def _joined(data: Dataset, held: Dataset) -> Dataset:
-    """Both, for their labels: classes that stand only in `held` are an error of their own."""
+    """The labels of both; classes that stand only in `held` are an error of their own."""
     if not held.named and not data.named:
         names = max(data.names, held.names, key=len)
         labels = held.labels
     else:
-        unknown = sorted(set(held.names) - set(data.names))
+        there = np.unique(held.labels)
+        unknown = [held.names[i] for i in there if held.names[i] not in data.names]
         if unknown:
             raise UsageError(f"held samples must be of the data's classes, got {unknown[0]!r}")
-        names = data.names
-        labels = np.array([names.index(n) for n in held.names], dtype=np.int64)[held.labels]
-    inputs = {k: np.concatenate([v, held.inputs[k]]) for k, v in data.inputs.items()}
+        names, known = data.names, {name: i for i, name in enumerate(data.names)}
+        index = np.array([known.get(name, -1) for name in held.names], dtype=np.int64)
+        labels = index[held.labels]
     joined = np.concatenate([data.labels, labels])
-    return replace(data, inputs=inputs, labels=joined, names=names, users=None)
+    return Dataset({}, joined, names, data.named)
 
 
 def _head(config: AdaptConfig, backbone: Backbone, *, known: bool) -> str:

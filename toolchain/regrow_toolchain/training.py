@@ -31,6 +31,7 @@ __all__ = [
     "frozen",
     "logits_of",
     "measured",
+    "outputs_of",
     "predict",
     "score",
     "shifted",
@@ -130,14 +131,19 @@ def cosine(
     )
 
 
-def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """[batch, classes] from a transformers model or from one that returns a tensor."""
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """What the model gives, or `RegrowError` if it does not take the inputs."""
     try:
-        result = model(**inputs)
+        return model(**inputs)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items())
         reason = str(error).strip().partition("\n")[0]
         raise RegrowError(f"model must take the data's inputs, got {shapes}: {reason}") from error
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[batch, classes] from a transformers model or from one that returns a tensor."""
+    result = outputs_of(model, inputs)
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
     if logits is None:
         raise RegrowError(
@@ -151,7 +157,7 @@ def features_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
     Padding, as `attention_mask` has it, is left out of the mean (sentence-transformers' pooling).
     """
-    result = model(**inputs)
+    result = outputs_of(model, inputs)
     for name in ("sentence_embedding", "image_embeds", "text_embeds", "last_hidden_state"):
         found = result if isinstance(result, Tensor) else getattr(result, name, None)
         if found is not None:

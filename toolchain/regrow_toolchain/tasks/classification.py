@@ -52,8 +52,10 @@ class Classification:
         return (1 - self.label_smoothing) * truth + self.label_smoothing * even
 
     def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """[N, 1]: the class that each sample got."""
-        return outputs.argmax(dim=-1, keepdim=True).float().cpu().numpy()
+        """[N, 1]: the class that each sample got; -1 where the model gave no number."""
+        found = outputs.argmax(dim=-1, keepdim=True)
+        found = found.masked_fill(outputs.isnan().any(dim=-1, keepdim=True), -1)
+        return found.float().cpu().numpy()
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float((measured[:, 0] == labels).mean()) if len(labels) else math.nan

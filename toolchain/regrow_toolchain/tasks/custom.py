@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regrow_runtime.errors import UsageError
 
+from ..training import outputs_of
 from .base import Inputs
 
 __all__ = ["Custom"]
@@ -32,11 +33,10 @@ class Custom:
     higher_is_better = False
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        result = model(**inputs)
-        if isinstance(result, Tensor):
-            return result
-        first = result.to_tuple() if hasattr(result, "to_tuple") else tuple(result)
-        found: Tensor = first[0]
+        result = outputs_of(model, inputs)
+        if isinstance(result, Mapping):
+            result = tuple(result.values())
+        found: Tensor = result if isinstance(result, Tensor) else result[0]
         return found
 
     def losses(
@@ -47,21 +47,29 @@ class Custom:
         used: Tensor | None = None,
     ) -> Tensor:
         users, samples = labels.shape[:2]
-        found = self.loss(outputs.flatten(0, 1), labels.flatten(0, 1))
-        if found.dim() == 0:
-            if users > 1:
-                raise UsageError(
-                    "loss must give one number per sample to train several users at once, got one "
-                    "for all: return it before its mean is taken"
-                )
-            return found.expand(1, samples)
-        return found.reshape(users, samples, -1).mean(-1)
+        found = self._found(outputs.flatten(0, 1), labels.flatten(0, 1))
+        if found.dim():
+            return found.view(users, samples)
+        if users > 1:
+            raise UsageError(
+                "loss must give one number per sample to train several users at once, got one "
+                "for all: return it before its mean is taken"
+            )
+        return found.expand(1, samples)
+
+    def _found(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """[N], or one number for all."""
+        found = self.loss(outputs, labels)
+        if found.dim() and len(found) != len(labels):
+            raise UsageError(
+                "loss must give one number per sample, or one for all, "
+                f"got {list(found.shape)} for {len(labels)} samples"
+            )
+        return found.flatten(1).mean(-1) if found.dim() > 1 else found
 
     def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
         """[N, 1]: the loss."""
-        found = self.loss(outputs, labels)
-        found = found.expand(len(labels)) if found.dim() == 0 else found.flatten(1).mean(-1) \
-            if found.dim() > 1 else found  # fmt: skip
+        found = self._found(outputs, labels).expand(len(labels))
         return found.float().unsqueeze(-1).cpu().numpy()
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:

@@ -60,7 +60,7 @@ class Metric:
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         """Share of samples whose nearest other one, by cosine, is of their class."""
-        if len(labels) < 2:
+        if len(labels) < 2 or not np.isfinite(measured).all():
             return math.nan
         near = measured @ measured.T
         np.fill_diagonal(near, -np.inf)
