@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,46 +48,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bitfit-int8": ("bitfit", "int8", {}),
     "fourierft-int8": ("fourierft", "int8", {"n": 100, "alpha": 30.0}),
 }
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what Node imports."""
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
-    if int(re.findall(r"\d+", version)[0]) < 18:
-        pytest.skip(f"node must be 18 or newer, got {version.strip()}")
-    folder = tmp_path_factory.mktemp("web")
-    for path in (*WEB.glob("*.js"), *WEB.glob("*.mjs"), WEB / "package.json"):
-        shutil.copy(path, folder)
-    shutil.copy(Path(__file__).with_name("run.mjs"), folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)  # onnxruntime-web unpacks to 150 MB
-
-
-@pytest.fixture(scope="module")
-def installed(room: Path) -> Path:
-    """The same with onnxruntime-web, as package.json pins it."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not installed")
-    options = [
-        "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--prefer-offline",
-        "--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--loglevel=error",
-    ]  # fmt: skip
-    try:
-        done = subprocess.run(
-            [npm, "install", *options],
-            cwd=room, capture_output=True, text=True, timeout=180, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm install took more than 180 s")
-    if done.returncode:
-        codes = re.findall(r"npm error code (\S+)", done.stderr) or ["no reason"]
-        pytest.skip(f"npm install must reach a registry, got {codes[0]}")
-    return room
 
 
 def _node(room: Path, script: str, *arguments: object) -> str:
@@ -188,21 +147,6 @@ def test_expanders_give_numpys_bits(installed, ask, tmp_path):
                     assert result[by]["error"] <= TOLERANCE, where
                 else:
                     assert result[by]["wrong"] == 0, where
-
-
-@pytest.fixture(scope="module")
-def vit() -> ExportSource:
-    """2 layers, 32 wide, 5 tokens, 4 classes."""
-    import torch
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(1)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        image_size=8, patch_size=4, num_channels=1, num_labels=4,
-    )  # fmt: skip
-    model = ViTForImageClassification(config).eval()
-    return ExportSource(model, "image-classification", BACKBONE, ("classifier",), tuple("abcd"))
 
 
 def _own_head() -> Head:
