@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
-from .philox import key_of, philox4x32
+from .integers import integer_product
+from .philox import key_of, philox4x32, philox_words
 
 __all__ = [
     "PHILOX_SIGN",
@@ -29,14 +30,20 @@ __all__ = [
     "locations",
     "plus_minus",
     "sign_bits",
+    "sign_rows",
     "signs",
 ]
 
 _BLOCK_BITS = 128
-# Philox works on uint64 temporaries: 8,192 counters keep them in a core's second-level cache.
+# Philox works on uint64 temporaries: 8,192 counters keep them in a core's second-level cache. They
+# give 2**20 signs, which are widened to a byte each, or 128 signs of each of more vectors.
 _COUNTERS_AT_ONCE = 8192
-# Signs are widened to float32 a block at a time: 4 MiB, whatever k and the layer's size are.
+# Bytes are widened to float32 a block at a time, 4 MiB.
 _FLOATS_AT_ONCE = 1 << 20
+_BITS = (1 << np.arange(8)).astype(np.uint8)[:, None]
+
+
+Bits = NDArray[np.uint8]
 
 
 class Role(IntEnum):
@@ -65,77 +72,133 @@ class BasisSpec:
 PHILOX_SIGN = BasisSpec()
 
 
-def _words(
-    key: tuple[int, int], role: int, layer: int, vectors: range, blocks: int
-) -> NDArray[np.uint32]:
-    """uint32 [len(vectors), 4 * blocks]: the words of some basis vectors, in reading order."""
-    index = np.arange(vectors.start, vectors.stop, dtype=np.uint64)[:, None]
-    block = np.arange(blocks, dtype=np.uint64)[None, :]
-    return philox4x32(block, index, role, layer, key).reshape(len(vectors), 4 * blocks)
+def _planes(key: tuple[int, int], role: int, layer: int, vectors: int, blocks: range) -> Bits:
+    """uint8 [16 * len(blocks), vectors]: a row has the bits of 8 entries, the first one lowest."""
+    planes = np.empty((len(blocks), 4, 4, vectors), dtype=np.uint8)
+    block = np.arange(blocks.start, blocks.stop, dtype=np.uint64)[:, None]
+    for start in range(0, vectors, _COUNTERS_AT_ONCE):
+        index = np.arange(start, min(start + _COUNTERS_AT_ONCE, vectors), dtype=np.uint64)
+        for number, word in enumerate(philox_words(block, index, role, layer, key)):
+            halved = word.astype(np.uint32)
+            for byte in range(4):
+                part = planes[:, number, byte, start : start + index.size]
+                part[:] = halved >> np.uint32(8 * byte)
+    return planes.reshape(-1, vectors)
 
 
-def sign_bits(
-    seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
-) -> NDArray[np.uint8]:
+def _all_planes(seed: int, role: int, vectors: int, entries: int, layer: int) -> Iterator[Bits]:
+    """The rows of `_planes` for `entries` entries, in parts of bounded size."""
+    key, rows = key_of(seed), -(-entries // 8)
+    blocks = -(-entries // _BLOCK_BITS)
+    step = max(1, _COUNTERS_AT_ONCE // max(vectors, 1))
+    for start in range(0, blocks, step):
+        part = range(start, min(start + step, blocks))
+        yield _planes(key, role, layer, vectors, part)[: rows - 16 * start]
+
+
+def _widened(planes: Bits) -> Bits:
+    """uint8 [8 * rows, vectors] of 1 and 0, a row for each entry."""
+    ones = np.empty((len(planes), 8, planes.shape[1]), dtype=np.uint8)
+    np.bitwise_and(planes[:, None], _BITS, out=ones)
+    np.not_equal(ones, 0, out=ones.view(np.bool_))
+    return ones.reshape(-1, planes.shape[1])
+
+
+def _joined(blocks: Iterable[Bits], vectors: int, count: int) -> Bits:
+    """uint8 [count, vectors], the first rows of the blocks, without holding all blocks too."""
+    rows, start = np.empty((count, vectors), dtype=np.uint8), 0
+    for block in blocks:
+        part = block[: count - start]
+        rows[start : start + len(part)] = part
+        start += len(part)
+    return rows
+
+
+def sign_bits(seed: int, role: int, vectors: int, entries: int, *, layer: int = 0) -> Bits:
     """The first `entries` signs of basis vectors 0 to `vectors` - 1, one bit each.
 
     Returns:
         uint8 [vectors, ceil(entries / 8)], least significant bit first; bit 1 is +1, bit 0 is -1.
     """
-    key = key_of(seed)
-    blocks = -(-entries // _BLOCK_BITS)
-    width = -(-entries // 8)
-    bits = np.empty((vectors, width), dtype=np.uint8)
-    step = max(1, _COUNTERS_AT_ONCE // max(blocks, 1))
-    for start in range(0, vectors, step):
-        part = range(start, min(start + step, vectors))
-        words = _words(key, role, layer, part, blocks).astype("<u4", copy=False)
-        bits[part.start : part.stop] = words.view(np.uint8)[:, :width]
-    return bits
+    planes = _all_planes(seed, role, vectors, entries, layer)
+    return np.ascontiguousarray(_joined(planes, vectors, -(-entries // 8)).T)
+
+
+def sign_rows(
+    seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
+) -> Iterator[Bits]:
+    """The same signs as bytes, entry by entry, in blocks: RAM does not grow with the basis.
+
+    Yields:
+        uint8 [some entries, vectors] of 1 (+1) and 0 (-1), C-contiguous; at most 2**20 of them, or
+        128 entries. After the last block there may be up to seven entries more than asked for.
+    """
+    return map(_widened, _all_planes(seed, role, vectors, entries, layer))
 
 
 def signs(seed: int, role: int, vector: int, entries: int, *, layer: int = 0) -> NDArray[np.int8]:
     """int8 [entries] of +1 and -1: one basis vector, any one, without those before it."""
-    blocks = -(-entries // _BLOCK_BITS)
-    words = _words(key_of(seed), role, layer, range(vector, vector + 1), blocks)
-    bits = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), bitorder="little")
+    block = np.arange(-(-entries // _BLOCK_BITS))
+    words = philox4x32(block, vector, role, layer, key_of(seed)).astype("<u4", copy=False)
+    bits = np.unpackbits(words.reshape(-1).view(np.uint8), bitorder="little")
     return bits[:entries].astype(np.int8) * 2 - 1
 
 
-def plus_minus(bits: NDArray[np.uint8], entries: int) -> NDArray[np.float32]:
-    """float32 [vectors, entries] of +1 and -1 from `sign_bits`."""
-    ones = np.unpackbits(bits, axis=1, count=entries, bitorder="little")
-    return ones.astype(np.float32) * np.float32(2) - np.float32(1)
+def plus_minus(rows: Bits) -> NDArray[np.float32]:
+    """float32 of +1 and -1 from the ones and zeros of `sign_rows`."""
+    values = rows.astype(np.float32)
+    values *= 2
+    values -= 1
+    return values
 
 
-def combine(
-    coefficients: NDArray[np.float32], bits: NDArray[np.uint8], entries: int
-) -> NDArray[np.float32]:
-    """Sum over i of coefficients[t, i] times sign vector i.
+def combine(values: NDArray[Any], rows: Iterable[Bits], entries: int) -> NDArray[np.float32]:
+    """Sum over i of values[t, i] times sign vector i.
 
-    With integer coefficients of at most 8 bits and k up to 2**16 every partial sum is an integer
-    below 2**24, which float32 holds exactly in any order: the result is the same bits everywhere.
+    The sum of codes of at most 8 bits is exact for k up to 2**16: no partial sum passes 2**24,
+    which float32 holds too, in any order of adding. The result is the same bits everywhere.
 
     Args:
-        coefficients: float32 [targets, k].
-        bits: uint8 [k, ceil(entries / 8)] as from `sign_bits`.
-        entries: how many signs of each vector to use.
+        values: [targets, k], int8 codes or float32.
+        rows: blocks of [some entries, k] as from `sign_rows`.
+        entries: how many signs of each vector to use; the blocks may hold more.
 
     Returns:
         float32 [targets, entries].
     """
-    count, k = coefficients.shape
+    count, k = values.shape
     total = np.empty((count, entries), dtype=np.float32)
-    twice = coefficients * np.float32(2)
-    offset = coefficients.sum(axis=1, keepdims=True)
-    step = max(8, _FLOATS_AT_ONCE // max(k, 1) // 8 * 8)
-    for start in range(0, entries, step):
-        stop = min(start + step, entries)
-        packed = bits[:, start // 8 : -(-stop // 8)]
-        ones = np.unpackbits(packed, axis=1, bitorder="little")[:, : stop - start]
-        np.matmul(twice, ones.astype(np.float32), out=total[:, start:stop])
-    total -= offset
+    product: Callable[[Bits], NDArray[Any]] | None = None
+    if values.dtype == np.int8:
+        product = integer_product(values)
+    if product is None:
+        product = _float_product(values.astype(np.float32, copy=False))
+    step = max(128, _FLOATS_AT_ONCE // max(k, count, 1))
+    start = 0
+    for block in rows:
+        for first in range(0, len(block), step):
+            part = block[first : min(first + step, len(block), first + entries - start)]
+            total[:, start : start + len(part)] = product(part).T
+            start += len(part)
+        if start == entries:
+            break
+    total *= 2
+    total -= values.sum(axis=1, keepdims=True, dtype=np.float32)
     return total
+
+
+def _float_product(values: NDArray[np.float32]) -> Callable[[Bits], NDArray[np.float32]]:
+    """From ones [entries, k] to float32 [entries, targets], a few entries at a time."""
+    step = max(8, _FLOATS_AT_ONCE // max(values.shape[1], 1))
+
+    def product(ones: Bits) -> NDArray[np.float32]:
+        found = np.empty((len(ones), len(values)), dtype=np.float32)
+        for start in range(0, len(ones), step):
+            part = ones[start : start + step].astype(np.float32)
+            np.matmul(part, values.T, out=found[start : start + step])
+        return found
+
+    return product
 
 
 def locations(
@@ -206,13 +269,37 @@ class BasisCache:
                 self._kept.popitem(last=False)
         return made
 
-    def bits(
-        self, seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
-    ) -> NDArray[np.uint8]:
-        """As `sign_bits`, from memory if it is there."""
+    def bits(self, seed: int, role: int, vectors: int, entries: int, *, layer: int = 0) -> Bits:
+        """As `sign_bits`, from memory if it is there; its transpose is C-contiguous."""
         key = ("philox-sign", seed, int(role), vectors, entries, layer)
-        made = self.keep(key, lambda: (sign_bits(seed, role, vectors, entries, layer=layer),))
-        return made[0]
+        planes = _all_planes(seed, role, vectors, entries, layer)
+        return self.keep(key, lambda: (_joined(planes, vectors, -(-entries // 8)).T,))[0]
+
+    def rows(
+        self, seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
+    ) -> Iterator[Bits]:
+        """As `sign_rows`, from memory if it is there.
+
+        Kept is a byte per sign, if that takes a quarter of the cache at most: widening bits takes
+        longer than multiplying. Else it is a bit, if that takes half of the cache at most. Layers
+        with a basis each are many, so theirs are bits.
+        """
+        size = vectors * entries
+        key = ("philox-rows", seed, int(role), vectors, entries, layer)
+        step = max(_BLOCK_BITS, (_COUNTERS_AT_ONCE * _BLOCK_BITS) // max(vectors, 1))
+        if 4 * size <= self.max_bytes and not layer:
+            made = sign_rows(seed, role, vectors, entries, layer=layer)
+            rows = self.keep(key, lambda: (_joined(made, vectors, entries),))[0]
+            yield from (rows[start : start + step] for start in range(0, entries, step))
+        elif size <= 4 * self.max_bytes:
+            planes = self.bits(seed, role, vectors, entries, layer=layer).T
+            step //= 8
+            starts = range(0, len(planes), step)
+            yield from (_widened(planes[start : start + step]) for start in starts)
+        else:
+            with self._lock:
+                self.misses += 1
+            yield from sign_rows(seed, role, vectors, entries, layer=layer)
 
     def clear(self) -> None:
         """Forget everything: the next use is a cold one."""

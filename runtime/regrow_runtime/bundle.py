@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -36,16 +37,19 @@ class Profile:
         basis_cache_bytes: how much of a basis may be kept between swaps.
         prepack: let ONNX Runtime keep a second, faster copy of the weights.
         arena: let ONNX Runtime keep freed memory for the next run.
+        resident_bytes: how much RAM resident adapters may take. Beyond, those that were not used
+            for longest are dropped, but never the active one, nor one that has just been loaded.
     """
 
     basis_cache_bytes: int
     prepack: bool
     arena: bool
+    resident_bytes: int = 256 << 20
 
 
 PROFILES = {
     "speed": Profile(basis_cache_bytes=64 << 20, prepack=True, arena=True),
-    "memory": Profile(basis_cache_bytes=0, prepack=False, arena=False),
+    "memory": Profile(basis_cache_bytes=0, prepack=False, arena=False, resident_bytes=64 << 20),
 }
 
 
@@ -82,6 +86,8 @@ class Bundle:
         self._session = session
         self._swap_lock = threading.Lock()
         self._residents: dict[str, Resident] = {}
+        self._resident_bytes = profile.resident_bytes
+        self._uses = itertools.count()
         self._active: Resident | None = None
         self._base_head: Feeds | None = None
 
@@ -138,6 +144,8 @@ class Bundle:
     ) -> SwapCost:
         """Check and expand an adapter and keep it resident, without activating it.
 
+        Others may be dropped for it: see `Profile.resident_bytes`.
+
         Args:
             adapter: a file, or an adapter in memory (which then needs a `name`).
             name: what to call it; by default the file's name without its ending.
@@ -149,7 +157,7 @@ class Bundle:
         """
         with self._swap_lock:
             resident, cost = self._expand(adapter, name, any_backbone)
-            self._residents[resident.name] = resident
+            self._keep(resident)
         return cost
 
     def swap(
@@ -170,11 +178,11 @@ class Bundle:
                 self._active = None
                 return SwapCost("base", None, _ms(start))
             if isinstance(adapter, str) and adapter in self._residents:
-                self._active = resident = self._residents[adapter]
+                self._active = resident = self._resident(adapter)
                 return SwapCost("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
             resident, cost = self._expand(adapter, name, any_backbone)
-            self._residents[resident.name] = resident
             self._active = resident
+            self._keep(resident)
         return cost
 
     def forget(self, name: str) -> None:
@@ -190,7 +198,19 @@ class Bundle:
             raise UsageError(
                 f"adapter must be resident ({known}), got {name!r}: load or swap it first"
             )
+        resident.used = next(self._uses)
         return resident
+
+    def _keep(self, resident: Resident) -> None:
+        """Make it resident, and drop others that are too many bytes together."""
+        resident.used = next(self._uses)
+        self._residents[resident.name] = resident
+        others = sorted(self._residents.values(), key=lambda other: other.used)
+        left = sum(other.nbytes for other in others) - self._resident_bytes
+        for other in others:
+            if left > 0 and other not in (resident, self._active):
+                del self._residents[other.name]
+                left -= other.nbytes
 
     def _expand(
         self, source: str | Path | Adapter, name: str | None, any_backbone: bool

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import UsageError
 
-__all__ = ["check_seed", "key_of", "philox4x32"]
+__all__ = ["check_seed", "key_of", "philox4x32", "philox_words"]
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -44,9 +44,18 @@ def philox4x32(
     Returns:
         uint32 [..., 4], the four output words of each counter.
     """
-    x0, x1, x2, x3 = np.broadcast_arrays(
-        *(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3))
-    )
+    return np.stack(philox_words(c0, c1, c2, c3, key), axis=-1).astype(np.uint32)
+
+
+def philox_words(
+    c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike, key: tuple[int, int]
+) -> tuple[NDArray[np.uint64], ...]:
+    """As `philox4x32`, but the four words apart, each below 2**32 in uint64.
+
+    Counters broadcast only when rounds mix them: with two words that vary, each along its own axis,
+    the first two rounds cost nothing.
+    """
+    x0, x1, x2, x3 = (np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3))
     k0, k1 = key
     for _ in range(_ROUNDS):
         p0, p1 = x0 * _M0, x2 * _M1
@@ -54,4 +63,4 @@ def philox4x32(
         x2 = (p0 >> _SHIFT) ^ x3 ^ np.uint64(k1)
         x1, x3 = p1 & _LOW, p0 & _LOW
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack([x0, x1, x2, x3], axis=-1).astype(np.uint32)
+    return x0, x1, x2, x3

@@ -82,13 +82,16 @@ def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int8]
     """The inverse of `pack`: uint8 [rows, ceil(count * bits / 8)] to int8 [rows, count]."""
     _check_bits(bits)
     codes = np.empty((len(packed), count), dtype=np.int8)
+    groups = -(-count // 8)  # eight codes take `bits` bytes, which fit one word
+    # Shifts bring a code to the top of a word and back down, which extends its sign.
+    up = np.arange(64 - bits, 63 - 8 * bits, -bits, dtype=np.int64)
     step = max(1, _CODES_AT_ONCE // max(count, 1))
     for start in range(0, len(packed), step):
         rows = packed[start : start + step]
-        flat = np.unpackbits(rows, axis=1, bitorder="little")[:, : count * bits]
-        planes = np.zeros((len(rows), count, 8), dtype=np.uint8)
-        planes[..., :bits] = flat.reshape(len(rows), count, bits)
-        planes[..., bits:] = planes[..., bits - 1 : bits]  # sign extension
-        whole = np.packbits(planes, axis=-1, bitorder="little")[..., 0]
-        codes[start : start + step] = whole.view(np.int8)
+        padded = np.zeros((len(rows), groups * bits), dtype=np.uint8)
+        padded[:, : rows.shape[1]] = rows
+        words = np.zeros((len(rows), groups, 8), dtype=np.uint8)
+        words[..., :bits] = padded.reshape(len(rows), groups, bits)
+        whole = (words.view("<i8") << up) >> np.int64(64 - bits)
+        codes[start : start + step] = whole.reshape(len(rows), 8 * groups)[:, :count]
     return codes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ _MAX_HEAD_BYTES = 1 << 30
 Feeds = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Resident:
     """An adapter that is expanded and in RAM: swapping to it changes one pointer.
 
@@ -36,11 +37,13 @@ class Resident:
         feeds: graph input name to array; low_rank A [1, in, r] and B [1, r, out], delta D
             [1, in, out], bias b [1, 1, out], head weight [1, in, classes] and bias [1, 1, classes].
         labels: class names, the adapter's own or the bundle's.
+        used: when it was used last, counted in uses.
     """
 
     name: str
     feeds: Feeds
     labels: tuple[str, ...]
+    used: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +165,7 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
             else _seeded_feeds(adapter, manifest.seeded.inputs)
         )
     for name, array in feeds.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not _is_finite(array):
             raise RegrowError(
                 f"adapter: {name} must be finite when expanded, its scale is too large"
             )
@@ -170,6 +173,13 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
         for layer in adapter.head.layers:
             feeds.update(_head_feeds(layer, manifest))
     return feeds
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    # A finite sum of squares has finite parts only, and takes no array of flags. It may overflow.
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(array).all())
 
 
 def _slot_feeds(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrow_runtime import basis
-from regrow_runtime.basis import BasisCache, Role, combine, locations, sign_bits, signs
+from regrow_runtime.basis import (
+    BasisCache,
+    Role,
+    combine,
+    locations,
+    sign_bits,
+    sign_rows,
+    signs,
+)
 from regrow_runtime.errors import UsageError
 
 # seed, role, vector, layer, the first signs, the sum of the first 10,000
@@ -115,60 +123,83 @@ def test_roles_are_those_of_the_format():
 # -- combine ---------------------------------------------------------------------------------------
 
 
-def _integers(codes: np.ndarray, bits: np.ndarray, entries: int) -> np.ndarray:
-    ones = np.unpackbits(bits, axis=1, bitorder="little")[:, :entries].astype(np.int64)
-    return codes.astype(np.int64) @ (2 * ones - 1)
+def _integers(codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return codes.astype(np.int64) @ (2 * rows.T.astype(np.int64) - 1)
+
+
+def _rows(seed: int, role: int, vectors: int, entries: int) -> np.ndarray:
+    """uint8 [entries, vectors] of ones and zeros."""
+    bits = sign_bits(seed, role, vectors, entries)
+    return np.unpackbits(bits, axis=1, bitorder="little")[:, :entries].T.copy()
+
+
+@pytest.fixture(params=["integers", "floats"])
+def codes_as(request, monkeypatch):
+    """What turns codes into `combine`'s values, by the way in which they are then multiplied."""
+    if request.param == "floats":  # as where ONNX Runtime was built without the operator
+        monkeypatch.setattr(basis, "integer_product", lambda codes: None)
+    return lambda codes: np.asarray(codes).astype(np.int8)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 300), st.integers(0, 400), st.integers(0, 2**32))
 def test_combining_codes_is_integer_arithmetic(targets, k, entries, draw):
     codes = np.random.default_rng(draw).integers(-128, 128, (targets, k))
-    bits = sign_bits(draw, 0, k, entries)
-    found = combine(codes.astype(np.float32), bits, entries)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, bits, entries))
+    rows = _rows(draw, 0, k, entries)
+    for values in (codes.astype(np.int8), codes.astype(np.float32)):
+        found = combine(values, sign_rows(draw, 0, k, entries), entries)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, rows))
 
 
 @pytest.mark.parametrize("code", [127, -127, -128])
-def test_the_largest_k_is_exact(code):
+def test_the_largest_k_is_exact(code, codes_as):
     k = 2**16
-    bits = sign_bits(4, 1, k, 9)
-    bits[:, 0] |= 1  # entry 0 is +1 in every vector: the largest sum there is
+    rows = _rows(4, 1, k, 9)
+    rows[0] = 1  # the largest sum there is
     codes = np.full((1, k), code)
-    found = combine(codes.astype(np.float32), bits, 9)
+    found = combine(codes_as(codes), [rows], 9)
     assert found[0, 0] == code * k
-    np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, bits, 9))
+    np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, rows))
 
 
-def test_random_codes_at_the_largest_k_are_exact():
+def test_random_codes_at_the_largest_k_are_exact(codes_as):
     codes = np.random.default_rng(0).integers(-127, 128, (3, 2**16))
-    bits = sign_bits(4, 1, 2**16, 16)
-    found = combine(codes.astype(np.float32), bits, 16)
-    np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, bits, 16))
+    found = combine(codes_as(codes), sign_rows(4, 1, 2**16, 130), 130)
+    np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, _rows(4, 1, 2**16, 130)))
 
 
-@pytest.mark.parametrize("entries", [7, 8, 9, 15, 16, 17, 63, 64, 65, 1000])
-def test_blocks_of_entries_meet_without_a_seam(monkeypatch, entries):
+@pytest.mark.parametrize("entries", [0, 1, 7, 8, 9, 127, 128, 129, 255, 257, 1000])
+def test_blocks_of_entries_meet_without_a_seam(monkeypatch, entries, codes_as):
     codes = np.random.default_rng(1).integers(-127, 128, (2, 10))
-    bits = sign_bits(8, 0, 10, entries)
     monkeypatch.setattr(basis, "_FLOATS_AT_ONCE", 160)  # 16 entries at once
-    found = combine(codes.astype(np.float32), bits, entries)
-    np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, bits, entries))
+    monkeypatch.setattr(basis, "_COUNTERS_AT_ONCE", 7)  # one block, some of its vectors
+    found = combine(codes_as(codes), sign_rows(8, 0, 10, entries), entries)
+    np.testing.assert_array_equal(
+        found.astype(np.int64), _integers(codes, _rows(8, 0, 10, entries))
+    )
 
 
-def test_fewer_entries_than_the_bits_hold():
-    codes = np.random.default_rng(1).integers(-127, 128, (2, 10)).astype(np.float32)
-    bits = sign_bits(8, 0, 10, 300)
-    np.testing.assert_array_equal(combine(codes, bits, 11), combine(codes, bits, 300)[:, :11])
+def test_fewer_entries_than_the_rows_hold(codes_as):
+    codes = codes_as(np.random.default_rng(1).integers(-127, 128, (2, 10)))
+    rows = _rows(8, 0, 10, 300)
+    np.testing.assert_array_equal(combine(codes, [rows], 11), combine(codes, [rows], 300)[:, :11])
 
 
 def test_floats_are_combined_within_rounding():
     values = np.random.default_rng(2).standard_normal((2, 500)).astype(np.float32)
-    bits = sign_bits(8, 0, 500, 90)
-    ones = np.unpackbits(bits, axis=1, bitorder="little")[:, :90].astype(np.float64)
-    expected = values.astype(np.float64) @ (2 * ones - 1)
-    np.testing.assert_allclose(combine(values, bits, 90), expected, atol=1e-4)
+    expected = values.astype(np.float64) @ (2 * _rows(8, 0, 500, 90).T.astype(np.float64) - 1)
+    found = combine(values, sign_rows(8, 0, 500, 90), 90)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_blocks_of_rows_are_bounded_whatever_k_is():
+    for vectors, entries in ((1, 2**21), (1000, 6144), (2**16, 200)):
+        blocks = sign_rows(3, 0, vectors, entries)
+        sizes = [block.shape for block in blocks]
+        assert all(wide == vectors for _, wide in sizes)
+        assert max(high * wide for high, wide in sizes) <= max(1 << 20, 128 * vectors)
+        assert 0 <= sum(high for high, _ in sizes) - entries < 8
 
 
 # -- the cache -------------------------------------------------------------------------------------
@@ -239,3 +270,23 @@ def test_threads_share_a_cache():
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(use, range(8)))
     assert cache.nbytes <= 60
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "kept"), [(4 * 12 * 300, 12 * 300), (4 * 12 * 300 - 1, 12 * 38), (899, 0), (0, 0)]
+)
+def test_rows_are_kept_as_bytes_or_as_bits_or_not(max_bytes, kept):
+    cache, expected = BasisCache(max_bytes), _rows(5, 1, 12, 300)
+    for uses in (1, 2):
+        rows = np.concatenate(list(cache.rows(5, 1, 12, 300)))[:300]
+        np.testing.assert_array_equal(rows, expected)
+        assert cache.nbytes == kept
+        assert cache.misses == (1 if kept else uses)
+
+
+def test_rows_of_layers_with_a_basis_each_are_kept_as_bits():
+    cache = BasisCache()
+    rows = np.concatenate(list(cache.rows(5, 1, 12, 300, layer=2)))[:300]
+    bits = sign_bits(5, 1, 12, 300, layer=2)
+    np.testing.assert_array_equal(rows.T, np.unpackbits(bits, axis=1, bitorder="little")[:, :300])
+    assert cache.nbytes == 12 * 38

@@ -218,6 +218,60 @@ def test_numbers_that_overflow_together(bundle, make_adapter, storage):
     assert bundle.residents == {}
 
 
+@pytest.fixture
+def crowded(bundle_folder, make_adapter):
+    """A bundle with room for three adapters of one size; "a", "b" and "c" are resident."""
+    size = Bundle.open(bundle_folder).load(make_adapter(), name="x").resident_bytes
+    profile = replace(PROFILES["speed"], resident_bytes=3 * size)
+    bundle = Bundle.open(bundle_folder, profile=profile, threads=1)
+    for name in "abc":
+        bundle.load(make_adapter(), name=name)
+    return bundle
+
+
+def test_what_was_not_used_for_longest_is_dropped(crowded, make_adapter):
+    assert set(crowded.residents) == {"a", "b", "c"}
+    crowded.swap("a")
+    crowded.swap(None)
+    crowded.load(make_adapter(), name="d")
+    assert set(crowded.residents) == {"a", "c", "d"}
+    with pytest.raises(UsageError, match=r"adapter must be resident \(a, c, d\), got 'b'"):
+        crowded.forget("b")
+
+
+def test_a_run_is_a_use(crowded, make_adapter, pixels):
+    _logits(crowded, pixels[:2], adapters=["a", None])
+    crowded.load(make_adapter(), name="d")
+    assert set(crowded.residents) == {"a", "c", "d"}
+
+
+def test_the_active_adapter_is_never_dropped(crowded, make_adapter, pixels):
+    crowded.swap("a")
+    expected = _logits(crowded, pixels)
+    for name in "defg":
+        crowded.load(make_adapter(draw=1), name=name)
+    assert set(crowded.residents) == {"a", "f", "g"}
+    assert crowded.active == "a"
+    np.testing.assert_array_equal(_logits(crowded, pixels), expected)
+
+
+def test_an_adapter_under_its_old_name_takes_its_place(crowded, make_adapter):
+    crowded.load(make_adapter(draw=1), name="b")
+    assert set(crowded.residents) == {"a", "b", "c"}
+
+
+def test_what_has_just_been_loaded_stays_however_large(bundle_folder, make_adapter, pixels):
+    profile = replace(PROFILES["memory"], resident_bytes=0)
+    bundle = Bundle.open(bundle_folder, profile=profile, threads=1)
+    bundle.load(make_adapter(), name="a")
+    assert set(bundle.residents) == {"a"}
+    bundle.swap(make_adapter(), name="b")
+    assert set(bundle.residents) == {"b"}
+    bundle.load(make_adapter(), name="c")
+    assert set(bundle.residents) == {"b", "c"}
+    _logits(bundle, pixels[:1], adapters=["c"])
+
+
 def test_forgetting(bundle, pixels, make_adapter):
     bundle.swap(make_adapter(), name="a")
     before = _logits(bundle, pixels)

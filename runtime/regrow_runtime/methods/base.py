@@ -95,7 +95,7 @@ class Method(ABC):
     def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
         """The slot tensors of every target, float32.
 
-        Peak memory is bounded by the result plus 16 MB (FourierFT: and one target's result).
+        Peak memory is bounded by the result plus 32 MB, and what `basis` may keep.
 
         Raises:
             RegrowError: the basis or the result would take more than a device may be asked for.

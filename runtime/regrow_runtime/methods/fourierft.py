@@ -132,10 +132,11 @@ def _delta(
     step = max(1, _NUMBERS_AT_ONCE // wide)
     for start in range(0, columns, step):
         some = spectrum[:, start : start + step].T.astype(np.complex128)
-        real = np.fft.irfft(some, wide, norm="forward")  # [columns, b]
-        found[:, start : start + len(real)] = real.T
+        real = np.fft.irfft(some, wide, norm="forward").astype(np.float32).T  # [b, columns]
+        found[:, start : start + real.shape[1]] = real
         # Columns a with 0 < a < high / 2 give high - a too; b = 0 stays, the others turn round.
         first, last = max(start, 1), min(start + step, (high + 1) // 2)
-        turned = np.roll(real[first - start : max(last - start, 0), ::-1], 1, axis=1)
-        found[:, high - last + 1 : high - last + 1 + len(turned)] = turned[::-1].T
+        copied = real[:, first - start : max(last - start, 0)][:, ::-1]
+        mirror = found[:, high - last + 1 : high - last + 1 + copied.shape[1]]
+        mirror[0], mirror[1:] = copied[0], copied[:0:-1]
     return found

@@ -85,7 +85,7 @@ def _factors(
     """By target's index, float32 [entries]: its combination of basis vectors, times its scale."""
     part, shared = adapter.coefficients[tensor], adapter.config["shared"]
     # With one scale per vector, codes are summed first, exactly, and one multiply rounds once.
-    values = part.dense() if part.group else part.values.astype(np.float32)
+    values = part.dense() if part.group else part.values
     # Targets of one size go through one product; without sharing each has a basis of its own.
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(entries):
@@ -93,8 +93,8 @@ def _factors(
     found: dict[int, NDArray[np.float32]] = {}
     for (size, layer), group in groups.items():
         longest = max(entries) if shared else size
-        bits = basis.bits(adapter.seed, role, values.shape[1], longest, layer=layer)
-        sums = combine(values[group], bits, size)
+        rows = basis.rows(adapter.seed, role, values.shape[1], longest, layer=layer)
+        sums = combine(values[group], rows, size)
         if not part.group:
             sums *= part.scale[group][:, None]
         found.update(zip(group, sums, strict=True))

@@ -8,7 +8,7 @@ row i of A is sign vector i of role 2, row o of B is sign vector o of role 3. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Vera"]
 
-# Rows of a basis are widened to float32 a block at a time, 4 MiB.
+# Matrices of floats are transposed a block at a time, 4 MiB.
 _FLOATS_AT_ONCE = 1 << 20
 
 
@@ -108,37 +108,44 @@ def _widest(targets: Sequence[Target]) -> tuple[int, int]:
     return wide, max((t.out_features for t in targets), default=1)
 
 
-def _matrices(adapter: Adapter, basis: BasisCache) -> tuple[NDArray[Any], ...]:
-    """A [rank, in or more] and B [out or more, rank], as floats or, in uint8, as bits of signs."""
+def _matrices(adapter: Adapter, basis: BasisCache) -> tuple[Iterable[NDArray[Any]], ...]:
+    """A [in or more, rank] and B [rank, out or more], blocks of rows: floats, or bits in uint8."""
     kind, seed, rank = adapter.basis.kind, adapter.seed, adapter.config["rank"]
     wide, high = _widest(adapter.targets)
+    if kind == "philox-sign":
+        a = basis.rows(seed, Role.VERA_A, rank, wide)
+        return a, basis.rows(seed, Role.VERA_B, high, rank)
     if kind == "stored":
-        return adapter.stored_basis["basis.A"], adapter.stored_basis["basis.B"]
-    if kind == "peft-mt19937":
-        wide, dtype = adapter.basis.fields["in"], adapter.basis.fields["dtype"]
-        check_basis(rank, 32 * max(wide, high))
-        # B is drawn row by row, after A: the rows that no target reads need not be.
-        key = (kind, "vera", seed, rank, wide, high, dtype)
-        return basis.keep(key, lambda: uniform_kaiming(seed, rank, wide, high, dtype))
-    a = basis.bits(seed, Role.VERA_A, rank, wide)
-    return a, basis.bits(seed, Role.VERA_B, high, rank)
+        stored = adapter.stored_basis
+        return _rows(stored["basis.A"]), _rows(stored["basis.B"])
+    wide, dtype = adapter.basis.fields["in"], adapter.basis.fields["dtype"]
+    check_basis(rank, 32 * max(wide, high))
+    # B is drawn row by row, after A: the rows that no target reads need not be.
+    key = (kind, "vera", seed, rank, wide, high, dtype)
+    a_b = basis.keep(key, lambda: uniform_kaiming(seed, rank, wide, high, dtype))
+    return tuple(map(_rows, a_b))
+
+
+def _rows(matrix: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+    """The rows of the transposed matrix, a block at a time."""
+    step = max(1, _FLOATS_AT_ONCE // len(matrix))
+    for start in range(0, matrix.shape[1], step):
+        yield np.ascontiguousarray(matrix[:, start : start + step].T, dtype=np.float32)
 
 
 def _scaled(
-    matrix: NDArray[Any], entries: Sequence[int], values: Iterable[NDArray[np.float32]]
+    blocks: Iterable[NDArray[Any]],
+    entries: Sequence[int],
+    values: Iterable[NDArray[np.float32]],
 ) -> list[NDArray[np.float32]]:
-    """By target, float32 [entries, len(values)]: column i is row i of `matrix` times value i."""
+    """By target, float32 [entries, len(values)]: the matrix, column i times value i."""
     values = list(values)
     found = [np.empty((n, len(v)), dtype=np.float32) for n, v in zip(entries, values, strict=True)]
-    widest = max(entries, default=1)
-    step = max(1, _FLOATS_AT_ONCE // widest)
-    for start in range(0, max(map(len, values), default=0), step):
-        rows = matrix[start : start + step]
-        rows = plus_minus(rows, widest) if rows.dtype == np.uint8 else rows[:, :widest]
-        columns = np.ascontiguousarray(rows.T, dtype=np.float32)  # [widest, step]
+    start = 0
+    for block in blocks:
+        rows = plus_minus(block) if block.dtype == np.uint8 else block
         for part, value in zip(found, values, strict=True):
-            some = value[start : start + step]
-            np.multiply(
-                columns[: len(part), : len(some)], some, out=part[:, start : start + len(some)]
-            )
+            here = part[start : start + len(rows)]
+            np.multiply(rows[: len(here), : len(value)], value, out=here)
+        start += len(rows)
     return found
