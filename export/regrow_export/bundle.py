@@ -17,8 +17,10 @@ from regrow_runtime.files import check_output, new_folder, sha256_file
 from regrow_runtime.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
 from regrow_runtime.slots import HEAD_FILE
 
+from .accuracy import Samples
 from .expander import check_graph
 from .extras import quiet, require_export, steady_torch
+from .precision import check_precision
 from .source import ExportSource
 from .targets import TARGET_KINDS, check_adapter, head_widths, slot_targets
 
@@ -38,7 +40,9 @@ def export_bundle(
     targets: Sequence[str] = (),
     kinds: Sequence[str] = ("low_rank",),
     adapter: Adapter | None = None,
+    precision: str = "fp32",
     inputs: Mapping[str, NDArray[Any]] | None = None,
+    samples: Samples | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write a bundle and check it against torch; nothing is left behind if any of it fails.
@@ -50,15 +54,20 @@ def export_bundle(
         kinds: of the slots, "low_rank", "delta" and "bias" (see `kinds_for`); for "swappable" only.
             A target gets every kind that its layer takes; with "bias", norms can be targets.
         adapter: what is built in; for "merged" and "seeded" only.
+        precision: of the weights of linear layers in blocks: "fp32", "fp16", "int8" (which rounds
+            those layers' inputs too, as it runs) or "int4"; slots and the rest are fp32.
         inputs: by argument name of `forward`, batch first: what the bundle is checked with.
             Needed for models that optimum does not know, made up for others.
+        samples: inputs with their classes, to measure what `precision` costs in accuracy.
 
     Raises:
         UsageError: the request makes no sense: unknown targets, an adapter too many or missing.
         MismatchError: the adapter belongs to another model.
-        RegrowError: tracing failed, or the bundle and torch disagree, or a slot has no effect.
+        RegrowError: tracing failed, or the bundle and torch disagree, or a slot has no effect, or
+            the model has no weights to store in `precision`.
     """
     out = Path(out)
+    check_precision(precision)
     _check_request(mode, targets, kinds, adapter)
     check_output(out.absolute(), force=force, marker=MANIFEST)
     require_export()
@@ -75,7 +84,7 @@ def export_bundle(
         steady_torch(source.model),
         new_folder(out, marker=MANIFEST, force=force) as folder,
     ):
-        return _export(source, folder, mode, targets, kinds, adapter, inputs)
+        return _export(source, folder, mode, targets, kinds, adapter, inputs, precision, samples)
 
 
 def _check_request(
@@ -117,13 +126,16 @@ def _export(
     kinds: Sequence[str],
     adapter: Adapter | None,
     inputs: Mapping[str, NDArray[Any]] | None,
+    precision: str,
+    samples: Samples | None,
 ) -> Manifest:
     from .modes import merged, seeded, swappable
 
     if adapter is None:
-        draft = swappable(source, folder, targets, kinds, inputs)
+        draft = swappable(source, folder, targets, kinds, inputs, precision, samples)
     else:
-        draft = (merged if mode == "merged" else seeded)(source, folder, adapter, inputs)
+        make = merged if mode == "merged" else seeded
+        draft = make(source, folder, adapter, inputs, precision, samples)
     _write_probe(folder, draft)
     if mode == "swappable" and source.head:
         _write_head(folder, source)
@@ -131,7 +143,7 @@ def _export(
         shutil.copyfile(path, folder / path.name)
     if adapter and adapter.head:
         _rename_labels(folder, adapter.head.labels)
-    manifest = _manifest(source, folder, mode, adapter, draft)
+    manifest = _manifest(source, folder, mode, adapter, draft, precision)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -169,7 +181,12 @@ def _rename_labels(folder: Path, labels: Sequence[str]) -> None:
 
 
 def _manifest(
-    source: ExportSource, folder: Path, mode: str, adapter: Adapter | None, draft: Draft
+    source: ExportSource,
+    folder: Path,
+    mode: str,
+    adapter: Adapter | None,
+    draft: Draft,
+    precision: str,
 ) -> Manifest:
     own_head = adapter.head if adapter else None
     files = {
@@ -187,6 +204,7 @@ def _manifest(
         slots=draft.slots,
         labels=own_head.labels if own_head else source.labels,
         files=files,
+        variant=precision,
         adapter=adapter.digest() if adapter else None,
         seeded=draft.seeded,
         parity=draft.parity,

@@ -16,13 +16,17 @@ from regrow_runtime.errors import RegrowError
 from regrow_runtime.manifest import TensorSpec
 
 __all__ = [
+    "INT4_OPSET",
     "IR_VERSION",
     "OPSET",
     "SlotTensor",
     "add_input",
+    "all_graphs",
     "describe",
+    "drop_unread",
     "free_deltas",
     "open_slots",
+    "opset_of",
     "specs",
     "take_out",
 ]
@@ -30,6 +34,8 @@ __all__ = [
 _SMALL = 256  # entries: shapes and indices, whose values inference follows
 OPSET = 18  # the lowest with bitwise operators, which the seeded mode needs
 IR_VERSION = 9  # ONNX Runtime 1.20 reads up to 10
+INT4_OPSET = 21  # the lowest with int4 tensors, and with a scale per block
+_INT4_IR = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +47,23 @@ class SlotTensor:
     shape: tuple[int | str, ...]
 
 
-def _all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph, then those inside its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_graphs(attribute.g)
+                yield from all_graphs(attribute.g)
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    return (node for part in _all_graphs(graph) for node in part.node)
+    return (node for part in all_graphs(graph) for node in part.node)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators."""
+    versions = {item.domain: int(item.version) for item in model.opset_import}
+    return versions.get("") or versions["ai.onnx"]
 
 
 def take_out(model: onnx.ModelProto, names: Sequence[str]) -> None:
@@ -96,7 +109,7 @@ def free_deltas(model: onnx.ModelProto, names: Sequence[str], *, cut: bool) -> N
         RegrowError: a delta is read by something else than such a product.
     """
     deltas = set(names)
-    for graph in reversed(list(_all_graphs(model.graph))):  # inner ones first: they are copied
+    for graph in reversed(list(all_graphs(model.graph))):  # inner ones first: they are copied
         made = {output: node for node in graph.node for output in node.output}
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
@@ -106,7 +119,7 @@ def free_deltas(model: onnx.ModelProto, names: Sequence[str], *, cut: bool) -> N
         del graph.node[:]
         graph.node.extend(nodes)
     if deltas:
-        _drop_unread(model.graph)
+        drop_unread(model.graph)
 
 
 def _free_delta(
@@ -133,7 +146,7 @@ def _free_delta(
     ]
 
 
-def _drop_unread(graph: onnx.GraphProto) -> None:
+def drop_unread(graph: onnx.GraphProto) -> None:
     """Drop nodes whose outputs nothing reads any more."""
     outputs = {output.name for output in graph.output}
     while True:
@@ -182,7 +195,7 @@ def _join(traced: int | str, inferred: int | str, name: str) -> int | str:
 
 def _light_inference(model: onnx.ModelProto) -> onnx.ModelProto:
     """Shape inference on a copy without the large weights, so that their size is no matter."""
-    light = onnx.ModelProto(ir_version=IR_VERSION, opset_import=model.opset_import)
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     for part in ("node", "input", "output"):
         getattr(light.graph, part).extend(getattr(model.graph, part))
     light.graph.name = model.graph.name
@@ -200,7 +213,7 @@ def _light_inference(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def describe(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
     """Pin the IR version, name the producer, and write `metadata_props`."""
-    model.ir_version = IR_VERSION
+    model.ir_version = _INT4_IR if opset_of(model) >= INT4_OPSET else IR_VERSION
     model.producer_name, model.producer_version = "regrow", ""
     model.graph.name = "backbone"
     helper.set_model_props(model, dict(metadata))

@@ -19,16 +19,20 @@ from regrow_runtime.errors import UsageError
 from regrow_runtime.manifest import SeededSpec, Slot, TensorSpec
 from regrow_runtime.methods import get_method
 
+from .accuracy import Samples, accuracies
+from .blocks import block_weights
 from .expander import adapter_inputs, graph_storage, splice
 from .feeds import Feeds, expansion_feeds, head_feeds, head_slots, model_head, target_slot
-from .graph import SlotTensor, describe, free_deltas, open_slots, specs
+from .graph import SlotTensor, describe, free_deltas, open_slots, opset_of, specs
 from .merge import merged_model, with_extra
-from .parity import Checker, check_adapter, check_slots
+from .parity import Checker, check_adapter, check_folded, check_slots
+from .rounding import rounded_weights
 from .slots import set_slots, shared_copy, with_slots
 from .source import ExportSource
 from .store import GRAPH_FILE, save_graph
 from .targets import head_widths, kinds_for, layer_kinds, slot_targets
-from .trace import Traced, run_torch, trace
+from .trace import Traced, called_modules, run_torch, trace
+from .variants import check_slot_inputs, store_weights
 
 __all__ = ["Draft", "merged", "seeded", "swappable"]
 
@@ -56,6 +60,8 @@ def swappable(
     targets: Sequence[str],
     kinds: Sequence[str],
     inputs: Arrays | None,
+    precision: str = "fp32",
+    samples: Samples | None = None,
 ) -> Draft:
     """Slots around every target and every layer of the head; nothing fed is the base."""
     own = _slots_of(source, targets, kinds)
@@ -64,48 +70,82 @@ def swappable(
     if not slots:
         raise UsageError("targets must name at least one layer for mode swappable, got none")
     slotted, traced = _trace_slotted(source, folder, slots, inputs)
+    _store(source.model, traced, precision, source.head)
     deltas = [slot.inputs["D"] for slot in own if slot.kind == "delta"]
     free_deltas(traced.graph, deltas, cut=True)
     defaults = head_feeds(model_head(source.model, source.head))
     open_slots(traced.graph, [*_empty(own), *_filled(heads, defaults)])
-    checker = _write(source, folder, "swappable", traced, slots)
-    parity = {
-        "base_max_abs": checker.against(partial(run_torch, shared_copy(source.model)), {}, "base")
-    }
-    parity |= check_slots(checker, slotted, slots)
+    checker = _write(source, folder, "swappable", traced, slots, precision)
+    with rounded_weights(source.model, precision):
+        base = partial(run_torch, shared_copy(source.model))
+        parity = checker.base(base)
+        parity |= check_slots(checker, slotted, slots)
+    parity |= accuracies(checker.deployed, shared_copy(source.model), samples)
     return _draft(traced, slots, parity)
 
 
-def merged(source: ExportSource, folder: Path, adapter: Adapter, inputs: Arrays | None) -> Draft:
-    """The adapter folded into the weights: a plain graph, compared to the same in slots."""
+def merged(
+    source: ExportSource,
+    folder: Path,
+    adapter: Adapter,
+    inputs: Arrays | None,
+    precision: str = "fp32",
+    samples: Samples | None = None,
+) -> Draft:
+    """The adapter folded into the weights: a plain graph, compared to the same in slots.
+
+    Below fp32 the weights are rounded with the adapter in them, so torch's slots stand beside the
+    folded model in fp32, and that model, rounded, beside the graph.
+    """
     expansion = get_method(adapter.method).expand(adapter, BasisCache())
     layers = adapter.head.layers if adapter.head else ()
     changed = with_extra(source.model, adapter.extra)
-    traced = _trace(merged_model(changed, expansion, layers), source, folder, inputs)
-    checker = _write(source, folder, "merged", traced, ())
+    folded = merged_model(changed, expansion, layers)
+    traced = _trace(folded, source, folder, inputs)
+    _store(folded, traced, precision)
+    checker = _write(source, folder, "merged", traced, (), precision)
     widths = {layer.name: (layer.weight.shape[1], layer.weight.shape[0]) for layer in layers}
     slotted = with_slots(changed, [*_adapter_slots(adapter), *head_slots(widths)])
     feeds = {**expansion_feeds(expansion), **head_feeds(layers)}
-    parity = check_adapter(checker, shared_copy(source.model), slotted, feeds)
+    base = shared_copy(source.model)
+    if precision == "fp32":
+        parity = check_adapter(checker, base, slotted, feeds)
+    else:
+        with rounded_weights(folded, precision):
+            found = checker.against(partial(run_torch, folded), {}, "the adapter")
+        effect = check_folded(checker.inputs, base, slotted, folded, feeds)
+        parity = {"adapter_max_abs": found, **effect}
+    parity |= accuracies(checker.deployed, folded, samples)
     return _draft(traced, (), parity)
 
 
-def seeded(source: ExportSource, folder: Path, adapter: Adapter, inputs: Arrays | None) -> Draft:
+def seeded(
+    source: ExportSource,
+    folder: Path,
+    adapter: Adapter,
+    inputs: Arrays | None,
+    precision: str = "fp32",
+    samples: Samples | None = None,
+) -> Draft:
     """The basis rebuilt inside the graph; nothing fed is the adapter, another may be fed."""
     heads = head_slots(head_widths(source, []))
     slots = [*_adapter_slots(adapter), *heads]
     slotted, traced = _trace_slotted(source, folder, slots, inputs)
+    _store(source.model, traced, precision, source.head)
     own = adapter.head.layers if adapter.head else model_head(source.model, source.head)
     splice(traced.graph, adapter)
     open_slots(traced.graph, _filled(heads, head_feeds(own)))
     fed = tuple(adapter_inputs(adapter))
-    checker = _write(source, folder, "seeded", traced, heads, fed)
-    parity = check_adapter(checker, shared_copy(source.model), slotted, _tensors(adapter, own))
+    checker = _write(source, folder, "seeded", traced, heads, precision, fed)
     other = _another(adapter)
-    set_slots(slotted, _tensors(other, own))
-    parity["fed_max_abs"] = checker.against(
-        partial(run_torch, slotted), adapter_inputs(other), "another adapter, fed"
-    )
+    with rounded_weights(source.model, precision):
+        parity = check_adapter(checker, shared_copy(source.model), slotted, _tensors(adapter, own))
+        set_slots(slotted, _tensors(other, own))
+        parity["fed_max_abs"] = checker.against(
+            partial(run_torch, slotted), adapter_inputs(other), "another adapter, fed"
+        )
+    set_slots(slotted, _tensors(adapter, own))
+    parity |= accuracies(checker.deployed, slotted, samples)
     spec = SeededSpec(
         method=adapter.method,
         config=dict(adapter.config),
@@ -126,6 +166,15 @@ def _trace_slotted(
 ) -> tuple[nn.Module, Traced]:
     slotted = with_slots(source.model, slots)
     return slotted, _trace(slotted, source, folder, inputs)
+
+
+def _store(model: nn.Module, traced: Traced, precision: str, outside: Sequence[str] = ()) -> None:
+    """Store the weights of the model's blocks in `precision`; `outside` are layers with slots."""
+    if precision == "fp32":
+        return
+    weights = [weight for weight in block_weights(model) if weight.owner not in outside]
+    called = called_modules(model, traced.inputs)
+    store_weights(traced.graph, weights, precision, called)
 
 
 def _slots_of(
@@ -181,12 +230,15 @@ def _write(
     mode: str,
     traced: Traced,
     slots: Sequence[Slot],
+    precision: str,
     fed: Sequence[str] = (),
 ) -> Checker:
     """Save the graph, its metadata in it, and open it in ONNX Runtime."""
-    describe(traced.graph, {"backbone_id": source.backbone_id, "mode": mode, "task": source.task})
+    check_slot_inputs(traced.graph, _input_names(slots))
+    metadata = {"backbone_id": source.backbone_id, "mode": mode, "task": source.task}
+    describe(traced.graph, metadata | {"variant": precision})
     save_graph(traced.graph, folder, inline={*_input_names(slots), *fed})
-    return Checker(folder / GRAPH_FILE, traced.inputs, traced.outputs)
+    return Checker(folder / GRAPH_FILE, traced.inputs, traced.outputs, precision)
 
 
 def _input_names(slots: Sequence[Slot]) -> list[str]:
@@ -224,7 +276,7 @@ def _draft(
     graph = traced.graph
     return Draft(
         file=GRAPH_FILE,
-        opset=next(item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")),
+        opset=opset_of(graph),
         ir_version=graph.ir_version,
         input_specs=tuple(
             _with_sizes(spec, traced.fixed.get(spec.name, ()))

@@ -6,6 +6,7 @@ An absolute tolerance on random inputs misses an adapter without effect, so effe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,16 @@ from regrow_runtime.manifest import Slot
 from .feeds import Feeds, slot_shapes
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
     from torch import nn
 
-__all__ = ["ATOL", "RTOL", "Checker", "check_adapter", "check_slots"]
+__all__ = ["ATOL", "RTOL", "Checker", "check_adapter", "check_folded", "check_slots"]
 
 # ONNX Runtime and torch sum in different orders; optimum's own default is an atol of 1e-4.
 RTOL, ATOL = 1e-3, 1e-4
+# Where inputs of layers are rounded to 8 bits, as torch's are not: the root of the mean square of
+# the difference, over that of the outputs.
+INT8_SHARE = 0.1
 _RANK = 4
 _BATCHES = (2, 3)
 
@@ -39,22 +44,19 @@ class Checker:
         path: the graph.
         inputs: batch 3.
         outputs: names of the outputs that are compared.
+        precision: int8 rounds inputs of layers, and is held to a share of the outputs. int4 is
+            compared with float32 inputs, which ONNX Runtime must be told.
     """
 
-    def __init__(self, path: Path, inputs: Arrays, outputs: Sequence[str]) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # it warns once per overridable input; errors are raised too
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    def __init__(
+        self, path: Path, inputs: Arrays, outputs: Sequence[str], precision: str = "fp32"
+    ) -> None:
         self.inputs, self.outputs = inputs, list(outputs)
+        self.share = INT8_SHARE if precision == "int8" else None
         self._base: Arrays = {}
-        try:
-            self.session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no other base
-            raise RegrowError(f"ONNX Runtime must load the exported graph, got: {error}") from error
+        self.session = self.deployed = _open(path, {})
+        if precision == "int4":
+            self.session = _open(path, {"session.qdq_matmulnbits_accuracy_level": "1"})
 
     def rows(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
         """Some rows of the inputs."""
@@ -67,6 +69,16 @@ class Checker:
         except Exception as error:  # as above
             raise RegrowError(f"{what}: ONNX Runtime could not run the graph: {error}") from error
         return dict(zip(self.outputs, found, strict=True))
+
+    def base(self, reference: Reference) -> dict[str, float]:
+        """The base against torch, and as ONNX Runtime runs int4 unless it is told otherwise."""
+        found = {"base_max_abs": self.against(reference, {}, "base")}
+        if self.deployed is not self.session:
+            loose = copy(self)
+            loose.session, loose.share = self.deployed, INT8_SHARE
+            what = "base with rounded inputs"
+            found["rounded_inputs_max_abs"] = loose.against(reference, {}, what)
+        return found
 
     def against(self, reference: Reference, feeds: Arrays, what: str) -> float:
         """Largest |ONNX Runtime - torch| on batches of 2 and 3."""
@@ -110,8 +122,23 @@ class Checker:
         for name in self.outputs:
             if name not in want:
                 raise RegrowError(f"{what}: torch must give {name}, got {', '.join(want)}")
-            worst = max(worst, compare(got[name], want[name], f"{what}, output {name}"))
+            where = f"{what}, output {name}"
+            worst = max(worst, compare(got[name], want[name], where, self.share))
         return worst
+
+
+def _open(path: Path, config: Mapping[str, str]) -> ort.InferenceSession:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # it warns once per overridable input; errors are raised too
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in config.items():
+        options.add_session_config_entry(name, value)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
+        raise RegrowError(f"ONNX Runtime must load the exported graph, got: {error}") from error
 
 
 def _not_zero(change: float, what: str) -> float:
@@ -132,12 +159,19 @@ def largest_change(one: Arrays, other: Arrays) -> float:
     return max(changes)
 
 
-def compare(got: NDArray[Any], want: NDArray[Any], what: str) -> float:
-    """Largest |got - want|; `RegrowError` beyond the tolerance, which grows with max |want|."""
+def compare(got: NDArray[Any], want: NDArray[Any], what: str, share: float | None = None) -> float:
+    """Largest |got - want|; `RegrowError` beyond the tolerance, which grows with max |want|.
+
+    Args:
+        share: if given, the tolerance of the mean instead, as a share of the outputs'.
+    """
     if got.shape != want.shape:
         raise RegrowError(f"{what}: shape must be {list(want.shape)}, got {list(got.shape)}")
     delta = np.abs(got.astype(np.float64) - want.astype(np.float64))
     worst = float(delta.max(initial=0.0))
+    if share is not None:
+        _compare_mean(delta, want, share, what)
+        return worst
     size = float(np.abs(want).max(initial=0.0))
     limit = ATOL * max(1.0, size) + RTOL * np.abs(want)
     if not (delta <= limit).all():  # not so for NaN either
@@ -146,6 +180,15 @@ def compare(got: NDArray[Any], want: NDArray[Any], what: str) -> float:
             f"got a difference of {worst:.3g} where outputs reach {size:.3g}"
         )
     return worst
+
+
+def _compare_mean(delta: NDArray[np.float64], want: NDArray[Any], share: float, what: str) -> None:
+    found, size = (float(np.sqrt(np.square(v, dtype=np.float64).mean())) for v in (delta, want))
+    if not found <= max(share * size, ATOL):  # not so for NaN either
+        raise RegrowError(
+            f"{what}: ONNX Runtime and torch must agree within {share:g} of the outputs' size, "
+            f"{size:.3g}, got a difference of {found:.3g} (roots of mean squares)"
+        )
 
 
 def random_feeds(slots: Sequence[Slot], count: int) -> Feeds:
@@ -221,7 +264,30 @@ def check_adapter(
 
     set_slots(slotted, feeds)
     found = {"adapter_max_abs": checker.against(partial(run_torch, slotted), {}, "the adapter")}
-    inputs = checker.rows(0, _BATCHES[0])
+    return found | _effect_in_torch(checker.rows(0, _BATCHES[0]), base, slotted, feeds)
+
+
+def check_folded(
+    inputs: Arrays, base: nn.Module, slotted: nn.Module, folded: nn.Module, feeds: Feeds
+) -> dict[str, float]:
+    """A torch model with an adapter in its weights against the same adapter in slots."""
+    from .slots import set_slots
+    from .trace import run_torch
+
+    set_slots(slotted, feeds)
+    want = run_torch(slotted, inputs)
+    for name, value in run_torch(folded, inputs).items():
+        compare(value, want[name], f"the adapter in the weights, output {name}")
+    return _effect_in_torch(inputs, base, slotted, feeds)
+
+
+def _effect_in_torch(
+    inputs: Arrays, base: nn.Module, slotted: nn.Module, feeds: Feeds
+) -> dict[str, float]:
+    """What an adapter in `slotted` changes, which must be something."""
+    from .trace import run_torch
+
+    found: dict[str, float] = {}
     change = largest_change(run_torch(base, inputs), run_torch(slotted, inputs))
     parts = ("adapter_B", "adapter_D", "adapter_b")
     if change == 0 and any(feed.any() for name, feed in feeds.items() if name.endswith(parts)):

@@ -1,8 +1,9 @@
-"""How weights are rounded for int8 and int4 backbones: the one home of scheme and parameters.
+"""How weights are rounded below fp32: the one home of scheme and parameters.
 
 Weights are those of a MatMul, float32 [in, out], as they stand in the graph. Rounding is ONNX
 Runtime's own, so what is trained on rounded weights is what the device computes with:
 
+- fp16: to the nearest, ties to even.
 - int8: `quantize_dynamic(per_channel=True, weight_type=QInt8)`: symmetric, codes -127 to 127, one
   scale per output channel.
 - int4: `MatMulNBitsQuantizer`, symmetric, codes -8 to 7, one scale per block of inputs and output;
@@ -25,17 +26,19 @@ __all__ = [
     "INT8_SYMMETRIC",
     "PRECISIONS",
     "check_precision",
+    "half",
     "int4_blocks",
     "int8_channels",
     "round_weight",
 ]
 
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 INT8_AXIS = 1  # of [in, out]: a scale per output channel
 INT8_SYMMETRIC = True
 INT4_BLOCK = 32  # inputs that share a scale: a power of two from 16 on, as MatMulNBits asks
 INT4_SYMMETRIC = True
 
+_HALF_END = 65520  # from here on the nearest is infinity
 _INT8_STEPS = 254  # between codes -127 and 127
 _INT4_MIDDLE = 8  # MatMulNBits stores code + 8
 
@@ -51,16 +54,30 @@ def round_weight(weight: NDArray[np.float32], precision: str) -> NDArray[np.floa
 
     Raises:
         UsageError: `precision` is unknown.
-        RegrowError: a weight is not finite.
+        RegrowError: a weight is not finite, or too large for fp16.
     """
     check_precision(precision)
     if precision == "fp32":
         return weight
+    if precision == "fp16":
+        return half(weight).astype(np.float32)
     if precision == "int8":
         codes, scale = int8_channels(weight)
         return codes.astype(np.float32) * scale
     packed, scales = int4_blocks(weight)
     return _from_blocks(packed, scales, weight.shape[0])
+
+
+def half(weight: NDArray[np.float32]) -> NDArray[np.float16]:
+    """`weight` in fp16.
+
+    Raises:
+        RegrowError: a weight is not finite, or too large.
+    """
+    _check_finite(weight)
+    if (top := float(np.abs(weight).max(initial=0))) >= _HALF_END:
+        raise RegrowError(f"weight must be below {_HALF_END} for fp16, got {top:g}")
+    return weight.astype(np.float16)
 
 
 def int8_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

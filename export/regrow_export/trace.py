@@ -25,7 +25,7 @@ from .extras import need
 from .graph import OPSET
 from .slots import learn_folds, shared_copy
 
-__all__ = ["Traced", "run_torch", "trace"]
+__all__ = ["Traced", "called_modules", "run_torch", "trace"]
 
 _BATCH = 3
 
@@ -208,3 +208,18 @@ def run_torch(model: nn.Module, inputs: Arrays) -> dict[str, NDArray[Any]]:
     with torch.inference_mode():
         result = model(**{name: torch.tensor(value) for name, value in inputs.items()})
     return {name: value.numpy() for name, value in _by_name(result).items()}
+
+
+def called_modules(model: nn.Module, inputs: Arrays) -> set[str]:
+    """Module paths of what the forward pass calls."""
+    found: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: found.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        run_torch(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

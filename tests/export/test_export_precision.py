@@ -16,6 +16,7 @@ from regrow_export.precision import (
     INT4_BLOCK,
     INT4_SYMMETRIC,
     PRECISIONS,
+    half,
     int4_blocks,
     int8_channels,
     round_weight,
@@ -226,7 +227,15 @@ def test_fp32_changes_nothing() -> None:
     assert np.array_equal(round_weight(weight, "fp32"), weight)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_fp16_is_the_nearest() -> None:
+    weight = _weight((50, 7))
+    assert np.array_equal(round_weight(weight, "fp16"), weight.astype(np.float16))
+    assert half(np.full((1, 1), 65519.99, np.float32)) == 65504
+    with pytest.raises(RegrowError, match="weight must be below 65520 for fp16, got 65520"):
+        half(np.full((1, 1), -65520, np.float32))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_must_be_finite(precision: str, value: float) -> None:
     weight = _weight((8, 3))
@@ -236,6 +245,6 @@ def test_weights_must_be_finite(precision: str, value: float) -> None:
 
 
 def test_unknown_precisions_are_refused() -> None:
-    assert PRECISIONS == ("fp32", "int8", "int4")
-    with pytest.raises(UsageError, match="precision must be one of fp32, int8, int4, got 'int2'"):
+    assert PRECISIONS == ("fp32", "fp16", "int8", "int4")
+    with pytest.raises(UsageError, match="must be one of fp32, fp16, int8, int4, got 'int2'"):
         round_weight(_weight((8, 3)), "int2")

@@ -167,6 +167,11 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
         1,
         "adapter must be of this backbone, sha256:",
     ),
+    # precision
+    (_with(_EXPORT, "--precision", "int2"), 2, "'int2' is not one of 'fp32', 'fp16', 'int8'"),
+    (_with(_EXPORT, "--data", "{room}/nowhere.npz"), 2, "no such file"),
+    (_with(_EXPORT, "--data", "{room}/beyond.npz"), 2, "labels must be from 0 to 2 as in the"),
+    (_with(_EXPORT, "--data", "{room}/wide.npz"), 1, "samples must be what the model takes, got"),
     # looking
     (("inspect", "{room}/nowhere"), 2, "no such file or folder"),
     (("inspect", "{room}/empty"), 2, "a folder with neither"),

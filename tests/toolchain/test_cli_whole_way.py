@@ -60,6 +60,28 @@ def test_export_says_what_it_made(workshop: Any) -> None:
     assert manifest["backbone_id"] == said["backbone_id"]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_export_in_another_precision(
+    workshop: Any, run: Run, tmp_path: Path, precision: str
+) -> None:
+    """It says what that costs, and the adapter that was trained in fp32 still helps."""
+    room, out = workshop.room, tmp_path / "bundle"
+    said = run(
+        "export", room / "small", "-o", out, "--precision", precision, "--data",
+        room / "test.npz", "--adapter", room / "mine.safetensors", "--json",
+    ).json  # fmt: skip
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert said["variant"] == manifest["variant"] == precision
+    assert said["backbone_id"] == workshop.said["export"].json["backbone_id"]
+    parity = manifest["parity"]
+    before = run("run", room / "bundle", "--input", room / "test.npz", "--json").json
+    assert parity["accuracy_fp32"] == pytest.approx(before["accuracy"])
+    assert abs(parity["accuracy_variant"] - parity["accuracy_fp32"]) < 0.1
+    arguments = ("run", out, "--input", room / "test.npz", "--json", "--adapter")
+    after = run(*arguments, room / "mine.safetensors").json
+    assert after["accuracy"] > parity["accuracy_variant"] + 0.2
+
+
 def test_run_on_arrays_with_labels(workshop: Any, run: Run, tmp_path: Path) -> None:
     room = workshop.room
     arguments = ("run", room / "bundle", "--input", room / "test.npz", "--json")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow_export.precision import round_weight
+from regrow_export.rounding import rounded_weights
 from regrow_runtime.errors import RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.compressing import Compressed
-from regrow_toolchain.rounding import rounded_weights
 
 _BLOCK = "vit.encoder.layer.0"
 
@@ -153,8 +153,8 @@ def test_half_precision_stays_half(backbone: Backbone) -> None:
 
 
 def test_what_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(UsageError, match="precision must be one of fp32, int8, int4, got 'int2'"), \
-            rounded_weights(backbone.model, "int2"):  # fmt: skip
+    wrong = "precision must be one of fp32, fp16, int8, int4, got 'int2'"
+    with pytest.raises(UsageError, match=wrong), rounded_weights(backbone.model, "int2"):
         pass
     plain = nn.Sequential(nn.Linear(4, 4))
     with rounded_weights(plain, "fp32"):

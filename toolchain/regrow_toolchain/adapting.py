@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_export.rounding import rounded_weights
 from regrow_runtime.adapter import STORAGE, Adapter, Coefficients, Target, Validated
 from regrow_runtime.errors import RegrowError, UsageError
 from regrow_runtime.methods import get_method
@@ -29,7 +30,6 @@ from .fitting import Fitting, Stopped
 from .heads import Heads
 from .methods import Trained, get_trainable
 from .people import Person, prepare
-from .rounding import rounded_weights
 from .settings import check_settings
 from .targets import find_targets
 from .tasks import Loss, Task, choose_task

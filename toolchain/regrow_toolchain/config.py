@@ -93,7 +93,7 @@ class AdaptConfig:
     precision: str = setting(
         "fp32",
         "Train on the backbone as it will be deployed: weights rounded as export rounds them.",
-        choices=("fp32", "int8", "int4"),
+        choices=("fp32", "fp16", "int8", "int4"),
     )
     device: str = setting("auto", "Where to train.", choices=("auto", "cpu"))
     mixed_precision: str = setting(

@@ -8,13 +8,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from regrow_export import ExportSource, export_bundle, kinds_for
+from regrow_export import ExportSource, Samples, export_bundle, kinds_for
 from regrow_export.targets import check_adapter
 from regrow_runtime.adapter import Adapter, Target
 from regrow_runtime.errors import UsageError
 from regrow_runtime.manifest import Manifest
 
 from .backbone import Backbone
+from .data import Dataset
+from .data.dataset import check_samples
+from .labels import fit_labels
 from .targets import find_targets
 
 __all__ = ["export_backbone"]
@@ -28,7 +31,9 @@ def export_backbone(
     targets: Sequence[str] = (),
     methods: Sequence[str] = (),
     adapter: Adapter | None = None,
+    precision: str = "fp32",
     inputs: Mapping[str, NDArray[Any]] | None = None,
+    data: Dataset | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write the bundle `out`; see `regrow_export.export_bundle` for modes and errors.
@@ -40,6 +45,9 @@ def export_backbone(
             slots (nola, lora, vera) if neither is given.
         inputs: by argument name of the model's forward, samples first: what the model is traced
             and checked with; needed for a plain module, made up for others.
+        precision: fp32, fp16, int8 or int4, of the weights of linear layers in blocks.
+        data: samples with the labels of the model (or of the head that is built in), to measure
+            what `precision` costs in accuracy.
     """
     source = ExportSource(
         model=backbone.model,
@@ -51,12 +59,13 @@ def export_backbone(
     )
     if adapter is not None:
         check_adapter(source, adapter)
+    samples = None if data is None else _samples(backbone, adapter, mode, data)
     if mode != "swappable":
         if methods:
             raise UsageError(f"methods must be left out for mode {mode}: the adapter has its own")
         return export_bundle(
-            source, Path(out), mode=mode, targets=list(targets), adapter=adapter, inputs=inputs,
-            force=force,
+            source, Path(out), mode=mode, targets=list(targets), adapter=adapter,
+            precision=precision, inputs=inputs, samples=samples, force=force,
         )  # fmt: skip
     if adapter is not None and adapter.extra:
         raise UsageError(
@@ -67,8 +76,20 @@ def export_backbone(
     names = _names(backbone, targets, methods, adapter)
     kinds = dict.fromkeys(kind for method in methods for kind in kinds_for(method))
     return export_bundle(
-        source, Path(out), targets=names, kinds=list(kinds), inputs=inputs, force=force
-    )
+        source, Path(out), targets=names, kinds=list(kinds), precision=precision, inputs=inputs,
+        samples=samples, force=force,
+    )  # fmt: skip
+
+
+def _samples(backbone: Backbone, adapter: Adapter | None, mode: str, data: Dataset) -> Samples:
+    """The data with labels as outputs of what is exported."""
+    check_samples(data)
+    if data.kind != "classes":
+        raise UsageError(f"data must have classes to measure accuracy, got {data.kind}")
+    built_in = adapter.head if adapter is not None and mode != "swappable" else None
+    labels = built_in.labels if built_in else backbone.labels
+    data, _ = fit_labels(data, labels, "keep", way_out="give other data, or none")
+    return Samples(data.inputs, data.labels)
 
 
 def _names(

@@ -4,32 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from regrow_export.blocks import block_lists
+
 __all__ = ["block_lists", "find_head", "replace_module"]
-
-
-def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
-    """The outermost lists of blocks of one class, with their module paths.
-
-    Transformers and most plain models keep their encoder and decoder layers in a `ModuleList`;
-    some (timm's) in a `Sequential`, which counts if it holds two or more modules that have parts.
-    """
-    found: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        listed = name and isinstance(module, nn.ModuleList | nn.Sequential)
-        if listed and not inside and _is_stack(module):
-            found.append((name, module))
-    return found
-
-
-def _is_stack(modules: nn.ModuleList | nn.Sequential) -> bool:
-    kinds = {type(module) for module in modules}
-    has_weights = any(True for module in modules for _ in module.parameters())
-    if len(kinds) != 1 or not has_weights or issubclass(next(iter(kinds)), nn.Linear):
-        return False  # a list of single linear layers is no stack
-    # A model of one layer in a list is still one; a sequence may be any chain of layers.
-    listed = isinstance(modules, nn.ModuleList)
-    return listed or (len(modules) > 1 and all(any(m.children()) for m in modules))
 
 
 def find_head(model: nn.Module, classes: int | None) -> tuple[str, ...]:

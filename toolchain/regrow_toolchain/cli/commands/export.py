@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from regrow_toolchain.cli.options import (
+    check_data,
+    data_options,
     emit,
     force_option,
     json_option,
@@ -37,6 +39,15 @@ from regrow_toolchain.cli.tables import size
     "layers only.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    default="fp32",
+    show_default=True,
+    help="Of the weights of the blocks' linear layers; adapters and the head stay fp32. int8 also "
+    "rounds those layers' inputs as it runs.",
+)
+@data_options("Samples with the model's own labels, to measure what --precision costs")
+@click.option(
     "--inputs",
     type=click.Path(path_type=Path),
     help="An .npz with arrays by the names of the model's arguments, to trace and check it with: "
@@ -58,6 +69,11 @@ def export_command(
     out: Path,
     mode: str,
     adapter: Path | None,
+    precision: str,
+    data: Path | None,
+    text: str | None,
+    label: str | None,
+    max_length: int,
     inputs: Path | None,
     methods: tuple[str, ...],
     targets: tuple[str, ...],
@@ -83,20 +99,26 @@ def export_command(
         raise click.UsageError(f"--mode {mode} builds one adapter in, of its own method: no --for")
     if unknown := [method for method in methods if method not in METHODS]:
         raise click.UsageError(f"--for must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
+    if data is not None:
+        check_data(data)
     check_output(out, force=force, marker=MANIFEST)
     loaded = Adapter.load(adapter) if adapter else None
     from regrow_toolchain.backbone import load_backbone
-    from regrow_toolchain.data import load_inputs
+    from regrow_toolchain.data import load_data, load_inputs
     from regrow_toolchain.exporting import export_backbone
 
     model = load_backbone(backbone)
     manifest = export_backbone(
         model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
-        inputs=load_inputs(inputs, model) if inputs else None, force=force,
+        precision=precision, inputs=load_inputs(inputs, model) if inputs else None,
+        data=load_data(data, model, text=text, label=label, max_length=max_length)
+        if data else None,
+        force=force,
     )  # fmt: skip
     result = {
         "out": str(out),
         "mode": manifest.mode,
+        "variant": manifest.variant,
         "backbone_id": manifest.backbone_id,
         "opset": manifest.opset,
         "slots": len(manifest.slots),
@@ -107,14 +129,22 @@ def export_command(
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    names = {"base": "base", "adapter": "with an adapter", "mixed": "mixed batch", "fed": "fed"}
+    names = {
+        "base": "base", "adapter": "with an adapter", "mixed": "mixed batch", "fed": "fed",
+        "rounded_inputs": "with inputs of int4 layers rounded",
+    }  # fmt: skip
     largest = ", ".join(
         f"{value:.1e} {names.get(name.removesuffix('_max_abs'), name)}"
         for name, value in result["parity"].items()
         if name.endswith("_max_abs")
     )
+    cost = []
+    if "accuracy_fp32" in (parity := result["parity"]):
+        exact, found = parity["accuracy_fp32"], parity["accuracy_variant"]
+        cost = [f"accuracy: {found:.3f} of the bundle, {exact:.3f} of torch in fp32"]
     return [
+        *cost,
         f"largest difference to torch: {largest}",
-        f"wrote {result['out']}: {result['mode']}, {size(result['bytes'])}, "
+        f"wrote {result['out']}: {result['mode']}, {result['variant']}, {size(result['bytes'])}, "
         f"{result['slots']} slots, opset {result['opset']}",
     ]
