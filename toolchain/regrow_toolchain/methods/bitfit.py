@@ -27,7 +27,7 @@ class Bitfit:
     """See `TrainableMethod`. Targets are modules with a bias: linear layers and norms."""
 
     name = "bitfit"
-    default_lr = 1e-2
+    default_lr = 5e-3
     settings = BitfitSettings
 
     def start(

@@ -42,7 +42,7 @@ class Fourierft:
     """See `TrainableMethod`."""
 
     name = "fourierft"
-    default_lr = 3e-2
+    default_lr = 5e-2
     settings = FourierftSettings
 
     def start(

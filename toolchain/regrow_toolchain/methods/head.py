@@ -22,7 +22,7 @@ class HeadOnly:
     """See `TrainableMethod`."""
 
     name = "head"
-    default_lr = 5e-3
+    default_lr = 1e-2
     settings = HeadSettings
 
     def start(

@@ -32,7 +32,7 @@ class Lora:
     """See `TrainableMethod`."""
 
     name = "lora"
-    default_lr = 3e-3
+    default_lr = 5e-3
     settings = LoraSettings
 
     def start(

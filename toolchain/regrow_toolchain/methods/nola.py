@@ -37,7 +37,7 @@ class Nola:
     """See `TrainableMethod`."""
 
     name = "nola"
-    default_lr = 5e-2
+    default_lr = 3e-2
     settings = NolaSettings
 
     def start(

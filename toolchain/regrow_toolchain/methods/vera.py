@@ -34,7 +34,7 @@ class Vera:
     """See `TrainableMethod`."""
 
     name = "vera"
-    default_lr = 1e-2
+    default_lr = 3e-2
     settings = VeraSettings
 
     def start(
