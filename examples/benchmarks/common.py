@@ -157,17 +157,28 @@ def full_fine_tuning(task: Task, variant: Variant, seed: int) -> tuple[Any, ...]
         before[row] = evaluate(task.backbone.model, test)
         with deterministic(seed):
             model = copy.deepcopy(task.backbone.model)
-            train_all(model, adapt, settings, lr, seed)
+            fresh = task.backbone.head if "head_lr" in task.settings else ()
+            train_all(model, adapt, settings, lr, seed, fresh)
         units = per_sample(model, test)
         after[row] = units.mean()
     numbers = sum(p.numel() for p in task.backbone.model.parameters())
     return before, after, units, numbers, 4 * numbers
 
 
-def train_all(model: nn.Module, data: Dataset, config: AdaptConfig, lr: float, seed: int) -> None:
-    """Adam with a cosine, on every weight that takes gradients."""
-    parameters = [p.requires_grad_(True) for p in model.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+def train_all(
+    model: nn.Module,
+    data: Dataset,
+    config: AdaptConfig,
+    lr: float,
+    seed: int,
+    fresh: Sequence[str] = (),
+) -> None:
+    """Adam with a cosine, on every weight; the layers `fresh` have the head's rate."""
+    groups: dict[float, list[nn.Parameter]] = {lr: [], config.head_lr: []}
+    for name, parameter in model.named_parameters():
+        rate = config.head_lr if name.rpartition(".")[0] in fresh else lr
+        groups[rate].append(parameter.requires_grad_(True))
+    optimizer = torch.optim.Adam([{"params": p, "lr": rate} for rate, p in groups.items() if p])
     schedule = cosine(optimizer, config.steps)
     model.eval()
     for inputs, labels in batches(data, config.batch_size, config.steps, seed):

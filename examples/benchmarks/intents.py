@@ -129,7 +129,7 @@ def variants() -> list[Variant]:
     found.append(Variant("VeRA r=256 QV", "vera", {"rank": 256}, QV, {"lr": 3e-2}))
     fourier = {"n": 512, "alpha": 64.0}
     found.append(Variant("FourierFT n=512 QV", "fourierft", fourier, QV, {"lr": 1e-1}))
-    return [*found, Variant("full fine-tuning", "full", config={"lr": 2e-4})]
+    return [*found, Variant("full fine-tuning", "full", config={"lr": 1e-4})]
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ NAMES = tuple(str(digit) for digit in range(10))
 QV, MLP = ("query", "value"), ("intermediate.dense", "output.dense")  # MLP: attention's too
 SETTINGS = {"steps": 60, "batch_size": 30, "shift": 1.0, "noise": 0.0, "label_smoothing": 0.0}
 # Peak learning rates, chosen on these writers: docs/tuning.md.
-RATES = {"lora": 3e-3, "nola": 2e-2, "vera": 3e-2, "fourierft": 3e-2, "bitfit": 3e-3}
+RATES = {"lora": 3e-3, "nola": 1e-2, "vera": 3e-2, "fourierft": 3e-2, "bitfit": 3e-3}
 
 
 def new_model() -> ViTForImageClassification:
@@ -133,8 +133,8 @@ def variants() -> list[Variant]:
     for k in (8, 16, 32, 64):
         found.append(variant(f"NOLA k=l={k} MLP", "nola", MLP, k=k, l=k, rank=4, c=4.0))
     found.append(variant("NOLA k=l=16 all", "nola", (), k=16, l=16, rank=4, c=4.0))
-    for place, targets in (("QV", QV), ("MLP", MLP)):
-        found.append(variant(f"VeRA r=64 {place}", "vera", targets, rank=64))
+    for rank, place, targets in ((32, "QV", QV), (64, "QV", QV), (64, "MLP", MLP)):
+        found.append(variant(f"VeRA r={rank} {place}", "vera", targets, rank=rank))
     for n in (16, 32, 64, 128):
         found.append(variant(f"FourierFT n={n} MLP", "fourierft", MLP, n=n))
     chosen = ("LoRA r=4 MLP", "NOLA k=l=32 MLP", "FourierFT n=64 MLP")
