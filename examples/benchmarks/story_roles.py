@@ -101,7 +101,7 @@ def variants() -> list[Variant]:
         nola = {"k": k, "l": k, "rank": 4, "c": 4.0}
         found.append(Variant(f"NOLA k=l={k} MLP", "nola", nola, MLP, {"lr": rate}))
     found.append(Variant("VeRA r=64 MLP", "vera", {"rank": 64}, MLP, {"lr": 3e-2}))
-    for n, rate in ((128, 1e-1), (512, 3e-2)):
+    for n, rate in ((128, 4e-2), (512, 3e-2)):
         fourier = {"n": n, "alpha": 64.0}
         found.append(Variant(f"FourierFT n={n} MLP", "fourierft", fourier, MLP, {"lr": rate}))
     chosen = ("LoRA r=4 MLP", "NOLA k=l=64 MLP", "FourierFT n=128 MLP")
