@@ -59,7 +59,10 @@ def trace(model: nn.Module, task: str, inputs: Arrays | None, folder: Path) -> T
     """
     config = _optimum_config(model, task, inputs is not None)
     if config is None and inputs is None:
-        raise UsageError("inputs must be given for a model that is not from transformers, got none")
+        raise UsageError(
+            "inputs must be given for a model that is not from transformers, got none "
+            "(--inputs FILE.npz on the command line)"
+        )
     path = folder / "traced.onnx"
     made = _made_inputs(config) if inputs is None else _rows(inputs, _BATCH)
     _check_arguments(model, made)

@@ -62,8 +62,8 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
             "for good: export it with --mode swappable"
         )
     findings = []
+    slot_kind = get_method(adapter.method).slot
     if manifest.seeded is None:
-        slot_kind = get_method(adapter.method).slot
         findings += [
             text for t in adapter.targets if (text := _target_finding(t, manifest, slot_kind))
         ]
@@ -81,6 +81,15 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
         raise MismatchError(
             f"adapter must be of the bundle's backbone, {_short(manifest.backbone_id)}, "
             f"got one of another, {_short(adapter.backbone_id)}{more}",
+            findings,
+            show=0,
+        )
+    kinds = {slot.kind for slot in manifest.slots} - {"head"}
+    if adapter.targets and manifest.seeded is None and slot_kind not in kinds:
+        raise MismatchError(
+            f"adapter does not fit this bundle: its method, {adapter.method}, needs {slot_kind} "
+            f"slots, got {', '.join(sorted(kinds)) or 'none'}; export it with "
+            f"--for {adapter.method}",
             findings,
             show=0,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapting import adapt as adapt
+    from .adapting import adapt_users as adapt_users
     from .backbone import Backbone as Backbone
     from .backbone import load_backbone as load_backbone
     from .backbone import save_backbone as save_backbone
@@ -33,6 +34,7 @@ _HOMES = {
     "ImportConfig": "config",
     "LowRankLinear": "lowrank",
     "adapt": "adapting",
+    "adapt_users": "adapting",
     "compress": "compressing",
     "convert": "converting",
     "export_backbone": "exporting",

@@ -164,10 +164,9 @@ def adapt_each(
         stack.enter_context(rounded_weights(backbone.model, config.precision))
         accelerator = stack.enter_context(accelerated(backbone.model, config))
         groups = list(_groups(people, config))
-        for number, group in enumerate(groups):
-            # One file each: what is done is not read as the state of what follows.
-            path = f"{checkpoint}.{number}" if checkpoint and len(groups) > 1 else checkpoint
-            state = _checkpoint(path, backbone, group, layers, task, config)
+        for group in groups:
+            several = data.users is not None
+            state = _checkpoint(checkpoint, backbone, group, layers, task, config, several)
             job = _Job(backbone, task, layers, group, config, accelerator)
             yield from job.run(state, resume=resume)
 
@@ -209,7 +208,9 @@ def _checkpoint(
     layers: Sequence[Target],
     task: Task,
     config: AdaptConfig,
+    several: bool,
 ) -> Checkpoint | None:
+    """Where the state of one pass is kept; of several, each has a file named by what it is of."""
     if path is None:
         return None
     digest = hashlib.sha256()
@@ -224,7 +225,8 @@ def _checkpoint(
             for name, array in arrays.items():
                 digest.update(f"{person.id} {person.head} {name} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).tobytes())
-    return Checkpoint(Path(path), digest.hexdigest())
+    identity = digest.hexdigest()
+    return Checkpoint(Path(f"{path}.{identity[:16]}" if several else path), identity)
 
 
 class _Job:

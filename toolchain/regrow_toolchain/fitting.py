@@ -75,7 +75,7 @@ class Fitting:
         self.stopped: dict[int, Stopped] = {}
         groups = [{"params": list(trained.parameters()), "lr": lr, "peak": lr}]
         if heads:
-            peak = config.head_lr if trained.targets else lr  # method head has no other rate
+            peak = config.head_lr
             groups.append({"params": list(heads.parameters()), "lr": peak, "peak": peak})
         groups = [group for group in groups if group["params"]]
         if not groups:

@@ -19,6 +19,7 @@ from .adapting import Adapted
 __all__ = ["SUMMARY", "UserFolder", "file_name"]
 
 SUMMARY = "adapters.jsonl"
+_STATE = ".state"
 
 
 def file_name(user: str) -> str:
@@ -70,6 +71,12 @@ class UserFolder:
                 raise FormatError(f"{path}, line {number} must be JSON: {error}") from None
         return rows
 
+    @property
+    def state(self) -> Path:
+        """Where training keeps the state of what is not done; the folder is made for it."""
+        self.room.mkdir(exist_ok=True)
+        return self.room / _STATE
+
     def add(self, user: str, done: Adapted) -> dict[str, Any]:
         """Write a user's adapter, if it helps or is kept anyway; returns the line about it."""
         self.room.mkdir(exist_ok=True)
@@ -96,6 +103,8 @@ class UserFolder:
         """Put everything in its place."""
         with new_folder(self.out, marker=SUMMARY, force=self.force) as folder:
             for path in self.room.iterdir():
+                if path.name.startswith(_STATE):
+                    continue
                 shutil.copyfile(path, folder / path.name)
         shutil.rmtree(self.room, ignore_errors=True)
 

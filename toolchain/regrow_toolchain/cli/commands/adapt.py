@@ -146,6 +146,7 @@ def _one(
         raise RegrowError(
             f"an interrupted training left {state}: --resume goes on with it, or remove it"
         )
+    _note_fresh(state, resume)
     with _last_good(out, keep_anyway):
         done = adapt(model, samples, config, checkpoint=state, resume=resume, **arguments)
     if not done.helps and not keep_anyway:
@@ -166,6 +167,11 @@ def _one(
         "before": None if math.isnan(done.before) else done.before,
         "after": None if math.isnan(done.after) else done.after,
     }
+
+
+def _note_fresh(state: Path, resume: bool) -> None:
+    if resume and not state.exists():
+        click.echo(f"regrow: nothing to resume at {state}: training starts anew", err=True)
 
 
 @contextmanager
@@ -243,10 +249,14 @@ def _many(
     from regrow_toolchain.userfiles import UserFolder
 
     folder = UserFolder(out, force=force, keep_anyway=keep_anyway, resume=resume)
+    _note_fresh(folder.room, resume)
     assert samples.users is not None
     left = samples.take(np.flatnonzero(~np.isin(samples.users, sorted(folder.done))))
     if len(left):
-        for user, done in adapt_each(model, left, config, **arguments):
+        trained = adapt_each(
+            model, left, config, checkpoint=folder.state, resume=resume, **arguments
+        )
+        for user, done in trained:
             folder.add(user, done)
     folder.finish()
     scored = [row for row in folder.rows if row["after"] is not None]

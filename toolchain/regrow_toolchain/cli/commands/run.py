@@ -109,6 +109,12 @@ def _samples(bundle: Bundle, arrays: Path | None, image: Path | None) -> _Sample
     wanted = {spec.name for spec in bundle.graph.inputs}
     if wanted <= found.keys():
         inputs = {name: found[name] for name in wanted}
+    elif wanted != {"pixel_values"} and len(bundle.graph.inputs[0].shape) != 4:
+        missing = sorted(wanted - found.keys())
+        raise click.UsageError(
+            f"{arrays} must have the arrays {', '.join(sorted(wanted))}, got "
+            f"{', '.join(sorted(found)) or 'none'}: {', '.join(missing)} missing"
+        )
     else:
         inputs = {bundle.graph.inputs[0].name: as_pictures(found, arrays, bundle.preprocessor)}
     count = len(next(iter(inputs.values())))
