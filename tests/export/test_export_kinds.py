@@ -134,7 +134,9 @@ def test_the_runtime_swaps_adapters_of_every_method(
 def test_an_adapter_of_another_kind_is_refused(plain, plain_inputs, tmp_path, adapter_for):
     export_bundle(plain, tmp_path / "b", targets=["stem"], inputs=plain_inputs)
     bundle = Bundle.open(tmp_path / "b")
-    with pytest.raises(MismatchError, match="needs delta slots, got low_rank; export it with --for fourierft"):
+    with pytest.raises(
+        MismatchError, match="needs delta slots, got low_rank; export it with --for fourierft"
+    ):
         bundle.swap(adapter_for(plain, ["stem"], method="fourierft"), name="user")
 
 
