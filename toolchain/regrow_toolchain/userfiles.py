@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -11,15 +10,16 @@ from typing import Any
 from urllib.parse import quote
 
 from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import dump_json, parse_json
-from regrow_runtime.files import check_output, new_folder
+from regrow_runtime.fields import Fields, dump_json, parse_json
+from regrow_runtime.files import check_output, new_folder, read_bytes, write_bytes
 
 from .adapting import Adapted
 
 __all__ = ["SUMMARY", "UserFolder", "file_name"]
 
 SUMMARY = "adapters.jsonl"
-_STATE = ".state"
+_STATE, _RUN = ".state", ".run"
+_MAX_BYTES = 1 << 30
 
 
 def file_name(user: str) -> str:
@@ -34,23 +34,41 @@ class UserFolder:
     `adapters.jsonl` has a line per user: id, file (null if it was not written), scores, bytes.
 
     Args:
+        run: text that says everything that decides the results, but the samples: what was begun
+            with other settings is not gone on with.
         keep_anyway: also write adapters that do not help.
         resume: go on with what an interrupted run left.
 
     Raises:
         UsageError: `out` exists and `force` is off; there is something to resume and `resume` is
-            off.
+            off, or it is of another run.
+        FormatError: what is to be resumed is broken.
     """
 
-    def __init__(self, out: Path, *, force: bool, keep_anyway: bool, resume: bool) -> None:
-        self.out, self.force, self.keep_anyway = out, force, keep_anyway
+    def __init__(
+        self, out: Path, run: str, *, force: bool, keep_anyway: bool, resume: bool
+    ) -> None:
+        self.out, self.run, self.force, self.keep_anyway = out, run, force, keep_anyway
         self.room = out.with_name(f"{out.name}.resume")
         check_output(out, force=force, marker=SUMMARY)
-        if self.room.exists() and not resume:
+        if self.room.exists():
+            self._check(resume)
+        self.rows = self._read()
+
+    def _check(self, resume: bool) -> None:
+        if not resume:
             raise UsageError(
                 f"an interrupted run left {self.room}: --resume goes on with it, or remove it"
             )
-        self.rows = self._read()
+        path = self.room / _RUN
+        found = (
+            read_bytes(path, limit=_MAX_BYTES, what="a run's settings") if path.exists() else b""
+        )
+        if found != self.run.encode():
+            raise UsageError(
+                f"{self.room} must be of the same training (settings, targets, backbone) to be "
+                f"resumed, got another; remove {self.room} to start anew"
+            )
 
     @property
     def done(self) -> set[str]:
@@ -58,28 +76,30 @@ class UserFolder:
         return {row["user"] for row in self.rows}
 
     def _read(self) -> list[dict[str, Any]]:
+        """The lines that are whole; the last may have been cut off when the run was killed."""
         path = self.room / SUMMARY
         if not path.is_file():
             return []
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            fields = parse_json(line, f"{path}, line {number}")
-            row = {name: fields.take(name, kind) for name, kind in (("user", str),)}
-            try:
-                rows.append({**json.loads(line), **row})
-            except ValueError as error:
-                raise FormatError(f"{path}, line {number} must be JSON: {error}") from None
+        text = read_bytes(path, limit=_MAX_BYTES, what="a summary").decode(errors="replace")
+        whole = text.split("\n")[:-1]
+        rows = [
+            _row(parse_json(line, f"{path}, line {number}")) for number, line in enumerate(whole, 1)
+        ]
+        if not text.endswith("\n") and text:
+            write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
+        for row in rows:
+            if row["file"] and not (self.room / row["file"]).is_file():
+                raise FormatError(f"{self.room} must have {row['file']}: remove {self.room}")
         return rows
 
-    @property
-    def state(self) -> Path:
-        """Where training keeps the state of what is not done; the folder is made for it."""
+    def start(self) -> Path:
+        """Make the folder; returns where training keeps the state of what is not done."""
         self.room.mkdir(exist_ok=True)
+        write_bytes(self.room / _RUN, self.run.encode())
         return self.room / _STATE
 
     def add(self, user: str, done: Adapted) -> dict[str, Any]:
         """Write a user's adapter, if it helps or is kept anyway; returns the line about it."""
-        self.room.mkdir(exist_ok=True)
         written = (done.helps or self.keep_anyway) and not (done.stopped and not done.stopped.step)
         name = file_name(user) if written else None
         row = {
@@ -103,11 +123,25 @@ class UserFolder:
         """Put everything in its place."""
         with new_folder(self.out, marker=SUMMARY, force=self.force) as folder:
             for path in self.room.iterdir():
-                if path.name.startswith(_STATE):
-                    continue
-                shutil.copyfile(path, folder / path.name)
+                if not path.name.startswith((_STATE, _RUN)):
+                    shutil.copyfile(path, folder / path.name)
         shutil.rmtree(self.room, ignore_errors=True)
 
 
+def _row(fields: Fields) -> dict[str, Any]:
+    """A line of the summary, checked."""
+    row: dict[str, Any] = {"user": fields.take("user", str), "metric": fields.take("metric", str)}
+    row["file"] = fields.take("file", str) if fields.has("file") else None
+    if row["file"] not in (None, file_name(row["user"])):
+        raise FormatError(f"{fields.where}: file must be the user's, got {row['file']!r:.80}")
+    for name in ("before", "after"):
+        row[name] = fields.take(name, float) if fields.has(name) else None
+    row["stopped"] = fields.take("stopped", str) if fields.has("stopped") else None
+    row["bytes"] = fields.number("bytes", 0, 1 << 40)
+    row["held_back"] = fields.number("held_back", 0, 1 << 40)
+    fields.done()
+    return row
+
+
 def _plain(score: float) -> float | None:
-    return None if math.isnan(score) else score
+    return score if math.isfinite(score) else None

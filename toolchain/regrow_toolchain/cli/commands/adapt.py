@@ -102,6 +102,7 @@ def adapt_command(
     check_data(data)
     if users is None:
         check_output(out, force=force)
+        _check_state(out, resume)
     from regrow_toolchain.backbone import load_backbone
     from regrow_toolchain.data import load_data
 
@@ -141,12 +142,7 @@ def _one(
     from regrow_runtime.errors import RegrowError
     from regrow_toolchain.adapting import adapt
 
-    state = out.with_name(f"{out.name}.resume")
-    if state.exists() and not resume:
-        raise RegrowError(
-            f"an interrupted training left {state}: --resume goes on with it, or remove it"
-        )
-    _note_fresh(state, resume)
+    state = _state(out)
     with _last_good(out, keep_anyway):
         done = adapt(model, samples, config, checkpoint=state, resume=resume, **arguments)
     if not done.helps and not keep_anyway:
@@ -169,9 +165,20 @@ def _one(
     }
 
 
-def _note_fresh(state: Path, resume: bool) -> None:
-    if resume and not state.exists():
-        click.echo(f"regrow: nothing to resume at {state}: training starts anew", err=True)
+def _state(out: Path) -> Path:
+    return out.with_name(f"{out.name}.resume")
+
+
+def _check_state(out: Path, resume: bool) -> None:
+    """Raise `UsageError` if a state lies there that nobody asked to go on with."""
+    from regrow_runtime.errors import UsageError
+
+    if _state(out).exists() and not resume:
+        raise UsageError(
+            f"an interrupted training left {_state(out)}: --resume goes on with it, or remove it"
+        )
+    if resume and not _state(out).exists():
+        click.echo(f"regrow: nothing to resume at {_state(out)}: it starts anew", err=True)
 
 
 @contextmanager
@@ -248,13 +255,14 @@ def _many(
     from regrow_toolchain.adapting import adapt_each
     from regrow_toolchain.userfiles import UserFolder
 
-    folder = UserFolder(out, force=force, keep_anyway=keep_anyway, resume=resume)
-    _note_fresh(folder.room, resume)
+    _check_state(out, resume)
+    run = _identity(model, config, arguments)
+    folder = UserFolder(out, run, force=force, keep_anyway=keep_anyway, resume=resume)
     assert samples.users is not None
     left = samples.take(np.flatnonzero(~np.isin(samples.users, sorted(folder.done))))
     if len(left):
         trained = adapt_each(
-            model, left, config, checkpoint=folder.state, resume=resume, **arguments
+            model, left, config, checkpoint=folder.start(), resume=resume, **arguments
         )
         for user, done in trained:
             folder.add(user, done)
@@ -272,6 +280,15 @@ def _many(
         "after": fmean(row["after"] for row in scored) if scored else None,
         "adapters": folder.rows,
     }
+
+
+def _identity(model: Backbone, config: AdaptConfig, arguments: dict[str, Any]) -> str:
+    """Everything but the samples that decides what a user gets."""
+    from dataclasses import asdict
+
+    settings = {k: v for k, v in asdict(config).items() if k not in ("device", "users_at_once")}
+    loss = getattr(arguments["loss"], "__qualname__", "")
+    return repr([model.backbone_id, sorted(settings.items()), arguments["targets"], loss])
 
 
 def _user_lines(result: dict[str, Any]) -> list[str]:

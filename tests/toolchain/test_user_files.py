@@ -1,0 +1,176 @@
+"""regrow adapt --users: a folder with an adapter per user, also after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from regrow_runtime.adapter import Adapter
+from regrow_runtime.errors import FormatError, UsageError
+from regrow_toolchain.fitting import Fitting
+from regrow_toolchain.userfiles import SUMMARY, UserFolder, file_name
+
+Cli = Callable[..., Any]
+_NAMES = ("ann", "b/o\\b", "..")
+_QUICK = ("--steps", "6", "--keep-anyway", "--users", "who", "--json")
+
+
+class _KilledError(Exception):
+    """Ends the work where a kill would: nothing tidies up that only a polite end would."""
+
+
+@pytest.fixture
+def room(
+    tmp_path: Path,
+    compressed_folder: Path,
+    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+) -> Path:
+    pixels, labels = pictures(54, 3, inverted=True)
+    np.savez(tmp_path / "d.npz", images=pixels, labels=labels, who=np.repeat(_NAMES, 18))
+    (tmp_path / "small").symlink_to(compressed_folder)
+    return tmp_path
+
+
+def _adapt(cli: Cli, room: Path, *more: object, out: str = "out") -> Any:
+    command = ("adapt", room / "small", "--data", room / "d.npz", "-o", room / out)
+    return cli(*command, *_QUICK, *more)
+
+
+def _kill(cli: Cli, room: Path, step: int, *more: object) -> None:
+    original, calls = Fitting._step, [0]
+
+    def breaks(self: Fitting, number: int) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            raise _KilledError
+        return original(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(_KilledError):
+        patch.setattr(Fitting, "_step", breaks)
+        _adapt(cli, room, *more)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_everybody_has_a_file(cli: Cli, room: Path) -> None:
+    done = _adapt(cli, room)
+    assert (done.code, done.err) == (0, "")
+    said = json.loads(done.out)
+    assert (said["users"], said["written"]) == (3, 3)
+    rows = [json.loads(line) for line in (room / "out" / SUMMARY).read_text().splitlines()]
+    assert said["adapters"] == rows
+    assert [row["user"] for row in rows] == sorted(_NAMES)
+    for row in rows:
+        adapter = Adapter.load(room / "out" / row["file"])
+        assert row["bytes"] == (room / "out" / row["file"]).stat().st_size
+        assert adapter.validated[0].after == row["after"]
+    assert sorted(p.name for p in room.iterdir()) == ["d.npz", "out", "small"]
+    assert len(list((room / "out").iterdir())) == 4
+
+
+def test_names_stay_in_the_folder() -> None:
+    names = [file_name(user) for user in (*_NAMES, "a b", "ä", ".x", "C:\\x", "nul\0")]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert not set(name) & set("/\\:\0")
+        assert not name.startswith(".")
+        assert name.endswith(".safetensors")
+
+
+def test_who_is_not_helped_has_no_file(cli: Cli, room: Path) -> None:
+    quick = [option for option in _QUICK if option != "--keep-anyway"]
+    done = cli("adapt", room / "small", "--data", room / "d.npz", "-o", room / "out", *quick,
+               "--lr", "1e-9")  # fmt: skip
+    assert done.code == 0
+    said = json.loads(done.out)
+    assert said["written"] == 0
+    assert [row["file"] for row in said["adapters"]] == [None] * 3
+    assert [p.name for p in (room / "out").iterdir()] == [SUMMARY]
+
+
+@pytest.mark.parametrize("step", [3, 9, 14])
+def test_a_kill_loses_nothing(
+    cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """One user at a time: killed within the first, the second and the third."""
+    monkeypatch.setattr("regrow_toolchain.checkpoint.Checkpoint.__init__.__kwdefaults__",
+                        {"seconds": 0.0})  # fmt: skip
+    _adapt(cli, room, "--users-at-once", 1, out="whole")
+    _kill(cli, room, step, "--users-at-once", 1)
+    left = _files(room / "out.resume")
+    assert any(name.startswith(".state.") for name in left) is (step != 13)
+    refused = _adapt(cli, room)
+    assert refused.code == 2
+    assert "--resume goes on with it" in refused.err
+    assert _files(room / "out.resume") == left
+    done = _adapt(cli, room, "--users-at-once", 1, "--resume")
+    assert (done.code, done.err) == (0, "")
+    assert _files(room / "out") == _files(room / "whole")
+    assert not (room / "out.resume").exists()
+
+
+def test_a_line_that_was_cut_off_is_made_again(cli: Cli, room: Path) -> None:
+    _adapt(cli, room, "--users-at-once", 1, out="whole")
+    _kill(cli, room, 14, "--users-at-once", 1)
+    summary = room / "out.resume" / SUMMARY
+    summary.write_bytes(summary.read_bytes()[:-9])
+    assert _adapt(cli, room, "--users-at-once", 1, "--resume").code == 0
+    assert _files(room / "out") == _files(room / "whole")
+
+
+@pytest.mark.parametrize("more", [("--steps", 7), ("--target", "query"), ("--seed", 1)])
+def test_another_run_is_not_gone_on_with(cli: Cli, room: Path, more: tuple[object, ...]) -> None:
+    _kill(cli, room, 9, "--users-at-once", 1)
+    left = _files(room / "out.resume")
+    done = _adapt(cli, room, "--resume", *more)
+    assert done.code == 2
+    assert "must be of the same training" in done.err
+    assert _files(room / "out.resume") == left
+
+
+def test_nothing_to_resume_is_said(cli: Cli, room: Path) -> None:
+    done = _adapt(cli, room, "--resume")
+    assert done.code == 0
+    assert "nothing to resume at" in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{}", "user must be of type str"),
+        ("[]", "must be an object"),
+        ("rubbish", "must be JSON"),
+        ('{"user":"a","metric":"x","file":"../a","bytes":1,"held_back":1}', "file must be the"),
+        ('{"user":"a","metric":"x","file":"a.safetensors","bytes":1,"held_back":1}', "must have a"),
+        ('{"user":"a","metric":"x","bytes":-1,"held_back":1}', "bytes must be from 0"),
+        ('{"user":"a","metric":"x","bytes":1,"held_back":1,"more":1}', "unknown fields more"),
+    ],
+)
+def test_a_broken_summary_is_one_error(tmp_path: Path, line: str, words: str) -> None:
+    room = tmp_path / "out.resume"
+    room.mkdir()
+    (room / ".run").write_text("the run")
+    (room / SUMMARY).write_text(line + "\n")
+    with pytest.raises(FormatError, match=words):
+        UserFolder(tmp_path / "out", "the run", force=False, keep_anyway=False, resume=True)
+
+
+def test_an_output_that_exists_stays(cli: Cli, room: Path) -> None:
+    _adapt(cli, room)
+    before = _files(room / "out")
+    done = _adapt(cli, room, "--seed", 1)
+    assert done.code == 2
+    assert "--force replaces it" in done.err
+    assert _files(room / "out") == before
+    assert _adapt(cli, room, "--seed", 1, "--force").code == 0
+    assert _files(room / "out") != before
+    with pytest.raises(UsageError, match="no such folder"):
+        UserFolder(room / "no" / "out", "", force=False, keep_anyway=False, resume=False)
