@@ -121,6 +121,21 @@ export function readAdapter(buffer) {
   }
 }
 
+/** The targets of a row: one, or one for every number in the place of its `*`. */
+function named([name, wide, high, first, last]) {
+  if (first === undefined) return [{ name, in: wide, out: high }];
+  check("numbers of a row of targets", last - first, 1e5);
+  return Array.from({ length: last - first + 1 }, (_, i) => (
+    { name: name.replace("*", first + i), in: wide, out: high }));
+}
+
+/** Order by UTF-8 bytes, which is that of code points, not of UTF-16. */
+function byBytes(a, b) {
+  const [left, right] = [a, b].map((text) => new TextEncoder().encode(text));
+  const place = left.findIndex((byte, i) => byte !== right[i]);
+  return place < 0 ? left.length - right.length : left[place] - (right[place] ?? -1);
+}
+
 function parsed(buffer) {
   const { metadata, tensors } = readSafetensors(buffer);
   if (!metadata.regrow) fail("file must be a regrow adapter, got safetensors without its metadata");
@@ -132,7 +147,8 @@ function parsed(buffer) {
   known("basis", `${basis.kind} ${basis.version}`, ["philox-sign 1", "peft-mt19937 1", "stored 1"]);
   known("storage", storage, ["fp32", "fp16", ...[2, 3, 4, 5, 6, 7, 8].map((b) => `int${b}`)]);
   if (!/^\d{1,20}$/.test(fields.seed) || BigInt(fields.seed) >> 64n) fail("seed must be a uint64");
-  const targets = fields.targets.map(([name, wide, high]) => ({ name, in: wide, out: high }));
+  const targets = fields.targets.flatMap(named);
+  targets.sort((a, b) => byBytes(a.name, b.name));
   for (const t of targets) {
     check(`in of ${t.name}`, t.in, MAX_WIDTH);
     check(`out of ${t.name}`, t.out, MAX_WIDTH);

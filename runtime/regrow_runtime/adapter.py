@@ -25,6 +25,7 @@ from .methods import Method, get_method
 from .methods.base import MAX_FEATURES
 from .philox import check_seed
 from .quantize import pack, packed_width, quantize, scale_shape, unpack
+from .target_rows import Target, target_rows, targets_of
 
 __all__ = [
     "FORMAT",
@@ -44,21 +45,11 @@ STORAGE = {"fp32": 32, "fp16": 16, "int8": 8, **{f"int{bits}": bits for bits in 
 
 # Bounds of the format, far above any real adapter: they stop a hostile header, not a user.
 _MAX_FILE_BYTES = 1 << 30
-_MAX_TARGETS = 100_000
 _MAX_CLASSES = 1 << 20
 _MAX_PROBE = 64
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1", "U32": "<u4"}
 _FLOATS = ("F16", "F32")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer that the adapter changes, or a norm (in = out): its module path and its widths."""
-
-    name: str
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +186,8 @@ class Adapter:
         if self.probe:
             tensors["probe"] = self.probe.expected
         data = save_safetensors(tensors, {"regrow": dump_json(_metadata(self))})
-        _parse(data, "adapter")
+        if _parse(data, "adapter").targets != tuple(self.targets):
+            raise FormatError("adapter: targets must be sorted by the UTF-8 bytes of their names")
         return data
 
     def save(self, path: str | Path) -> int:
@@ -246,7 +238,7 @@ def _metadata(adapter: Adapter) -> dict[str, Any]:
         },
         "backbone_id": adapter.backbone_id,
         "storage": adapter.storage,
-        "targets": [[t.name, t.in_features, t.out_features] for t in adapter.targets],
+        "targets": target_rows(adapter.targets),
     }
     if adapter.group is not None:
         data["group"] = adapter.group
@@ -271,7 +263,7 @@ def _parse(data: bytes, where: str) -> Adapter:
     storage = fields.choice("storage", tuple(STORAGE))
     group = fields.number("group", 8, MAX_FEATURES) if fields.has("group") else None
     config = method.check_config(fields.take("config", dict), where)
-    targets = _targets(fields)
+    targets = targets_of(fields.take("targets", list), where)
     basis = _basis(fields, method)
     adapter = Adapter(
         method=method.name,
@@ -374,32 +366,12 @@ def _check_version(fields: Fields) -> None:
         )
 
 
-def _targets(fields: Fields) -> tuple[Target, ...]:
-    rows = fields.take("targets", list)
-    if len(rows) > _MAX_TARGETS:
-        raise FormatError(f"{fields.where}: targets must be at most {_MAX_TARGETS}")
-    targets = tuple(_target(row, fields.where) for row in rows)
-    _sorted([t.name for t in targets], f"{fields.where}: targets")
-    return targets
-
-
 def _sorted(names: Sequence[str], where: str) -> Sequence[str]:
     """By their UTF-8 bytes, each once, and nothing that would disturb a terminal."""
     encoded = [name.encode() for name in names]
     if encoded != sorted(set(encoded)) or not all(name.isprintable() for name in names):
         raise FormatError(f"{where} must be sorted, each named once, in characters that print")
     return names
-
-
-def _target(row: object, where: str) -> Target:
-    match row:
-        case [str(name), int(wide), int(high)] if (
-            type(wide) is type(high) is int  # not bool
-            and 0 < wide <= MAX_FEATURES
-            and 0 < high <= MAX_FEATURES
-        ):
-            return Target(name, wide, high)
-    raise FormatError(f"{where}: a target must be [name, in, out], got {row!r:.80}")
 
 
 def _seed(fields: Fields) -> int:

@@ -274,6 +274,28 @@ BROKEN = {
         _set(targets=[["fc1", 16, 8], ["fc1", 16, 8]]), "targets must be sorted, each named once",
     ),
     "a target short": (_set(targets=[["fc1", 16]]), "a target must be [name, in, out]"),
+    "a pattern without a star": (_set(targets=[["fc", 16, 8, 0, 1]]), "pattern with one *"),
+    "a pattern of two stars": (_set(targets=[["*.*", 16, 8, 0, 1]]), "pattern with one *"),
+    "a pattern of one number": (_set(targets=[["fc*", 16, 8, 1, 1]]), "first < last"),
+    "a pattern backwards": (_set(targets=[["fc*", 16, 8, 2, 1]]), "first < last"),
+    "a pattern below 0": (_set(targets=[["fc*", 16, 8, -1, 1]]), "first < last"),
+    "a pattern of floats": (_set(targets=[["fc*", 16, 8, 0.0, 1.0]]), "first < last"),
+    "a pattern of bools": (_set(targets=[["fc*", 16, 8, False, True]]), "first < last"),
+    "a pattern of no width": (_set(targets=[["fc*", 16, 0, 0, 1]]), "a target must be"),
+    "a pattern of very many": (_set(targets=[["*", 1, 1, 0, 10**6]]), "first < last"),
+    "patterns of very many": (
+        _set(targets=[["*", 1, 1, 0, 60_000], ["a*", 1, 1, 0, 60_000]]),
+        "targets must be at most 100000",
+    ),
+    "a long pattern of very many": (
+        _set(targets=[["a" * 10_000 + "*", 1, 1, 0, 99_000]]), "of 16777216 characters",
+    ),
+    "a pattern and one of its own": (
+        _set(targets=[["fc*", 8, 8, 0, 2], ["fc1", 16, 8]]), "each named once",
+    ),
+    "patterns unsorted": (
+        _set(targets=[["fc*", 8, 8, 5, 6], ["fc*", 8, 8, 1, 2]]), "targets must be sorted",
+    ),
     "a target of no width": (_set(targets=[["fc1", 0, 8]]), "a target must be"),
     "a target too wide": (_set(targets=[["fc1", 2**24 + 1, 8]]), "a target must be"),
     "a target of bools": (_set(targets=[["a", True, True]]), "a target must be"),

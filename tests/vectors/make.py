@@ -43,6 +43,12 @@ BACKBONE = "sha256:" + "5e" * 32
 TARGETS = (Target("0.down", 130, 9), Target("0.key", 9, 9), Target("0.up", 9, 130))
 # In UTF-8 the last name comes last, in UTF-16 it does not.
 NAMES = (Target("a", 130, 9), Target("ﬀ", 9, 9), Target("😀", 9, 130))
+# Twelve blocks take one row a layer; sorted by bytes, block 10 stands before block 2.
+BLOCKS = tuple(
+    Target(f"b.{block}.{part}", 9, width)
+    for block in sorted(range(12), key=str)
+    for part, width in (("q", 9), ("up", 13))
+)
 GRIDS = (Target("even", 12, 8), Target("odd", 7, 11), Target("same", 12, 8), Target("wide", 40, 3))
 
 Arrays = dict[str, np.ndarray]
@@ -305,6 +311,8 @@ def adapters() -> dict[str, tuple[Adapter, bool]]:
         "nola-int4": (adapter("nola", "int4", wide, TARGETS), True),
         "nola-int8": (adapter("nola", "int8", {**wide, "k": 300}, TARGETS, seed=2**63 + 5), True),
         "nola-layers-int5": (adapter("nola", "int5", {**wide, "shared": False}, NAMES), True),
+        "nola-rows-int4": (
+            adapter("nola", "int4", {**wide, "rank": 2, "shared": False}, BLOCKS), True),
         "nola-grouped-int6": (adapter("nola", "int6", wide, TARGETS, group=8), False),
         "nola-fp16": (adapter("nola", "fp16", wide, TARGETS), False),
         "vera-int8": (adapter("vera", "int8", {"rank": 5}, TARGETS), True),
