@@ -623,3 +623,17 @@ def test_users_together_are_as_if_alone(task: str, method: str) -> None:
 def _labelled(count: int) -> Dataset:
     x = np.random.default_rng(1).normal(size=(count, 6)).astype(np.float32)
     return Dataset({"x": x}, np.arange(count) % 3, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_training_takes_the_threads_it_is_given_and_gives_them_back(threads: int) -> None:
+    seen = []
+
+    def watched(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return _absolute_mean(outputs, labels)
+
+    before = torch.get_num_threads()
+    adapt(_plain(), _values(8), _config(steps=2, threads=threads), loss=watched)
+    assert set(seen) == {threads}
+    assert torch.get_num_threads() == before

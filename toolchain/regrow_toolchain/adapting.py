@@ -214,7 +214,9 @@ def _checkpoint(
     if path is None:
         return None
     digest = hashlib.sha256()
-    settings = {k: v for k, v in asdict(config).items() if k not in ("device", "method_settings")}
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("device", "threads", "method_settings")
+    }
     own = {name: str(value) for name, value in sorted(config.method_settings.items())}
     names = [target.name for target in layers]
     kind = [task.name, getattr(getattr(task, "loss", None), "__qualname__", "")]

@@ -16,9 +16,13 @@ def setting(
     choices: tuple[str, ...] = (),
     low: float = 0.0,
     high: float | None = None,
+    shown: str | None = None,
 ) -> Any:
-    """A config field with its help text, its choices, and the values that make sense."""
-    metadata = {"help": text, "choices": choices, "low": low, "high": high}
+    """A config field with its help text, its choices, and the values that make sense.
+
+    `shown` is what the help says in the place of a default that stands for something else.
+    """
+    metadata = {"help": text, "choices": choices, "low": low, "high": high, "shown": shown}
     return field(default=default, metadata=metadata)
 
 
@@ -58,7 +62,9 @@ class AdaptConfig:
         "How coefficients are stored.",
         choices=("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"),
     )
-    group: int = setting(0, "Coefficients that share a scale; 0 gives every vector one.")
+    group: int = setting(
+        0, "Coefficients that share a scale; 0 gives every vector one.", shown="a vector's"
+    )
     head: str = setting(
         "auto",
         "keep the backbone's head, train a new one, tune a copy of the backbone's, or decide by "
@@ -72,7 +78,7 @@ class AdaptConfig:
     )
     steps: int = setting(180, "Training steps.", low=1)
     lr: float = setting(
-        0.0, "Peak learning rate (Adam, cosine); 0 takes the method's own (see docs/tuning.md)."
+        0.0, "Peak learning rate (Adam, cosine); see docs/tuning.md.", shown="the method's own"
     )
     head_lr: float = setting(0.005, "Peak learning rate of a head.")
     batch_size: int = setting(64, "Samples a step.", low=1)
@@ -99,8 +105,13 @@ class AdaptConfig:
     mixed_precision: str = setting(
         "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
     )
+    threads: int = setting(
+        0,
+        "CPU threads. Small models train faster with 1 where other work shares the machine.",
+        shown="one per core",
+    )
     users_at_once: int = setting(
-        0, "With --users: users trained in one pass; 0 takes as many as suit the machine."
+        0, "With --users: users trained in one pass.", shown="as many as suit the machine"
     )
     seed: int = setting(0, "Seed of the basis and of training.")
     method_settings: Mapping[str, Any] = field(default_factory=dict)

@@ -126,7 +126,7 @@ def config_options(kind: type) -> Callable[[F], F]:
                 item.name,
                 type=value_type,
                 default=item.default,
-                show_default=True,
+                show_default=item.metadata["shown"] or True,
                 help=item.metadata["help"],
             )(function)
         return function

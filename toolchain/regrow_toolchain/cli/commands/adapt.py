@@ -286,7 +286,9 @@ def _identity(model: Backbone, config: AdaptConfig, arguments: dict[str, Any]) -
     """Everything but the samples that decides what a user gets."""
     from dataclasses import asdict
 
-    settings = {k: v for k, v in asdict(config).items() if k not in ("device", "users_at_once")}
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("device", "threads", "users_at_once")
+    }
     loss = getattr(arguments["loss"], "__qualname__", "")
     return repr([model.backbone_id, sorted(settings.items()), arguments["targets"], loss])
 
