@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +20,14 @@ from .source import LABEL_NAMES, Source
 
 __all__ = ["is_saved", "read_saved"]
 
-_ONE, _MANY = "dataset_info.json", "dataset_dict.json"
+_ONE, _MANY, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"
 _AT_ONCE = 64
 _PICTURES = ("image", "images", "img")
 
 
 def is_saved(path: Path) -> bool:
     """Whether the folder is one that `save_to_disk` wrote."""
-    return (path / _MANY).is_file() or ((path / _ONE).is_file() and (path / "state.json").is_file())
+    return (path / _MANY).is_file() or ((path / _ONE).is_file() and (path / _STATE).is_file())
 
 
 def read_saved(source: Source) -> Dataset:
@@ -46,11 +47,24 @@ def read_saved(source: Source) -> Dataset:
     try:
         stored = import_module("datasets").load_from_disk(str(path))
     except Exception as error:  # the library raises many kinds on broken folders
+        if _holds_nothing(path):  # the library writes no rows, but cannot read them
+            raise UsageError(_rows(path, 0)) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FormatError(f"{path} must be a whole datasets folder: {reason}") from error
     if not 0 < len(stored) <= MAX_ROWS:
-        raise UsageError(f"{path} must have from 1 to {MAX_ROWS} rows, got {len(stored)}")
+        raise UsageError(_rows(path, len(stored)))
     return _dataset(source, stored)
+
+
+def _holds_nothing(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / _STATE).read_bytes())["_data_files"] == [])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _rows(path: Path, count: int) -> str:
+    return f"{path} must have from 1 to {MAX_ROWS} rows, got {count}"
 
 
 def _dataset(source: Source, stored: Any) -> Dataset:
