@@ -108,7 +108,7 @@ def accuracy(task: Task, given: Mapping[str, Any], kind: str, seed: int) -> floa
 
 
 def make_tasks(args: Any) -> dict[str, Task]:
-    more = SimpleNamespace(**vars(args), better_base=False, all_speakers=False)
+    more = SimpleNamespace(**vars(args), short_base=True, all_speakers=False)
     writers, _ = mnist_writers.make_task(more)
     chosen = writers.users[: args.writers]
     adapt, test = (

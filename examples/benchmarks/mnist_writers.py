@@ -114,8 +114,8 @@ def make_task(args: Any) -> tuple[Task, float]:
         folder = args.data / "mnist-writers"
         base, held = read(folder, "base_train"), read(folder, "base_val")
         adapt, test = first_rows(read(folder, "dev_writers"), ADAPT)
-    shift = 1 if args.better_base else 0
-    epochs = 1 if args.small else 24 if args.better_base else 8
+    shift = 0 if args.short_base else 1
+    epochs = 1 if args.small else 8 if args.short_base else 24
     model = new_model()
     name = f"mnist-{epochs}-{shift}"
     cached(args.cache, name, lambda: train_base(base, epochs, shift), model)
@@ -148,7 +148,7 @@ def variant(label: str, method: str, targets: tuple[str, ...], **settings: Any) 
 
 def main() -> None:
     options = parser(__doc__, "data")
-    options.add_argument("--better-base", action="store_true", help="more epochs, shifted pictures")
+    options.add_argument("--short-base", action="store_true", help="8 epochs, no shifted pictures")
     args = options.parse_args()
     task, base = make_task(args)
     print(f"base: {base:.4f} on writers of its own series")
