@@ -1,9 +1,11 @@
-"""What changing the user costs: swapping an adapter, beside re-creating the session.
+"""What changing the user costs: swapping an adapter, beside what ONNX Runtime offers.
 
     python examples/benchmarks/swap.py [--small]
 
 A ViT of Base size (random weights: the time does not depend on them), NOLA k = l = 1000, rank 8,
-query and value, int4. All in one run, one after the other, one thread; medians with the 10th and
+query and value, int4. `lora_adapter` loads the same adapter as ONNX Runtime's own `LoraAdapter`, a
+file of dense tensors; `session_again` opens a session with merged weights. All in one run, one
+after the other, one thread, in a process that has no torch, as a device; medians with the 10th and
 90th percentile. Ends in one line of JSON. `--small` takes a model of width 64.
 """
 
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import ViTConfig, ViTForImageClassification
 
 from regrow_runtime import Adapter, Bundle, Coefficients
 from regrow_runtime.methods import get_method
-from regrow_toolchain import export_backbone, load_backbone
-from regrow_toolchain.targets import find_targets
 
 
 def make_model(folder: Path, small: bool) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
     size: dict[str, Any] = (
         {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "image_size": 32}
         if small
@@ -36,6 +39,8 @@ def make_model(folder: Path, small: bool) -> None:
 
 
 def make_adapter(backbone: Any, k: int, seed: int) -> Adapter:
+    from regrow_toolchain.targets import find_targets
+
     method = get_method("nola")
     targets = find_targets(backbone.model, ["query", "value"])
     config = {"k": k, "l": k, "rank": 8, "c": 1.0, "shared": True}
@@ -67,14 +72,23 @@ def times(call: Callable[[], object], repeat: int) -> dict[str, float]:
     return {"p10": float(p10), "p50": float(p50), "p90": float(p90), "n": repeat}
 
 
-def measure(folder: Path, small: bool) -> dict[str, Any]:
+def make(folder: Path, small: bool) -> None:
+    from regrow_toolchain import convert, export_backbone, load_backbone
+
     make_model(folder / "model", small)
     backbone = load_backbone(folder / "model")
     adapter = make_adapter(backbone, k=64 if small else 1000, seed=7)
-    size = adapter.save(folder / "user.safetensors")
+    adapter.save(folder / "user.safetensors")
     export_backbone(backbone, folder / "bundle", targets=["query", "value"])
     export_backbone(backbone, folder / "merged", mode="merged", adapter=adapter)
+    convert(adapter, folder / "bundle", folder / "user.onnx_adapter", to="onnx_adapter")
+
+
+def measure(folder: Path, small: bool) -> dict[str, Any]:
+    import onnxruntime
+
     bundle = Bundle.open(folder / "bundle", threads=1)
+    dense = folder / "user.onnx_adapter"
 
     def cold() -> None:
         bundle.basis.clear()
@@ -89,13 +103,15 @@ def measure(folder: Path, small: bool) -> dict[str, Any]:
         "cold": times(cold, repeat),
         "cached": times(lambda: bundle.swap(folder / "user.safetensors"), repeat),
         "resident": times(resident, 20 * repeat),
+        "lora_adapter": times(lambda: onnxruntime.LoraAdapter().Load(str(dense)), repeat),
         "session_again": times(lambda: Bundle.open(folder / "merged", threads=1), repeat),
     }
     again = found["session_again"]["p50"]
     ratios = {name: again / found[name]["p50"] for name in ("cold", "cached", "resident")}
     return {
         "model": "width 64" if small else "ViT-Base",
-        "adapter_bytes": size,
+        "adapter_bytes": (folder / "user.safetensors").stat().st_size,
+        "lora_adapter_bytes": dense.stat().st_size,
         "resident_bytes": bundle.residents["user"],
         "ms": found,
         "times_faster_than_session_again": ratios,
@@ -105,9 +121,15 @@ def measure(folder: Path, small: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
-    small = parser.parse_args().small
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.small)))
+        return
     with tempfile.TemporaryDirectory() as name:
-        result = measure(Path(name), small)
+        make(Path(name), options.small)
+        again = [sys.executable, __file__, "--measure", name, *sys.argv[1:]]
+        result = json.loads(subprocess.run(again, stdout=subprocess.PIPE, check=True).stdout)
     for name, spread in result["ms"].items():
         print(f"{name:14} {spread['p50']:9.3f} ms  ({spread['p10']:.3f} to {spread['p90']:.3f})")
     print(json.dumps(result))

@@ -152,8 +152,13 @@ def plus_minus(rows: Bits) -> NDArray[np.float32]:
     return values
 
 
-def combine(values: NDArray[Any], rows: Iterable[Bits], entries: int) -> NDArray[np.float32]:
-    """Sum over i of values[t, i] times sign vector i.
+def combine(
+    values: NDArray[Any],
+    rows: Iterable[Bits],
+    entries: int,
+    scale: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Sum over i of values[t, i] times sign vector i, then one multiply by scale[t].
 
     The sum of codes of at most 8 bits is exact for k up to 2**16: no partial sum passes 2**24,
     which float32 holds too, in any order of adding. The result is the same bits everywhere.
@@ -162,33 +167,34 @@ def combine(values: NDArray[Any], rows: Iterable[Bits], entries: int) -> NDArray
         values: [targets, k], int8 codes or float32.
         rows: blocks of [some entries, k] as from `sign_rows`.
         entries: how many signs of each vector to use; the blocks may hold more.
+        scale: float32 [targets]; 1 if None.
 
     Returns:
         float32 [targets, entries].
     """
-    count, k = values.shape
-    total = np.empty((count, entries), dtype=np.float32)
+    total = np.empty((len(values), entries), dtype=np.float32)
     product: Callable[[Bits], NDArray[Any]] | None = None
     if values.dtype == np.int8:
         product = integer_product(values)
     if product is None:
         product = _float_product(values.astype(np.float32, copy=False))
-    step = max(128, _FLOATS_AT_ONCE // max(k, count, 1))
+    step = max(128, _FLOATS_AT_ONCE // max(len(values), 1))
     start = 0
     for block in rows:
         for first in range(0, len(block), step):
             part = block[first : min(first + step, len(block), first + entries - start)]
-            total[:, start : start + len(part)] = product(part).T
+            total[:, start : start + len(part)] = product(part)
             start += len(part)
         if start == entries:
             break
-    total *= 2
-    total -= values.sum(axis=1, keepdims=True, dtype=np.float32)
+    # Halved, so that the factor of 2, which rounds nothing, joins the scale.
+    total -= values.sum(axis=1, keepdims=True, dtype=np.float32) / 2
+    total *= np.float32(2) if scale is None else 2 * scale[:, None]
     return total
 
 
 def _float_product(values: NDArray[np.float32]) -> Callable[[Bits], NDArray[np.float32]]:
-    """From ones [entries, k] to float32 [entries, targets], a few entries at a time."""
+    """From ones [entries, k] to float32 [targets, entries], a few entries at a time."""
     step = max(8, _FLOATS_AT_ONCE // max(values.shape[1], 1))
 
     def product(ones: Bits) -> NDArray[np.float32]:
@@ -196,7 +202,7 @@ def _float_product(values: NDArray[np.float32]) -> Callable[[Bits], NDArray[np.f
         for start in range(0, len(ones), step):
             part = ones[start : start + step].astype(np.float32)
             np.matmul(part, values.T, out=found[start : start + step])
-        return found
+        return found.T
 
     return product
 
@@ -290,6 +296,7 @@ class BasisCache:
         if 4 * size <= self.max_bytes and not layer:
             made = sign_rows(seed, role, vectors, entries, layer=layer)
             rows = self.keep(key, lambda: (_joined(made, vectors, entries),))[0]
+            step *= 4  # nothing is widened: fewer blocks, fewer calls
             yield from (rows[start : start + step] for start in range(0, entries, step))
         elif size <= 4 * self.max_bytes:
             planes = self.bits(seed, role, vectors, entries, layer=layer).T

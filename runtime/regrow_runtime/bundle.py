@@ -21,6 +21,7 @@ import onnxruntime as ort
 
 from .adapter import Adapter
 from .basis import BasisCache
+from .blend import as_weight, blend
 from .errors import FormatError, RegrowError, UsageError
 from .manifest import GraphSpec, Manifest, TensorSpec
 from .preprocess import ImagePreprocessor
@@ -35,8 +36,9 @@ class Profile:
 
     Attributes:
         basis_cache_bytes: how much of a basis may be kept between swaps.
-        prepack: let ONNX Runtime keep a second, faster copy of the weights.
-        arena: let ONNX Runtime keep freed memory for the next run.
+        prepack: let ONNX Runtime keep a second, faster copy of the weights, and widen those of
+            fewer bits once. Without it weights stay in the file, of which the system maps pages.
+        arena: let ONNX Runtime keep what a run freed for the next one; else it is given back.
         resident_bytes: how much RAM resident adapters may take. Beyond, those that were not used
             for longest are dropped, but never the active one, nor one that has just been loaded.
     """
@@ -52,13 +54,17 @@ PROFILES = {
     "memory": Profile(basis_cache_bytes=0, prepack=False, arena=False, resident_bytes=64 << 20),
 }
 
+# Variants whose weights are widened to be computed with.
+_NARROW = ("fp16", "int4")
+
 
 @dataclass(frozen=True)
 class SwapCost:
     """What a swap cost, in milliseconds and bytes.
 
     `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
-    basis that was in RAM, or without one) or "cold" (the basis was rebuilt).
+    basis that was in RAM, or without one), "cold" (the basis was rebuilt) or "blend" (made of
+    residents).
     """
 
     kind: str
@@ -84,6 +90,7 @@ class Bundle:
         self.manifest = manifest
         self.basis = BasisCache(profile.basis_cache_bytes)
         self._session = session
+        self._run_options = _run_options(profile, session)
         self._swap_lock = threading.Lock()
         self._residents: dict[str, Resident] = {}
         self._resident_bytes = profile.resident_bytes
@@ -99,6 +106,7 @@ class Bundle:
         profile: str | Profile = "speed",
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: Mapping[str, str] | None = None,
         session_options: ort.SessionOptions | None = None,
     ) -> Bundle:
         """Open the bundle in the folder `path`.
@@ -107,8 +115,10 @@ class Bundle:
             profile: "speed" or "memory", or settings of your own.
             threads: intra-op threads; ONNX Runtime's default if None.
             providers: ONNX Runtime execution providers, best first.
-            session_options: yours, used as they are; `profile` and `threads` then only set
-                what lies outside of the session.
+            options: further config entries of ONNX Runtime's session, such as
+                {"session.intra_op.allow_spinning": "0"}.
+            session_options: yours, used as they are; `profile`, `threads` and `options` then only
+                set what lies outside of the session.
 
         Raises:
             UsageError: there is no bundle at `path`, or no such profile.
@@ -118,8 +128,12 @@ class Bundle:
         settings = _profile(profile)
         manifest = Manifest.load(folder)
         manifest.check_files(folder)
-        options = session_options or _session_options(settings, threads)
-        return cls(folder, manifest, _session(folder, manifest, options, providers), settings)
+        narrow = not settings.prepack and manifest.variant in _NARROW and not session_options
+        chosen = session_options or _session_options(settings, threads, narrow, options or {})
+        # Folding would make float32 of weights that are stored in fewer bits, for good.
+        disabled = ["ConstantFolding"] if narrow else []
+        session = _session(folder, manifest, chosen, providers, disabled)
+        return cls(folder, manifest, session, settings)
 
     # -- adapters --------------------------------------------------------------------------------
 
@@ -140,32 +154,40 @@ class Bundle:
         return resident.labels if resident else self.manifest.labels
 
     def load(
-        self, adapter: str | Path | Adapter, *, name: str | None = None, any_backbone: bool = False
+        self,
+        adapter: str | Path | Adapter | Mapping[str, float],
+        *,
+        name: str | None = None,
+        any_backbone: bool = False,
+        scale: float = 1.0,
     ) -> SwapCost:
         """Check and expand an adapter and keep it resident, without activating it.
 
         Others may be dropped for it: see `Profile.resident_bytes`.
 
         Args:
-            adapter: a file, or an adapter in memory (which then needs a `name`).
+            adapter: a file; or an adapter in memory, or a blend: weights by the names of resident
+                adapters, {"user-17": 0.7, "user-42": 0.3}. Those two need a `name`.
             name: what to call it; by default the file's name without its ending.
             any_backbone: allow an adapter that was trained on another backbone.
+            scale: how strongly it changes the weights; a head of its own stays as it is.
 
         Raises:
             MismatchError: it does not fit; every reason is listed.
             FormatError, UsageError: the file is broken, or there is none.
         """
         with self._swap_lock:
-            resident, cost = self._expand(adapter, name, any_backbone)
+            resident, cost = self._expand(adapter, name, any_backbone, scale)
             self._keep(resident)
         return cost
 
     def swap(
         self,
-        adapter: str | Path | Adapter | None,
+        adapter: str | Path | Adapter | Mapping[str, float] | None,
         *,
         name: str | None = None,
         any_backbone: bool = False,
+        scale: float = 1.0,
     ) -> SwapCost:
         """Make another adapter the active one; None is the base.
 
@@ -178,9 +200,14 @@ class Bundle:
                 self._active = None
                 return SwapCost("base", None, _ms(start))
             if isinstance(adapter, str) and adapter in self._residents:
+                if scale != 1:
+                    raise UsageError(
+                        "scale of a resident adapter must be asked for as a blend, which has a "
+                        f"name of its own, got {scale}: swap({{{adapter!r}: {scale}}}, name=...)"
+                    )
                 self._active = resident = self._resident(adapter)
                 return SwapCost("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
-            resident, cost = self._expand(adapter, name, any_backbone)
+            resident, cost = self._expand(adapter, name, any_backbone, scale)
             self._active = resident
             self._keep(resident)
         return cost
@@ -213,9 +240,16 @@ class Bundle:
                 left -= other.nbytes
 
     def _expand(
-        self, source: str | Path | Adapter, name: str | None, any_backbone: bool
+        self,
+        source: str | Path | Adapter | Mapping[str, float],
+        name: str | None,
+        any_backbone: bool,
+        scale: float,
     ) -> tuple[Resident, SwapCost]:
-        start = time.perf_counter()
+        start, scale = time.perf_counter(), as_weight(scale, "scale")
+        if isinstance(source, Mapping):
+            weights = {key: as_weight(w, f"weight of {key}") for key, w in source.items()}
+            return self._blend({key: scale * w for key, w in weights.items()}, name, start)
         adapter, name = _read(source, name)
         read = time.perf_counter()
         check_fit(adapter, self.manifest, any_backbone=any_backbone)
@@ -224,6 +258,8 @@ class Bundle:
         feeds = expand(adapter, self.manifest, self.basis)
         labels = adapter.head.labels if adapter.head else self.manifest.labels
         resident = Resident(name, feeds, labels)
+        if scale != 1:
+            resident = blend(name, [(resident, scale)], self.manifest, {})
         cost = SwapCost(
             kind="cached" if self.basis.misses == misses else "cold",
             name=name,
@@ -234,6 +270,16 @@ class Bundle:
             resident_bytes=resident.nbytes,
         )
         return resident, cost
+
+    def _blend(
+        self, weights: Mapping[str, float], name: str | None, start: float
+    ) -> tuple[Resident, SwapCost]:
+        if name is None:
+            raise UsageError("name must be given with a blend, got None")
+        parts = [(self._resident(key), weight) for key, weight in weights.items()]
+        head = self._head([resident for resident, _ in parts])
+        resident = blend(name, parts, self.manifest, head)
+        return resident, SwapCost("blend", name, _ms(start), resident_bytes=resident.nbytes)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -287,7 +333,7 @@ class Bundle:
         if not set(names) <= set(known):
             raise UsageError(f"outputs must be among {known}, got {names}")
         try:
-            values = self._session.run(names, feeds)
+            values = self._session.run(names, feeds, self._run_options)
         except Exception as error:
             shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
             raise RegrowError(
@@ -361,25 +407,49 @@ def _profile(profile: str | Profile) -> Profile:
     return PROFILES[profile]
 
 
-def _session_options(settings: Profile, threads: int | None) -> ort.SessionOptions:
+def _session_options(
+    settings: Profile, threads: int | None, narrow: bool, entries: Mapping[str, str]
+) -> ort.SessionOptions:
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     options = ort.SessionOptions()
     # ONNX Runtime warns once per overridable initializer, and prints errors that it also raises.
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
-    options.enable_cpu_mem_arena = settings.arena
+    # Its planner reserves room for all weights, though they are mapped: RLIMIT_DATA counts that.
+    options.enable_mem_pattern = settings.arena
+    if narrow:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    for name, value in entries.items():
+        if not (isinstance(name, str) and name and isinstance(value, str)):
+            raise UsageError(f"options must be strings by name, got {name!r:.40}: {value!r:.40}")
+        options.add_session_config_entry(name, value)
+    return options
+
+
+def _run_options(settings: Profile, session: ort.InferenceSession) -> ort.RunOptions | None:
+    """That an arena is given back after a run: less than what the C library keeps without one."""
+    if settings.arena or not session.get_session_options().enable_cpu_mem_arena:
+        return None
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
 
 def _session(
-    folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: Sequence[str]
+    folder: Path,
+    manifest: Manifest,
+    options: ort.SessionOptions,
+    providers: Sequence[str],
+    disabled: Sequence[str],
 ) -> ort.InferenceSession:
     path = folder / manifest.graphs[0].file
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        return ort.InferenceSession(
+            str(path), options, providers=list(providers), disabled_optimizers=list(disabled)
+        )
     except Exception as error:
         raise FormatError(f"{path} could not be opened: {_first_line(error)}") from error
 

@@ -119,7 +119,8 @@ def read_bytes(path: Path, *, limit: int, what: str) -> bytes:
         raise UsageError(f"{what} must be a file, got {path}: {_missing(path)}")
     try:
         with path.open("rb") as stream:
-            data = stream.read(limit + 1)
+            # No more than the file has: `read` allocates what it is asked for.
+            data = stream.read(min(limit, os.fstat(stream.fileno()).st_size) + 1)
     except OSError as error:
         raise FormatError(f"{path} could not be read: {error.strerror or error}") from error
     if len(data) > limit:

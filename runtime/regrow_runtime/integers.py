@@ -1,7 +1,8 @@
 """Sums of codes where a bit is 1, exactly: an integer matrix product by ONNX Runtime.
 
 NumPy has no fast product of integers. ONNX Runtime has one on every CPU, `MatMulInteger`, for which
-a model of one node is enough; it is written out here, byte by byte, because a device has no `onnx`.
+a model of two nodes is enough. It stands here as bytes, because a device has no `onnx`; a test
+reads them with it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from numpy.typing import NDArray
 
 __all__ = ["integer_product"]
 
-_UINT8, _INT8, _INT32 = 2, 3, 6  # of onnx.TensorProto.DataType
+# ModelProto: y = Transpose(MatMulInteger(a, b)) for matrices of any size.
+_MODEL = (
+    b"\x08\x05:c"  # IR version 5, the graph's 99 bytes
+    b'\n\x18\n\x01a\n\x01b\x12\x01x"\rMatMulInteger'
+    b'\n\x11\n\x01x\x12\x01y"\tTranspose\x12\x01g'
+    b"Z\x0f\n\x01a\x12\n\n\x08\x08\x02\x12\x04\n\x00\n\x00"  # uint8
+    b"Z\x0f\n\x01b\x12\n\n\x08\x08\x03\x12\x04\n\x00\n\x00"  # int8
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x06\x12\x04\n\x00\n\x00"  # int32
+    b"B\x02\x10\n"  # opset 10
+)
 
 
 def integer_product(
     codes: NDArray[np.int8],
 ) -> Callable[[NDArray[np.uint8]], NDArray[np.int32]] | None:
-    """What multiplies ones and zeros with `codes`: uint8 [entries, k] to int32 [entries, targets].
+    """What multiplies `codes` with ones and zeros: uint8 [entries, k] to int32 [targets, entries].
 
     Args:
         codes: int8 [targets, k].
@@ -51,36 +61,6 @@ def _session() -> Any:
     options.intra_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(_model(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(_MODEL, options, providers=["CPUExecutionProvider"])
     except Exception:  # its errors have no common class; NumPy gives the same bits, more slowly
         return None
-
-
-def _model() -> bytes:
-    """ModelProto: IR version 5, opset 10, y = MatMulInteger(a, b)."""
-    node = _field(1, b"a"), _field(1, b"b"), _field(2, b"y"), _field(4, b"MatMulInteger")
-    graph = (
-        _field(1, *node),
-        _field(2, b"g"),
-        _field(11, *_matrix(b"a", _UINT8)),
-        _field(11, *_matrix(b"b", _INT8)),
-        _field(12, *_matrix(b"y", _INT32)),
-    )
-    return _number(1, 5) + _field(7, *graph) + _field(8, _number(2, 10))
-
-
-def _matrix(name: bytes, dtype: int) -> tuple[bytes, bytes]:
-    """ValueInfoProto of a tensor of two dimensions that are not known."""
-    shape = _field(2, _field(1), _field(1))
-    return _field(1, name), _field(2, _field(1, _number(1, dtype), shape))
-
-
-def _field(number: int, *parts: bytes) -> bytes:
-    """A field of a protobuf message that is text or a message of less than 128 bytes."""
-    data = b"".join(parts)
-    return bytes([number << 3 | 2, len(data)]) + data
-
-
-def _number(number: int, value: int) -> bytes:
-    """A field that is a number below 128."""
-    return bytes([number << 3, value])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -143,7 +144,11 @@ class Manifest:
 
     def slot_of(self, target: str, kind: str | None = None) -> Slot | None:
         """The slot of a target, of one kind or the first of any, if it has one."""
-        return next((s for s in self.slots if s.target == target and kind in (None, s.kind)), None)
+        return self._by_target.get((target, kind))
+
+    @cached_property
+    def _by_target(self) -> dict[tuple[str, str | None], Slot]:
+        return {(s.target, kind): s for s in reversed(self.slots) for kind in (s.kind, None)}
 
     def check_files(self, folder: Path, *, hashes: bool = False) -> None:
         """Compare every file's size, and with `hashes` its content, to the manifest.

@@ -84,7 +84,7 @@ def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int8]
     codes = np.empty((len(packed), count), dtype=np.int8)
     groups = -(-count // 8)  # eight codes take `bits` bytes, which fit one word
     # Shifts bring a code to the top of a word and back down, which extends its sign.
-    up = np.arange(64 - bits, 63 - 8 * bits, -bits, dtype=np.int64)
+    up = np.arange(64 - bits, 63 - 8 * bits, -bits, dtype=np.int64)[:, None, None]
     step = max(1, _CODES_AT_ONCE // max(count, 1))
     for start in range(0, len(packed), step):
         rows = packed[start : start + step]
@@ -92,6 +92,7 @@ def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int8]
         padded[:, : rows.shape[1]] = rows
         words = np.zeros((len(rows), groups, 8), dtype=np.uint8)
         words[..., :bits] = padded.reshape(len(rows), groups, bits)
-        whole = (words.view("<i8") << up) >> np.int64(64 - bits)
-        codes[start : start + step] = whole.reshape(len(rows), 8 * groups)[:, :count]
+        whole = (words.view("<i8")[..., 0] << up) >> np.int64(64 - bits)  # [8, rows, groups]
+        whole = whole.astype(np.int8).transpose(1, 2, 0).reshape(len(rows), 8 * groups)
+        codes[start : start + step] = whole[:, :count]
     return codes

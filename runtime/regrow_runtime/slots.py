@@ -167,17 +167,17 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
     Raises:
         RegrowError: its numbers, finite each, are not so together, or it expands to gigabytes.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # found below, by name
+    with np.errstate(over="ignore", invalid="ignore"):  # found here, by name
         feeds = (
             _slot_feeds(adapter, manifest, basis)
             if manifest.seeded is None
             else _seeded_feeds(adapter, manifest.seeded.inputs)
         )
-    for name, array in feeds.items():
-        if array.dtype.kind == "f" and not _is_finite(array):
-            raise RegrowError(
-                f"adapter: {name} must be finite when expanded, its scale is too large"
-            )
+        for name, array in feeds.items():
+            if array.dtype.kind == "f" and not _is_finite(array):
+                raise RegrowError(
+                    f"adapter: {name} must be finite when expanded, its scale is too large"
+                )
     if adapter.head is not None:
         for layer in adapter.head.layers:
             feeds.update(_head_feeds(layer, manifest))
@@ -187,8 +187,7 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
 def _is_finite(array: NDArray[Any]) -> bool:
     # A finite sum of squares has finite parts only, and takes no array of flags. It may overflow.
     flat = array.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(array).all())
+    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(array).all())
 
 
 def _slot_feeds(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:

@@ -94,8 +94,6 @@ def _factors(
     for (size, layer), group in groups.items():
         longest = max(entries) if shared else size
         rows = basis.rows(adapter.seed, role, values.shape[1], longest, layer=layer)
-        sums = combine(values[group], rows, size)
-        if not part.group:
-            sums *= part.scale[group][:, None]
-        found.update(zip(group, sums, strict=True))
+        scale = None if part.group else part.scale[group]
+        found.update(zip(group, combine(values[group], rows, size, scale), strict=True))
     return found
