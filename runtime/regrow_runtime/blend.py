@@ -47,7 +47,9 @@ def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> Resi
     if not parts:
         raise UsageError("a blend must be of at least one adapter, got none")
     if len({resident.labels for resident, _ in parts}) > 1:
-        found = ", ".join(f"{r.name} with {len(r.labels)} ({r.labels[0]} ...)" for r, _ in parts)
+        found = ", ".join(
+            f"{r.name} with {len(r.labels)} ({', '.join(r.labels[:2])} …)" for r, _ in parts
+        )
         raise UsageError(f"adapters of a blend must have the same labels, got {found:.400}")
     used = {key for resident, _ in parts for key in resident.feeds}
     feeds: Feeds = {}
