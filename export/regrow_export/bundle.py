@@ -207,5 +207,6 @@ def _manifest(
         variant=precision,
         adapter=adapter.digest() if adapter else None,
         seeded=draft.seeded,
+        cache=draft.cache,
         parity=draft.parity,
     )

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from regrow_runtime.errors import RegrowError
 
@@ -44,13 +45,21 @@ def need(name: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no log lines below errors from the exporters, within the block."""
+    """No warnings and no log lines below errors from the exporters, within the block.
+
+    torch prints whole graphs to stdout when an export fails, whatever it is told: not so here.
+    """
+    import torch
+
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(torch._C, "_jit_onnx_log"),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -15,12 +15,14 @@ from torch import nn
 
 from regrow_runtime.adapter import Adapter, Coefficients
 from regrow_runtime.basis import BasisCache
+from regrow_runtime.cache import CacheSpec
 from regrow_runtime.errors import UsageError
 from regrow_runtime.manifest import SeededSpec, Slot, TensorSpec
 from regrow_runtime.methods import get_method
 
 from .accuracy import Samples, accuracies
 from .blocks import block_weights
+from .cache import cache_names
 from .expander import adapter_inputs, graph_storage, splice
 from .feeds import Feeds, expansion_feeds, head_feeds, head_slots, model_head, target_slot
 from .graph import SlotTensor, describe, free_deltas, open_slots, opset_of, specs
@@ -52,6 +54,7 @@ class Draft:
     slots: tuple[Slot, ...] = ()
     seeded: SeededSpec | None = None
     parity: Mapping[str, float] = field(default_factory=dict)
+    cache: CacheSpec | None = None
 
 
 def swappable(
@@ -158,7 +161,7 @@ def seeded(
 
 def _trace(model: nn.Module, source: ExportSource, folder: Path, inputs: Arrays | None) -> Traced:
     with TemporaryDirectory(dir=folder) as scratch:
-        return trace(model, source.task, inputs, Path(scratch))
+        return trace(model, source.task, inputs, Path(scratch), cache=source.cache)
 
 
 def _trace_slotted(
@@ -238,7 +241,7 @@ def _write(
     metadata = {"backbone_id": source.backbone_id, "mode": mode, "task": source.task}
     describe(traced.graph, metadata | {"variant": precision})
     save_graph(traced.graph, folder, inline={*_input_names(slots), *fed})
-    return Checker(folder / GRAPH_FILE, traced.inputs, traced.outputs, precision)
+    return Checker(folder / GRAPH_FILE, traced.inputs, traced.outputs, precision, traced.cache)
 
 
 def _input_names(slots: Sequence[Slot]) -> list[str]:
@@ -273,18 +276,19 @@ def _draft(
     spec: SeededSpec | None = None,
     fed: Sequence[str] = (),
 ) -> Draft:
-    graph = traced.graph
+    graph, cache = traced.graph, cache_names(traced.cache)
     return Draft(
         file=GRAPH_FILE,
         opset=opset_of(graph),
         ir_version=graph.ir_version,
         input_specs=tuple(
             _with_sizes(spec, traced.fixed.get(spec.name, ()))
-            for spec in specs(graph.graph.input, [*_input_names(slots), *fed])
+            for spec in specs(graph.graph.input, [*_input_names(slots), *fed, *cache])
         ),
-        output_specs=specs(graph.graph.output),
+        output_specs=specs(graph.graph.output, list(cache)),
         inputs=traced.inputs,
         slots=slots,
         seeded=spec,
         parity=parity,
+        cache=traced.cache,
     )

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_runtime.cache import CacheSpec
 from regrow_runtime.errors import RegrowError
 from regrow_runtime.manifest import Slot
 
+from .cache import decoded, padded_inputs
 from .feeds import Feeds, slot_shapes
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ RTOL, ATOL = 1e-3, 1e-4
 # Where inputs of layers are rounded to 8 bits, as torch's are not: the root of the mean square of
 # the difference, over that of the outputs.
 INT8_SHARE = 0.1
+MADE_SHARE = 0.2  # the same with made adapters, which change weights by as much as there was
 _RANK = 4
 _BATCHES = (2, 3)
 
@@ -46,12 +49,14 @@ class Checker:
         outputs: names of the outputs that are compared.
         precision: int8 rounds inputs of layers, and is held to a share of the outputs. int4 is
             compared with float32 inputs, which ONNX Runtime must be told.
+        cache: if the graph has one, every comparison is also made token by token through it.
     """
 
     def __init__(
-        self, path: Path, inputs: Arrays, outputs: Sequence[str], precision: str = "fp32"
-    ) -> None:
-        self.inputs, self.outputs = inputs, list(outputs)
+        self, path: Path, inputs: Arrays, outputs: Sequence[str], precision: str = "fp32",
+        cache: CacheSpec | None = None,
+    ) -> None:  # fmt: skip
+        self.inputs, self.outputs, self.cache = inputs, list(outputs), cache
         self.share = INT8_SHARE if precision == "int8" else None
         self._base: Arrays = {}
         self.session = self.deployed = _open(path, {})
@@ -64,11 +69,15 @@ class Checker:
 
     def run(self, inputs: Arrays, feeds: Arrays, what: str) -> dict[str, NDArray[Any]]:
         """Outputs by name; `RegrowError` says what was being checked."""
+        past = self.cache.empty(len(next(iter(inputs.values())))) if self.cache else {}
+        return self._run(self.outputs, {**past, **inputs, **feeds}, what)
+
+    def _run(self, outputs: Sequence[str], feeds: Arrays, what: str) -> dict[str, NDArray[Any]]:
         try:
-            found = self.session.run(self.outputs, {**inputs, **feeds})
+            found = self.session.run(outputs, feeds)
         except Exception as error:  # as above
             raise RegrowError(f"{what}: ONNX Runtime could not run the graph: {error}") from error
-        return dict(zip(self.outputs, found, strict=True))
+        return dict(zip(outputs, found, strict=True))
 
     def base(self, reference: Reference) -> dict[str, float]:
         """The base against torch, and as ONNX Runtime runs int4 unless it is told otherwise."""
@@ -82,13 +91,24 @@ class Checker:
 
     def against(self, reference: Reference, feeds: Arrays, what: str) -> float:
         """Largest |ONNX Runtime - torch| on batches of 2 and 3."""
-        worst = 0.0
+        worst = self._decode(reference, feeds, what)
         for batch in _BATCHES:
             inputs = self.rows(0, batch)
             worst = max(
                 worst, self._compare(self.run(inputs, feeds, what), reference(inputs), what)
             )
         return worst
+
+    def _decode(self, reference: Reference, feeds: Arrays, what: str) -> float:
+        """The same of logits that come through the cache, in a batch with padding."""
+        if (cache := self.cache) is None:
+            return 0.0
+        inputs = padded_inputs(cache, self.inputs)
+        names = [cache.logits, *(tensor.present for tensor in cache.tensors)]
+        got = decoded(cache, inputs, lambda fed: self._run(names, {**fed, **feeds}, what))
+        real = inputs[cache.inputs["attention_mask"]] != 0
+        want = reference(inputs)[cache.logits][real]
+        return compare(got[real], want, f"{what}, with the key-value cache", self.share)
 
     def mixed(self, reference: Callable[[int, Arrays], Arrays], feeds: Arrays) -> float:
         """One adapter per sample: every row must equal a run of its own with its adapter."""
@@ -103,7 +123,7 @@ class Checker:
         worst = 0.0
         for row in range(count):
             alone = reference(row, self.rows(row, row + 1))
-            part = {name: value[row : row + 1] for name, value in together.items()}
+            part = {name: _own(value, row, alone[name]) for name, value in together.items()}
             worst = max(worst, self._compare(part, alone, what))
         return worst
 
@@ -125,6 +145,13 @@ class Checker:
             where = f"{what}, output {name}"
             worst = max(worst, compare(got[name], want[name], where, self.share))
         return worst
+
+
+def _own(value: NDArray[Any], row: int, alone: NDArray[Any]) -> NDArray[Any]:
+    """A sample's row; where it has a column per sample (CLIP's logits), the sample's own."""
+    own = value[row : row + 1]
+    pairs = alone.shape == (1, 1) and own.shape == (1, len(value))
+    return own[:, row : row + 1] if pairs else own
 
 
 def _open(path: Path, config: Mapping[str, str]) -> ort.InferenceSession:
@@ -212,6 +239,9 @@ def check_slots(checker: Checker, slotted: nn.Module, slots: Sequence[Slot]) -> 
     from .trace import run_torch
 
     reference = partial(run_torch, slotted)
+    if checker.share is not None:
+        checker = copy(checker)
+        checker.share = MADE_SHARE
     feeds = random_feeds(slots, 1)
     set_slots(slotted, feeds)
     found = {"adapter_max_abs": checker.against(reference, feeds, "a made adapter")}

@@ -7,9 +7,9 @@ used here, do not look for preprocessors on a hub as its higher ones do.
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from regrow_runtime.cache import CacheSpec
 from regrow_runtime.errors import RegrowError, UsageError
 
+from .cache import cache_names, cache_of
 from .extras import need
+from .flow import check_flow
 from .graph import OPSET
+from .inputs import completed, made_inputs
 from .slots import learn_folds, shared_copy
 
 __all__ = ["Traced", "called_modules", "run_torch", "trace"]
@@ -39,7 +43,8 @@ class Traced:
     Attributes:
         graph: with its weights inside.
         inputs: by name, batch 3: those given, repeated or cut to 3 rows, or made up.
-        outputs: names, in order.
+        outputs: names, in order; those of the cache are not among them.
+        cache: the key-value cache, if it was traced with one.
         fixed: by name of an input of four dimensions, those after the batch that may not vary.
     """
 
@@ -47,10 +52,16 @@ class Traced:
     inputs: dict[str, NDArray[Any]]
     outputs: tuple[str, ...]
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    cache: CacheSpec | None = None
 
 
-def trace(model: nn.Module, task: str, inputs: Arrays | None, folder: Path) -> Traced:
+def trace(
+    model: nn.Module, task: str, inputs: Arrays | None, folder: Path, *, cache: bool = False
+) -> Traced:
     """Trace a module; `folder` takes the exporter's files.
+
+    Args:
+        cache: with a key-value cache, if optimum knows one for the model and the task.
 
     Raises:
         UsageError: the task or the architecture is unknown to optimum and no inputs are given, or
@@ -58,26 +69,38 @@ def trace(model: nn.Module, task: str, inputs: Arrays | None, folder: Path) -> T
         RegrowError: the exporter failed.
     """
     config = _optimum_config(model, task, inputs is not None)
+    past = _with_past(model, task) if cache and config is not None else None
     if config is None and inputs is None:
         raise UsageError(
             "inputs must be given for a model that is not from transformers, got none "
             "(--inputs FILE.npz on the command line)"
         )
     path = folder / "traced.onnx"
-    made = _made_inputs(config) if inputs is None else _rows(inputs, _BATCH)
+    made = _inputs(model, config, inputs)
     _check_arguments(model, made)
     try:
         learn_folds(model, lambda: run_torch(model, made), _BATCH)
         copied = shared_copy(model)  # exporters change attributes of what they trace
         if config is not None:
-            traced = _trace_optimum(copied, config, made, path)
+            traced = _trace_optimum(copied, past or config, made, path)
         else:
             traced = _trace_plain(copied, made, path)
         return replace(traced, fixed=_fixed_sizes(model, traced.inputs))
     except RegrowError:
         raise
     except Exception as error:  # exporters raise whatever comes up inside the model
-        raise RegrowError(f"the model could not be traced: {_first_line(error)}") from error
+        raise _untraced(model, error) from error
+
+
+def _untraced(model: nn.Module, error: Exception) -> RegrowError:
+    own = getattr(model, "config", None)
+    if getattr(own, "is_encoder_decoder", False):
+        return RegrowError(
+            "architecture must be an encoder or a decoder alone, got "
+            f"{getattr(own, 'model_type', 'one')}, which has both: give package.module:function "
+            f"that returns one of them ({_first_line(error)})"
+        )
+    return RegrowError(f"the model could not be traced: {_first_line(error)}")
 
 
 def _fixed_sizes(model: nn.Module, made: Arrays) -> dict[str, tuple[int, ...]]:
@@ -113,45 +136,84 @@ def _optimum_config(model: nn.Module, task: str, has_inputs: bool) -> Any | None
     from optimum.exporters.tasks import TasksManager
 
     if task.endswith("-with-past"):
-        raise UsageError(f"task must be one without a key-value cache, got {task!r}")
+        raise UsageError(
+            f"task must be {task.removesuffix('-with-past')!r}, which has a key-value cache unless "
+            f"--no-cache says otherwise, got {task!r}"
+        )
     try:
         make = TasksManager.get_exporter_config_constructor(
             "onnx", model=model, task=TasksManager.map_from_synonym(task),
             library_name="transformers",
         )  # fmt: skip
-        return make(model.config)
+        return _with_outputs(make(model.config), getattr(model, "extra_outputs", {}))
     except (KeyError, ValueError) as error:
         if has_inputs:
             return None
-        raise UsageError(
-            f"task must be one that optimum exports for {own.model_type}, got {task!r} "
-            f"({_first_line(error)}); give inputs to trace the model without optimum"
-        ) from error
+        raise _unknown(own, task) from error
+
+
+def _unknown(own: Any, task: str) -> UsageError:
+    """Which of the two optimum does not know, the architecture or the task, and the other way."""
+    from optimum.exporters.tasks import TasksManager
+
+    kinds = TasksManager._LIBRARY_TO_SUPPORTED_MODEL_TYPES["transformers"]
+    known = kinds.get(own.model_type, {}).get("onnx", {})
+    what = (
+        f"task must be one that optimum exports for {own.model_type}, got {task!r}"
+        if known
+        else f"architecture must be one that optimum exports, got {own.model_type}"
+    )
+    return UsageError(
+        f"{what}: give inputs by the names of its arguments (--inputs FILE.npz on the command "
+        "line) to trace it with torch.onnx instead"
+    )
+
+
+def _with_outputs(config: Any, more: Mapping[str, dict[int, str]]) -> Any:
+    """`config` with outputs that optimum does not know of, and their dynamic axes, at the end."""
+    kind = type(config)
+    if more:
+        outputs = property(lambda self: {**kind.outputs.fget(self), **more})
+        config.__class__ = type(kind.__name__, (kind,), {"outputs": outputs})
+    return config
+
+
+def _with_past(model: nn.Module, task: str) -> Any | None:
+    """optimum's export config with a key-value cache, or None if it has none."""
+    from optimum.exporters.tasks import TasksManager
+
+    if TasksManager.map_from_synonym(task) != "text-generation":
+        return None
+    try:
+        make = TasksManager.get_exporter_config_constructor(
+            "onnx", model=model, task="text-generation-with-past", library_name="transformers"
+        )
+        return make(model.config, use_past=True, use_past_in_inputs=True)
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def _trace_optimum(model: nn.Module, config: Any, made: Arrays, path: Path) -> Traced:
     from optimum.exporters.onnx.convert import export_pytorch
 
-    wanted = list(config.ordered_inputs(model))
+    past = getattr(config, "use_past_in_inputs", False)
+    wanted = [n for n in config.ordered_inputs(model) if not n.startswith("past_key_values.")]
     _check_inputs(made, wanted)
     _, outputs = export_pytorch(model, config, OPSET, path)
     graph = onnx.load(str(path))
     taken = {value.name for value in graph.graph.input}  # the tracer drops those not read
-    return Traced(graph, {k: v for k, v in made.items() if k in taken}, tuple(outputs))
+    cache = cache_of(graph, model) if past else None
+    kept = {name: value for name, value in made.items() if name in taken}
+    outputs = [name for name in outputs if name not in cache_names(cache)]
+    return Traced(graph, kept, tuple(outputs), cache=cache)
 
 
-def _made_inputs(config: Any) -> dict[str, NDArray[Any]]:
-    """optimum's dummy inputs, batch 3, the same at every call; the caller's random state stays."""
-    state = random.getstate()
-    try:
-        random.seed(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            made = config.generate_dummy_inputs(framework="pt", batch_size=_BATCH)
-            made = config.rename_ambiguous_inputs(made)
-    finally:
-        random.setstate(state)
-    return {name: value.numpy() for name, value in made.items() if isinstance(value, torch.Tensor)}
+def _inputs(model: nn.Module, config: Any | None, given: Arrays | None) -> dict[str, NDArray[Any]]:
+    """Those given, or else made up; batch 3."""
+    if given is None:
+        return made_inputs(config, model, _BATCH)
+    wanted = [] if config is None else list(config.ordered_inputs(model))
+    return completed(_rows(given, _BATCH), wanted)
 
 
 def _rows(inputs: Arrays, count: int) -> dict[str, NDArray[Any]]:
@@ -170,6 +232,7 @@ def _check_inputs(given: Arrays, wanted: Sequence[str]) -> None:
 
 def _trace_plain(model: nn.Module, made: Arrays, path: Path) -> Traced:
     outputs = tuple(run_torch(model, made))
+    check_flow(partial(run_torch, model), made)
     names, inner = tuple(made), model.forward
 
     def forward(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:

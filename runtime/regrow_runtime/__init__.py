@@ -11,6 +11,7 @@ from .adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target, Vali
 from .basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
 from .bundle import PROFILES, Bundle, Profile, SwapCost
 from .errors import FormatError, MismatchError, RegrowError, UsageError
+from .generate import Generated, Generation
 from .manifest import Manifest, Slot
 from .preprocess import ImagePreprocessor, read_image
 
@@ -22,6 +23,8 @@ __all__ = [
     "Bundle",
     "Coefficients",
     "FormatError",
+    "Generated",
+    "Generation",
     "Head",
     "HeadLayer",
     "ImagePreprocessor",

@@ -54,6 +54,7 @@ class Role(IntEnum):
     VERA_A = 2
     VERA_B = 3
     FOURIER_LOCATIONS = 4
+    SAMPLING = 5  # of tokens: block is the token's place, vector the sample's row
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,9 @@ import onnxruntime as ort
 from .adapter import Adapter
 from .basis import BasisCache
 from .blend import as_weight, blend
+from .cache import CacheSpec
 from .errors import FormatError, RegrowError, UsageError
+from .generate import Generated, Generation, Ids, Settings
 from .manifest import GraphSpec, Manifest, TensorSpec
 from .preprocess import ImagePreprocessor
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
@@ -133,6 +135,8 @@ class Bundle:
         # Folding would make float32 of weights that are stored in fewer bits, for good.
         disabled = ["ConstantFolding"] if narrow else []
         session = _session(folder, manifest, chosen, providers, disabled)
+        if manifest.cache is not None:
+            _check_cache(manifest.cache, session, folder / manifest.graphs[0].file)
         return cls(folder, manifest, session, settings)
 
     # -- adapters --------------------------------------------------------------------------------
@@ -320,6 +324,8 @@ class Bundle:
         adapters: Sequence[str | None] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, NDArray[Any]]:
+        cache = self.manifest.cache
+        inputs = inputs if cache is None else cache.filled(inputs)
         feeds = {spec.name: _checked(inputs, spec) for spec in self.graph.inputs}
         unknown = set(inputs) - set(feeds)
         if unknown:
@@ -332,14 +338,19 @@ class Bundle:
         names = known if outputs is None else list(outputs)
         if not set(names) <= set(known):
             raise UsageError(f"outputs must be among {known}, got {names}")
+        if cache is not None:
+            feeds |= cache.empty(len(feeds[cache.inputs["input_ids"]]))
+        return dict(zip(names, self._call(names, feeds), strict=True))
+
+    def _call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
         try:
-            values = self._session.run(names, feeds, self._run_options)
+            values: list[NDArray[Any]] = self._session.run(names, feeds, self._run_options)
         except Exception as error:
             shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
             raise RegrowError(
                 f"model must take these inputs, got {shapes}: {_first_line(error)}"
             ) from error
-        return dict(zip(names, values, strict=True))
+        return values
 
     def run_all(
         self, inputs: Mapping[str, ArrayLike], *, batch: int = 64
@@ -371,18 +382,56 @@ class Bundle:
             raise UsageError(f"model must take pictures, got {self.graph.inputs[0].name}")
         return ImagePreprocessor.from_folder(self.folder)
 
+    def generate(
+        self,
+        input_ids: ArrayLike | Sequence[ArrayLike],
+        *,
+        attention_mask: ArrayLike | None = None,
+        max_new_tokens: int | None = None,
+        on_tokens: Callable[[Ids], object] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generated:
+        """Go on with a text, or with a batch of them, from a causal language model.
+
+        Args:
+            input_ids: of one sample, or of each; samples may have different lengths.
+            settings: adapters, temperature, top_p, seed, stop; see `Generation`, whose `generate`
+                has the other arguments, and errors.
+        """
+        return self.chat(**settings).generate(
+            input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
+            on_tokens=on_tokens,
+        )  # fmt: skip
+
+    def chat(self, **settings: Unpack[Settings]) -> Generation:
+        """A conversation: its `generate` goes on where the last call ended; see `Generation`."""
+        return Generation(self, **settings)
+
+    def _adapted(
+        self, adapters: Sequence[str | None] | None, samples: int
+    ) -> tuple[list[Resident | None], Feeds]:
+        """The adapters that serve a batch now, and what they put into the slots."""
+        if adapters is None:
+            active = self._active  # one look: another thread may swap
+            return [active], active.feeds if active else {}
+        residents = self._named(adapters, {samples})
+        return residents, stack(residents, self.manifest.slots, self._head(residents))
+
     def _per_sample(self, adapters: Sequence[str | None], feeds: Feeds) -> Feeds:
+        batch = {array.shape[0] for array in feeds.values() if array.ndim}
+        residents = self._named(adapters, batch)
+        return stack(residents, self.manifest.slots, self._head(residents))
+
+    def _named(self, adapters: Sequence[str | None], batch: set[int]) -> list[Resident | None]:
         if self.manifest.mode != "swappable":
             raise UsageError(
                 f"adapters per sample need a swappable bundle, got {self.manifest.mode}"
             )
-        batch = {array.shape[0] for array in feeds.values() if array.ndim}
         if batch != {len(adapters)}:
             raise UsageError(
                 f"adapters must be one per sample ({sorted(batch)}), got {len(adapters)}"
             )
-        residents = [None if name is None else self._resident(name) for name in adapters]
-        return stack(residents, self.manifest.slots, self._head(residents))
+        return [None if name is None else self._resident(name) for name in adapters]
 
     def _head(self, residents: Sequence[Resident | None]) -> Feeds:
         """The base's head, read once, and only if a batch mixes it with others."""
@@ -452,6 +501,14 @@ def _session(
         )
     except Exception as error:
         raise FormatError(f"{path} could not be opened: {_first_line(error)}") from error
+
+
+def _check_cache(cache: CacheSpec, session: ort.InferenceSession, path: Path) -> None:
+    given, made = (
+        {value.name: value.shape for value in values}
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+    cache.check_graph(given, made, str(path))
 
 
 def _first_line(error: Exception) -> str:

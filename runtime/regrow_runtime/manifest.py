@@ -7,11 +7,12 @@ and preprocessing files, and a probe. `docs/bundle-format.md` describes it for o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .cache import CacheSpec, parse_cache
 from .errors import FormatError, UsageError
 from .fields import Fields, dump_json, parse_json
 from .files import read_bytes, sha256_file
@@ -119,6 +120,7 @@ class Manifest:
     variant: str = "fp32"
     adapter: str | None = None  # sha256 of the adapter that is built in, if one is
     seeded: SeededSpec | None = None
+    cache: CacheSpec | None = None  # of a causal language model
     parity: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -174,6 +176,7 @@ def _parse(fields: Fields) -> Manifest:
     if version != FORMAT:
         raise FormatError(f"{fields.where}: format must be {FORMAT}, got {version}; see CHANGELOG")
     seeded = fields.optional("seeded")
+    cache = fields.optional("cache")
     manifest = Manifest(
         mode=fields.choice("mode", MODES),
         task=fields.take("task", str),
@@ -191,7 +194,11 @@ def _parse(fields: Fields) -> Manifest:
     )
     fields.done()
     _check_parts(manifest, fields.where)
-    return manifest
+    return manifest if cache is None else replace(manifest, cache=_cache(cache, manifest.graphs[0]))
+
+
+def _cache(part: Fields, graph: GraphSpec) -> CacheSpec:
+    return parse_cache(part, *([spec.name for spec in s] for s in (graph.inputs, graph.outputs)))
 
 
 def _check_parts(manifest: Manifest, where: str) -> None:

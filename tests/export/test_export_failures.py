@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import sys
 from dataclasses import replace
 
@@ -167,7 +169,91 @@ def test_models_that_are_not_ready(refused, plain, vit):
         "task must be one that optimum exports for vit, got 'text-generation'",
         source=replace(vit, task="text-generation"), inputs=None,
     )  # fmt: skip
-    refused("without a key-value cache", source=replace(vit, task="text-generation-with-past"))
+    refused(
+        "task must be 'text-generation', which has a key-value cache unless --no-cache",
+        source=replace(vit, task="text-generation-with-past"),
+    )
+
+
+def _text_model(name, **sizes):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=60, **sizes)
+    kind = "T5ForConditionalGeneration" if name == "T5" else f"{name}Model"
+    model = getattr(transformers, kind)(config).eval()
+    return ExportSource(model, "feature-extraction", "sha256:00")
+
+
+def test_architectures_that_optimum_does_not_export(refused, capfd):
+    """Which, and the way that is left; where that fails too, one line and no graph on stdout."""
+    fnet = _text_model("FNet", hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    target = ["encoder.layer.0.output.dense"]
+    error = refused(
+        "architecture must be one that optimum exports, got fnet: give inputs .* torch.onnx",
+        source=fnet, inputs=None, targets=target,
+    )  # fmt: skip
+    assert "\n" not in str(error)
+    ids = {"input_ids": np.arange(12).reshape(2, 6)}
+    refused("could not be traced: .* operator 'aten::fft_fftn'", source=fnet, inputs=ids,
+            targets=target, error=RegrowError)  # fmt: skip
+    five = _text_model("T5", d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    refused(
+        "architecture must be an encoder or a decoder alone, got t5, which has both",
+        source=five, inputs=None, error=RegrowError,
+        targets=["encoder.block.0.layer.0.SelfAttention.q"],
+    )  # fmt: skip
+    assert capfd.readouterr().out == ""
+
+
+class _Deciding(torch.nn.Module):
+    """Takes a number out of a tensor; `way` says of which."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.one = way, torch.nn.Linear(4, 4)
+        self.register_buffer("often", torch.tensor(2))
+
+    def forward(self, x):
+        y = self.one(x)
+        if self.way == "a branch":
+            return y if x.mean() > 0 else -y
+        times = self.often if self.way == "a constant" else x.abs().sum().long() % 7 + 1
+        for _ in range(int(times.item())):
+            y = torch.tanh(y)
+        return y
+
+
+@pytest.mark.parametrize("way", ["a branch", "a loop"])
+def test_decisions_by_the_inputs_values(refused, way):
+    x = np.array([[1, 2, 3, 4], [0.3, -0.1, 0.2, 0.5]], dtype=np.float32)
+    refused(
+        r"must not decide by its inputs' values, .* got a number .* at test_export_failures.py:\d+",
+        source=ExportSource(_Deciding(way).eval(), "custom", "sha256:00"), inputs={"x": x},
+        targets=["one"], error=RegrowError,
+    )  # fmt: skip
+
+
+def test_decisions_by_constants_are_fine(tmp_path):
+    source = ExportSource(_Deciding("a constant").eval(), "custom", "sha256:00")
+    inputs = {"x": np.ones((2, 4), dtype=np.float32)}
+    export_bundle(source, tmp_path / "b", targets=["one"], inputs=inputs)
+    assert (tmp_path / "b" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("room", [200, 3_000, 20_000, 70_000])
+def test_a_full_disk(vit, tmp_path, room):
+    """Files may grow to `room` bytes, of 600,000 that the model takes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+        with pytest.raises((RegrowError, OSError)) as caught:
+            export_bundle(vit, tmp_path / "b", targets=["vit.encoder.layer.0.output.dense"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_cannot_be_copied(refused, plain, tmp_path_factory):

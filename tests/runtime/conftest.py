@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Target
+from regrow_runtime.cache import CacheSpec, CacheTensor
 from regrow_runtime.manifest import (
     SLOT_PARTS,
     FileEntry,
@@ -99,6 +100,56 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, weights: Any) -> Pat
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of 13 tokens and 24 places, token 12 ends a text; see data/make_lm.py."""
+    folder = tmp_path_factory.mktemp("lm") / "tiny"
+    folder.mkdir()
+    shutil.copyfile(DATA / "tiny-lm.onnx", folder / "backbone.onnx")
+    inputs = ("input_ids", "attention_mask", "position_ids")
+    both = {part: f"value.adapter_{part}" for part in "AB"}
+    manifest = Manifest(
+        mode="swappable", task="text-generation", backbone_id=BACKBONE, opset=17, ir_version=8,
+        graphs=(
+            GraphSpec(
+                "model", "backbone.onnx",
+                tuple(TensorSpec(name, "int64", ("batch", "length")) for name in inputs),
+                (TensorSpec("logits", "float32", ("batch", "length", 13)),),
+            ),
+        ),
+        slots=(Slot("value", "low_rank", 8, 8, both),),
+        labels=(),
+        files={path.name: _entry(path) for path in folder.iterdir()},
+        cache=CacheSpec(
+            inputs={name: name for name in inputs}, logits="logits",
+            tensors=(CacheTensor("past.0.value", "present.0.value", 2, 4),), context=24, stop=(12,),
+        ),
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def lm(lm_folder: Path) -> Bundle:
+    return Bundle.open(lm_folder, threads=1)
+
+
+@pytest.fixture(scope="session")
+def lm_logits() -> Callable[..., np.ndarray]:
+    """lm_logits(ids, expansion): of one text, for every token, computed at once in NumPy."""
+    stored = load_file(DATA / "tiny-lm.safetensors")
+
+    def call(ids: Any, expansion: Mapping[str, Any] | None = None) -> np.ndarray:
+        x = np.tanh(stored["embed"][ids] + stored["place"][: len(ids)])
+        value = stored["value"]
+        if expansion:
+            value = value + expansion["value"]["A"] @ expansion["value"]["B"]
+        means = np.cumsum(x @ value, axis=0) / np.arange(1, len(ids) + 1)[:, None]
+        return np.tanh(x + means) @ stored["out"]
+
+    return call
 
 
 @pytest.fixture

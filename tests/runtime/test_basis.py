@@ -116,7 +116,7 @@ def test_every_index_has_a_stream_of_its_own(change):
 
 def test_roles_are_those_of_the_format():
     assert {role.name: role.value for role in Role} == {
-        "NOLA_A": 0, "NOLA_B": 1, "VERA_A": 2, "VERA_B": 3, "FOURIER_LOCATIONS": 4,
+        "NOLA_A": 0, "NOLA_B": 1, "VERA_A": 2, "VERA_B": 3, "FOURIER_LOCATIONS": 4, "SAMPLING": 5,
     }  # fmt: skip
 
 

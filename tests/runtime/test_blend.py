@@ -207,7 +207,7 @@ def test_a_blend_of_too_high_a_rank(fixed, pixels, make_adapter):
         ({"user-0": "0.7"}, {}, "weight of user-0 must be a finite number, got '0.7'"),
         ({"user-0": 1}, {"scale": np.inf}, "scale must be a finite number, got inf"),
         ({"user-0": 1}, {"scale": None}, "scale must be a finite number, got None"),
-        ({"user-0": 1, "headed": 1}, {}, "must have the same labels, got user-0 with 3 .ant ..."),
+        ({"user-0": 1, "headed": 1}, {}, "must have the same labels, got user-0 with 3 .ant, "),
         ({"headed": 1, "other": -1}, {}, "with heads must add up to more than 0, got 0.0"),
     ],
 )

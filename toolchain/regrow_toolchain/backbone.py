@@ -29,6 +29,7 @@ from regrow_runtime.preprocess import PREPROCESSOR, ImagePreprocessor
 from .backbone_id import INDEX, backbone_id, memory_id
 from .lowrank import Plan, apply_plan
 from .plain import FUNCTION, check_finite, check_weights, declared, made_by, tied, unique_tensors
+from .sentences import with_pooling, write_pooling
 from .structure import find_head
 
 __all__ = ["CONFIG", "WEIGHTS", "Backbone", "load_backbone", "save_backbone"]
@@ -215,7 +216,8 @@ def _load_huggingface(folder: Path) -> Backbone:
     if missing:
         raise FormatError(f"{folder}: weights lack {', '.join(sorted(missing)[:5])}")
     check_finite(model, str(folder))
-    backbone = _backbone(folder, model.eval(), backbone_id(weights, head), head)
+    model = with_pooling(model.eval(), folder)
+    backbone = _backbone(folder, model, backbone_id(weights, head), head)
     if any(name.startswith(parts) for name in info["missing_keys"]):
         backbone.labels = ()  # the head was drawn at random: its outputs mean nothing yet
     return backbone
@@ -266,7 +268,7 @@ def _load_compressed(folder: Path, function: str) -> Backbone:
             )
         backbone.backbone_id = stored_id
     else:
-        backbone = _backbone(folder, model.eval(), stored_id, head)
+        backbone = _backbone(folder, with_pooling(model.eval(), folder), stored_id, head)
     backbone.layers, backbone.report = plans, report
     return backbone
 
@@ -296,14 +298,16 @@ def _plan(part: Fields) -> Plan:
 def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
     """The model's structure without weights; non-persistent buffers are made as usual."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     model_class = _model_class(folder)
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with init_empty_weights(include_buffers=False):
-                model: nn.Module = model_class(config)
+                model: Any = model_class(config)
+            if (folder / "generation_config.json").is_file():  # such as what ends a text
+                model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # transformers raises many kinds on broken directories
             raise FormatError(
                 f"{folder / _HF_CONFIG} must describe a model: {_first_line(error)}"
@@ -396,6 +400,7 @@ def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -
         identity = backbone_id([folder / WEIGHTS], backbone.head)
         for file in backbone.files:
             shutil.copyfile(file, folder / file.name)
+        write_pooling(backbone.model, folder)
         config = {
             "format": FORMAT,
             "backbone_id": identity,

@@ -34,6 +34,7 @@ def export_backbone(
     precision: str = "fp32",
     inputs: Mapping[str, NDArray[Any]] | None = None,
     data: Dataset | None = None,
+    cache: bool = True,
     force: bool = False,
 ) -> Manifest:
     """Write the bundle `out`; see `regrow_export.export_bundle` for modes and errors.
@@ -48,6 +49,7 @@ def export_backbone(
         precision: fp32, fp16, int8 or int4, of the weights of linear layers in blocks.
         data: samples with the labels of the model (or of the head that is built in), to measure
             what `precision` costs in accuracy.
+        cache: give a causal language model a key-value cache.
     """
     source = ExportSource(
         model=backbone.model,
@@ -56,6 +58,7 @@ def export_backbone(
         head=backbone.head,
         labels=backbone.labels,
         files=backbone.files,
+        cache=cache,
     )
     if adapter is not None:
         check_adapter(source, adapter)

@@ -307,3 +307,35 @@ def test_smaller_storage(
     with applied(model, adapter) as changed:
         assert np.array_equal(found, _logits(changed, "bert"))  # the file is what is in memory
     assert np.abs(found - _peft_logits(dense("bert"), folder, "bert")).max() < most
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_texts_through_a_bundle_with_a_cache(
+    name: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Token for token what PEFT's model generates, and without the adapter what the base does."""
+    folder, bundle = trained(name, "lora"), tmp_path / "bundle"
+    adapter = import_peft(folder, dense(name))
+    export_backbone(load_backbone(dense(name)), bundle, adapter=adapter)
+    device = Bundle.open(bundle, threads=1)
+    prompts = _inputs(name)["input_ids"]
+    device.swap(adapter, name="imported")
+    found = device.generate(prompts.numpy(), max_new_tokens=8, stop=())
+    model = peft.PeftModel.from_pretrained(load_backbone(dense(name)).model, folder).eval()
+    wanted = [_generated(model, prompts)]
+    with model.disable_adapter():
+        wanted.append(_generated(model, prompts))
+    assert [row.tolist() for row in found.tokens] == wanted[0]
+    device.swap(None)
+    found = device.generate(prompts.numpy(), max_new_tokens=8, stop=())
+    assert [row.tolist() for row in found.tokens] == wanted[1] != wanted[0]
+
+
+def _generated(model: Any, prompts: torch.Tensor) -> list[list[int]]:
+    with torch.inference_mode():
+        rows = model.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+            min_new_tokens=8, max_new_tokens=8, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    found: list[list[int]] = rows[:, prompts.shape[1] :].tolist()
+    return found

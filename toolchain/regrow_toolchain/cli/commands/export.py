@@ -61,6 +61,11 @@ from regrow_toolchain.cli.tables import size
     help="Method whose adapters a swappable bundle takes, such as fourierft or bitfit, beside that "
     "of --adapter; repeatable. By default nola, lora and vera, whose slots are the same.",
 )
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Leave out the key-value cache of a causal language model; without it, it makes no text.",
+)
 @targets_option
 @force_option
 @json_option
@@ -76,6 +81,7 @@ def export_command(
     max_length: int,
     inputs: Path | None,
     methods: tuple[str, ...],
+    no_cache: bool,
     targets: tuple[str, ...],
     force: bool,
     as_json: bool,
@@ -113,7 +119,7 @@ def export_command(
         precision=precision, inputs=load_inputs(inputs, model) if inputs else None,
         data=load_data(data, model, text=text, label=label, max_length=max_length)
         if data else None,
-        force=force,
+        cache=not no_cache, force=force,
     )  # fmt: skip
     result = {
         "out": str(out),
@@ -122,6 +128,7 @@ def export_command(
         "backbone_id": manifest.backbone_id,
         "opset": manifest.opset,
         "slots": len(manifest.slots),
+        "cache": manifest.cache is not None,
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "parity": dict(manifest.parity),
     }
@@ -146,5 +153,6 @@ def _lines(result: dict[str, Any]) -> list[str]:
         *cost,
         f"largest difference to torch: {largest}",
         f"wrote {result['out']}: {result['mode']}, {result['variant']}, {size(result['bytes'])}, "
-        f"{result['slots']} slots, opset {result['opset']}",
+        f"{result['slots']} slots, opset {result['opset']}"
+        + (", key-value cache" if result["cache"] else ""),
     ]
