@@ -6,7 +6,6 @@ allocated: sizes against the header, shapes against what the method's config say
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from .target_rows import Target, target_rows, targets_of
 
 __all__ = [
     "FORMAT",
+    "MAX_FILE_BYTES",
     "STORAGE",
     "Adapter",
     "Coefficients",
@@ -44,7 +44,7 @@ FORMAT = 1
 STORAGE = {"fp32": 32, "fp16": 16, "int8": 8, **{f"int{bits}": bits for bits in range(2, 8)}}
 
 # Bounds of the format, far above any real adapter: they stop a hostile header, not a user.
-_MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 _MAX_CLASSES = 1 << 20
 _MAX_PROBE = 64
 
@@ -205,11 +205,13 @@ class Adapter:
     def load(cls, path: str | Path) -> Adapter:
         """Read, parse and check a file."""
         path = Path(path)
-        data = read_bytes(path, limit=_MAX_FILE_BYTES, what="an adapter")
+        data = read_bytes(path, limit=MAX_FILE_BYTES, what="an adapter")
         return cls.from_bytes(data, str(path))
 
     def digest(self) -> str:
         """Hex SHA-256 of the file's bytes."""
+        import hashlib  # not above: it loads OpenSSL, for milliseconds
+
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 

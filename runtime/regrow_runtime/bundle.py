@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# ONNX Runtime sends telemetry by default since 1.31; a device has not asked for that.
+# ONNX Runtime sends telemetry by default since 1.29; a device has not asked for that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
@@ -30,6 +30,9 @@ from .preprocess import ImagePreprocessor
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
 __all__ = ["PROFILES", "Bundle", "Profile", "SwapCost"]
+
+if os.environ["ORT_DISABLE_TELEMETRY"] != "0":  # on Windows, or if it was imported before
+    ort.disable_telemetry_events()
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,10 @@ class Bundle:
     def residents(self) -> dict[str, int]:
         """Bytes of RAM by adapter that `swap` activates without reading a file."""
         return {name: resident.nbytes for name, resident in list(self._residents.items())}
+
+    def holds(self, name: str) -> bool:
+        """Whether an adapter of this name is resident."""
+        return name in self._residents
 
     def labels(self, adapter: str | None = None) -> tuple[str, ...]:
         """Class names of a resident adapter, or of the active one (the base's if none is)."""
@@ -336,7 +343,7 @@ class Bundle:
             feeds.update(active.feeds)
         known = [spec.name for spec in self.graph.outputs]
         names = known if outputs is None else list(outputs)
-        if not set(names) <= set(known):
+        if not names or not set(names) <= set(known):
             raise UsageError(f"outputs must be among {known}, got {names}")
         if cache is not None:
             feeds |= cache.empty(len(feeds[cache.inputs["input_ids"]]))
@@ -512,7 +519,7 @@ def _check_cache(cache: CacheSpec, session: ort.InferenceSession, path: Path) ->
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:1000]
 
 
 def _read(source: str | Path | Adapter, name: str | None) -> tuple[Adapter, str]:

@@ -1,11 +1,11 @@
-"""Writing so that nothing is lost: a temporary neighbour first, then one rename."""
+"""Writing so that nothing is lost: a temporary neighbour first, then one rename.
+
+What only writing needs is imported there: loading it takes longer than loading the runtime may.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from .errors import FormatError, RegrowError, UsageError
 
-__all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "write_bytes"]
+__all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "sync", "write_bytes"]
 
 
 def check_output(path: Path, *, force: bool, marker: str | None = None) -> None:
@@ -42,7 +42,10 @@ def check_output(path: Path, *, force: bool, marker: str | None = None) -> None:
         raise UsageError(f"output must lie in an existing folder, got {path}: no such folder")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's names, durable."""
+    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,11 +53,18 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; an existing one is replaced in one step."""
+def write_bytes(path: Path, data: bytes, *, room: Path | None = None) -> None:
+    """Write a file whole or not at all; an existing one is replaced in one step.
+
+    The temporary file is in the folder `room`, by default beside `path`.
+    """
+    import tempfile
+
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", dir=room or path.absolute().parent
+        )
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
@@ -90,6 +100,9 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
         UsageError: as `check_output`.
         RegrowError: the folder could not be written.
     """
+    import shutil
+    import tempfile
+
     path = Path(path).absolute()
     check_output(path, force=force, marker=marker)
     room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -100,7 +113,7 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
         for name in fresh.rglob("*"):
             if name.is_file():
                 os.chmod(name, 0o644)  # some libraries write files that only their owner may read
-                _sync(name)
+                sync(name)
         _exchange(fresh, path, room / "old")
     except SafetensorError as error:  # how its writer says that the disk is full
         raise RegrowError(f"{path} could not be written: {error}") from error
@@ -134,6 +147,8 @@ def _missing(path: Path) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces of 1 MiB."""
+    import hashlib
+
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):

@@ -41,6 +41,10 @@ SLOT_PARTS = {
 
 _MAX_BYTES = 64 << 20
 _MAX_WIDTH = 1 << 24
+_MAX_DIMENSIONS = 16
+_MAX_PATH = 255
+_DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+           "float16", "float32", "float64")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,8 @@ def _check_parts(manifest: Manifest, where: str) -> None:
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             raise FormatError(f"{where}: files must list {graph.file}")
+        if not graph.outputs:
+            raise FormatError(f"{where}: outputs of {graph.name} must name at least one")
     if len({(slot.target, slot.kind) for slot in manifest.slots}) < len(manifest.slots):
         raise FormatError(f"{where}: slots must be of one kind once for a target")
 
@@ -234,7 +240,13 @@ def _files(fields: Fields) -> dict[str, FileEntry]:
 def _check_name(name: str, where: str) -> None:
     """A path of the bundle stays in the bundle."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+    if (
+        not 0 < len(name) <= _MAX_PATH
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or ":" in name
+    ):
         raise FormatError(f"{where}: a file must lie in the bundle, got {name!r:.80}")
 
 
@@ -246,9 +258,10 @@ def _is_linked(folder: Path, name: str) -> bool:
 
 def _tensor(part: Fields) -> TensorSpec:
     shape = part.take("shape", list)
-    if not all(isinstance(d, str) or (type(d) is int and d >= 0) for d in shape):
+    whole = all(isinstance(d, str) or (type(d) is int and d >= 0) for d in shape)
+    if not whole or len(shape) > _MAX_DIMENSIONS:
         raise FormatError(f"{part.where}: shape must be numbers and names, got {shape!r:.80}")
-    spec = TensorSpec(part.take("name", str), part.take("dtype", str), tuple(shape))
+    spec = TensorSpec(part.take("name", str), part.choice("dtype", _DTYPES), tuple(shape))
     part.done()
     return spec
 

@@ -222,7 +222,7 @@ def test_a_message_names_the_file(tmp_path, good):
 def test_a_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch, good):
     from regrow_runtime import adapter
 
-    monkeypatch.setattr(adapter, "_MAX_FILE_BYTES", len(good) - 1)
+    monkeypatch.setattr(adapter, "MAX_FILE_BYTES", len(good) - 1)
     path = tmp_path / "large"
     path.write_bytes(good)
     with pytest.raises(FormatError, match=f"must be at most {len(good) - 1} bytes"):

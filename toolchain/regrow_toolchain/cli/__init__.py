@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "Make an adapter of one that PEFT trained, without torch.",
     "convert": "Write an adapter as dense tensors, for programs without regrow.",
     "run": "Run a bundle on pictures or arrays, without torch.",
+    "store": "Keep adapters on the device, by user and version.",
     "inspect": "Tell what an adapter file, a bundle or a backbone holds.",
 }
 
@@ -112,6 +113,9 @@ def _fail(message: str, code: int) -> int:
 
 def printable(text: str) -> str:
     """`text` without control characters: labels and names in files come from strangers, and a
-    terminal obeys escape sequences.
+    terminal obeys escape sequences. Joiners stay: words of some scripts are not written without.
     """
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    joiners = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+    return "".join(
+        c if c.isprintable() or c in joiners else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from regrow_toolchain.cli.commands.store import store_options, swap_first
 from regrow_toolchain.cli.options import emit, json_option, path_argument
 from regrow_toolchain.cli.tables import percent, table
 
@@ -35,6 +36,7 @@ _SHOWN = 20
     help="A picture, or a folder of pictures (by class, for an accuracy).",
 )
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file to swap in first.")
+@store_options
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Write the outputs (logits) to an .npz."
 )
@@ -53,6 +55,8 @@ def run_command(
     arrays: Path | None,
     image: Path | None,
     adapter: Path | None,
+    store: Path | None,
+    user: str | None,
     out: Path | None,
     profile: str,
     threads: int | None,
@@ -71,7 +75,7 @@ def run_command(
     if out is not None:
         check_output(out, force=force)
     opened = Bundle.open(bundle, profile=profile, threads=threads)
-    cost = opened.swap(adapter) if adapter else None
+    cost = swap_first(opened, adapter, store, user)
     samples = _samples(opened, arrays, image)
     if samples.labels is not None:
         _check_labels(samples.labels, len(samples.names))

@@ -1,0 +1,342 @@
+"""Adapters on the device, by user and version, in a folder that several processes may share.
+
+An index (SQLite) and one file per content, named by its hash: docs/store.md. Files are written and
+removed under the index's write lock alone, so nobody sees one in the making, and a file is durable
+before the index names it. So whoever is killed, wherever, leaves a store that opens, in which every
+adapter that was reported installed is whole; what else is left is cleared when it is opened next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from stat import S_ISREG
+from typing import TYPE_CHECKING, Any
+
+from .adapter import MAX_FILE_BYTES, Adapter
+from .errors import FormatError, RegrowError, UsageError
+from .files import read_bytes, sync, write_bytes
+from .index import Index, Installed, clean
+from .manifest import Manifest
+from .slots import check_fit
+
+if TYPE_CHECKING:
+    from .bundle import Bundle, SwapCost
+
+__all__ = ["Installed", "Store"]
+
+_ENDING = ".safetensors"
+_OF_USER = "WHERE user = ? ORDER BY version"
+_OF_FILE = "WHERE digest = ? LIMIT 1"
+_INSERT = (
+    "INSERT OR IGNORE INTO adapters (user, version, digest, size, backbone_id, method, label, "
+    "added) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_NEWEST = (
+    "INSERT INTO users VALUES (?, ?) "
+    "ON CONFLICT (user) DO UPDATE SET newest = max(newest, excluded.newest)"
+)
+_ACTIVATE = (
+    "UPDATE adapters SET turn = (SELECT coalesce(max(turn), 0) + 1 FROM adapters WHERE user = ?1) "
+    "WHERE user = ?1 AND version = ?2"
+)
+_DEACTIVATE = "UPDATE adapters SET turn = NULL WHERE user = ? AND version = ?"
+_DELETE = "DELETE FROM adapters WHERE user = ? AND version = coalesce(?, version)"
+_FORGET = (
+    "DELETE FROM users WHERE user = ?1 AND NOT EXISTS (SELECT 1 FROM adapters WHERE user = ?1)"
+)
+
+
+class Store:
+    """The store in a folder.
+
+    Any number of processes and threads may use one, each process an object of its own (open it
+    after a fork). A user id is 1 to 255 bytes of UTF-8 in any script, taken as NFC, without
+    control characters and path separators.
+
+    Args:
+        folder: where it is; made if there is none, or an empty one.
+        create: False: do not make one.
+        timeout: seconds to wait for another process that writes.
+
+    Methods raise `UsageError` for what is not there or makes no sense, `FormatError` for a broken
+    file or index, `RegrowError` if the disk is full or the store stays busy. Then nothing changed.
+    """
+
+    def __init__(self, folder: str | Path, *, create: bool = True, timeout: float = 30.0) -> None:
+        self.folder = Path(folder).absolute()
+        self._files, self._pending = self.folder / "objects", self.folder / "pending"
+        self._index = Index(self.folder, create=create, timeout=timeout)
+        try:
+            with self._index.open():
+                for path in (self._files, self._pending):
+                    path.mkdir(exist_ok=True)
+                sync(self.folder)
+            self._tidy()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the index; the object is of no use afterwards."""
+        self._index.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        user: str,
+        source: str | Path | bytes,
+        *,
+        version: int | None = None,
+        label: str = "",
+        bundle: Bundle | Manifest | None = None,
+        activate: bool = False,
+        allow_downgrade: bool = False,
+    ) -> Installed:
+        """Install an adapter file, or its bytes. When this returns it is on the disk, whole.
+
+        What is there already stays as it is (but becomes active, if asked to).
+
+        Args:
+            version: 1 to 2^53 - 1; by default one more than the newest that the user ever had, or
+                the newest itself if that has the same content.
+            label: a line for people, bounded as user ids are, but may be empty.
+            bundle: refuse an adapter that does not fit this one (`MismatchError`).
+            activate: make it the user's active one in the same step.
+            allow_downgrade: take a version below the newest that the user ever had.
+        """
+        user, label = clean(user, "user"), clean(label, "label") if label else ""
+        data = source if isinstance(source, bytes) else _incoming(Path(source))
+        adapter = Adapter.from_bytes(data, "adapter" if isinstance(source, bytes) else str(source))
+        _check_fit(adapter, bundle)
+        digest = hashlib.sha256(data).hexdigest()
+        with self._changing() as db:
+            number = self._index.number(user, version, digest, allow_downgrade)
+            self._put(digest, data)
+            row = (user, number, digest, len(data), adapter.backbone_id, adapter.method, label)
+            db.execute(_INSERT, (*row, int(time.time())))
+            db.execute(_NEWEST, (user, number))
+            if activate:
+                db.execute(_ACTIVATE, (user, number))
+            return self._index.get(user, number)
+
+    def activate(
+        self, user: str, version: int | None = None, *, bundle: Bundle | Manifest | None = None
+    ) -> Installed:
+        """Make a version, by default the newest, the user's active one.
+
+        Its file is read and checked first, and whether it fits `bundle`.
+        """
+        with self._index.change() as db:
+            entry = self._index.get(clean(user, "user"), version)
+            _check_fit(self._read(entry), bundle)
+            db.execute(_ACTIVATE, (entry.user, entry.version))
+            return replace(entry, active=True)
+
+    def roll_back(self, user: str) -> Installed:
+        """Make the version active again that was so before; can be repeated."""
+        with self._index.change() as db:
+            entry = self._active(user)
+            db.execute(_DEACTIVATE, (entry.user, entry.version))
+            before = self._index.active(entry.user)
+            if before is None:
+                raise UsageError(
+                    f"user {entry.user!r} must have had an active version before {entry.version}, "
+                    "got none"
+                )
+            self._read(before)
+            return before
+
+    def remove(self, user: str, version: int | None = None) -> tuple[Installed, ...]:
+        """Remove a version that is not active, or all that there is of the user; what was removed.
+
+        A file that no other entry names goes too.
+        """
+        with self._changing() as db:
+            last = self._index.get(clean(user, "user"), version)
+            if version is not None and last.active:
+                raise UsageError(
+                    f"version to remove must not be active, got {version} of user {last.user!r}: "
+                    "activate another one first, or remove the user"
+                )
+            gone = (last,) if version is not None else self._index.rows(_OF_USER, last.user)
+            for entry in gone:
+                (self._pending / entry.digest).touch()
+            db.execute(_DELETE, (last.user, version))
+            db.execute(_FORGET, (last.user,))
+            return gone
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def list(self, user: str | None = None) -> tuple[Installed, ...]:
+        """What is installed, of one user or of all, by user and version."""
+        if user is None:
+            return self._index.rows("ORDER BY user, version")
+        return self._index.rows(_OF_USER, clean(user, "user"))
+
+    def active(self, user: str) -> Installed | None:
+        """The user's active adapter."""
+        return self._index.active(clean(user, "user"))
+
+    def path(self, user: str) -> Path:
+        """The file of the user's active adapter: for reading only."""
+        return self._file(self._active(user).digest)
+
+    def swap(self, bundle: Bundle, user: str, **options: Any) -> SwapCost:
+        """`Bundle.swap` to the user's active adapter; the hash of its file is checked.
+
+        It is resident under `Installed.name`, which holds user, version and content, so that an
+        adapter that was updated is never served from RAM as it was.
+        """
+        start = time.perf_counter()
+        entry = self._active(user)
+        if bundle.holds(entry.name):
+            with suppress(UsageError):  # another thread may drop it right now
+                return bundle.swap(entry.name, **options)
+        entry, adapter = self._fetch(entry)
+        read = (time.perf_counter() - start) * 1e3
+        cost = bundle.swap(adapter, name=entry.name, **options)
+        return replace(cost, read_ms=read, total_ms=read + cost.total_ms)
+
+    def load(self, bundle: Bundle, user: str, **options: Any) -> str:
+        """Keep the user's active adapter resident; the name that `Bundle.run` knows it by."""
+        entry = self._active(user)
+        if not bundle.holds(entry.name):
+            entry, adapter = self._fetch(entry)
+            bundle.load(adapter, name=entry.name, **options)
+        return entry.name
+
+    def verify(self) -> tuple[str, ...]:
+        """Read everything; a line for each thing that is not as it was written.
+
+        What a kill or a power cut left behind is removed on the way.
+        """
+        self._tidy(everything=True)
+        with self._index.open() as db:
+            found = [f"index: {line}" for (line,) in db.execute("PRAGMA integrity_check")]
+        found = [] if found == ["index: ok"] else found
+        for entry in self.list():
+            try:
+                self._read(entry)
+            except FormatError as error:
+                if entry in self.list(entry.user):  # not removed meanwhile
+                    found.append(f"user {entry.user!r}, version {entry.version}: {error}")
+        return tuple(found)
+
+    def usage(self) -> dict[str, int]:
+        """Numbers of users, adapters and files, and the bytes of files and of the index."""
+        entries = self.list()
+        files = {entry.digest: entry.size for entry in entries}
+        return {
+            "users": len({entry.user for entry in entries}),
+            "adapters": len(entries),
+            "files": len(files),
+            "file_bytes": sum(files.values()),
+            "index_bytes": sum(path.stat().st_size for path in self.folder.glob("index.*")),
+        }
+
+    def _active(self, user: str) -> Installed:
+        entry = self.active(user)
+        if entry is None:
+            raise UsageError(f"user must have an active adapter, got {user!r}: activate one first")
+        return entry
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def _file(self, digest: str) -> Path:
+        return self._files / f"{digest}{_ENDING}"
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A change of the index and of files: first files that come, last files that go."""
+        try:
+            with self._index.change() as db:
+                yield db
+        finally:
+            self._tidy()
+
+    def _put(self, digest: str, data: bytes) -> None:
+        """Make a file durable; `pending` marks it until its entry is."""
+        (self._pending / digest).touch()
+        if not self._is_whole(digest):
+            write_bytes(self._file(digest), data, room=self._pending)
+        sync(self._files)  # a process that wrote it before may have been killed just then
+        if not self._is_whole(digest):
+            raise RegrowError(f"{self._file(digest)} could not be written: it reads otherwise")
+
+    def _is_whole(self, digest: str) -> bool:
+        try:
+            self._bytes(digest)
+        except FormatError:
+            return False
+        return True
+
+    def _bytes(self, digest: str) -> bytes:
+        path = self._file(digest)
+        try:
+            if not S_ISREG(path.lstat().st_mode):
+                raise FormatError(f"{path} must be a file, got a link: add the adapter again")
+            data = read_bytes(path, limit=MAX_FILE_BYTES, what="an adapter")
+        except (OSError, UsageError):
+            raise FormatError(f"{path} is missing: add the adapter again") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise FormatError(
+                f"{path}: content must have the hash in its name, got another: add it again"
+            )
+        return data
+
+    def _read(self, entry: Installed) -> Adapter:
+        return Adapter.from_bytes(self._bytes(entry.digest), str(self._file(entry.digest)))
+
+    def _fetch(self, entry: Installed) -> tuple[Installed, Adapter]:
+        """Read the user's active adapter, though it be replaced and removed meanwhile."""
+        while True:
+            try:
+                return entry, self._read(entry)
+            except FormatError:
+                newer = self._active(entry.user)
+                if newer.digest == entry.digest:
+                    raise
+                entry = newer
+
+    def _tidy(self, everything: bool = False) -> None:
+        """Remove files that no entry names: those that `pending` marks, or any.
+
+        Where that fails the marks stay, and the next change, or opening, does it.
+        """
+        with suppress(RegrowError, OSError):
+            if not everything and not os.listdir(self._pending):
+                return
+            with self._index.change():  # nobody has a file in the making now
+                marks = os.listdir(self._pending)
+                files = os.listdir(self._files) if everything else [m + _ENDING for m in marks]
+                for name in files:
+                    digest, ending = os.path.splitext(name)
+                    if ending == _ENDING and not self._index.rows(_OF_FILE, digest):
+                        (self._files / name).unlink(missing_ok=True)
+                for mark in marks:
+                    (self._pending / mark).unlink(missing_ok=True)
+
+
+def _incoming(path: Path) -> bytes:
+    if path.is_symlink():
+        raise UsageError(f"an adapter must be a file, got {path}: it is a link; give what it is of")
+    return read_bytes(path, limit=MAX_FILE_BYTES, what="an adapter")
+
+
+def _check_fit(adapter: Adapter, bundle: Bundle | Manifest | None) -> None:
+    if bundle is not None:
+        check_fit(adapter, bundle if isinstance(bundle, Manifest) else bundle.manifest)
