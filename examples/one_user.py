@@ -56,7 +56,7 @@ def main() -> None:
         config = CompressConfig(ratio=2, epochs=2 if small else 14, lr=2e-3)
         compressed = compress(dense, train, config)
         backbone = save_backbone(compressed.backbone, folder / "backbone")
-        print(f"dense {compressed.dense_accuracy:.1%}, compressed {compressed.accuracy:.1%}")
+        print(f"dense {compressed.dense_score:.1%}, compressed {compressed.score:.1%}")
 
         user = load_data(folder / "user.npz", backbone)
         done = adapt(backbone, user, AdaptConfig(steps=40 if small else 180, storage="int4"))

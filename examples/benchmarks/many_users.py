@@ -24,7 +24,8 @@ from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.demo.dense import new_model
-from regrow_toolchain.lowrank import apply_plan, plan_layers
+from regrow_toolchain.lowrank import apply_plan
+from regrow_toolchain.rules import plan_layers
 
 SAMPLES = 8
 

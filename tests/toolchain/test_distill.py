@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +11,21 @@ import torch
 from torch import nn
 
 from regrow_runtime.errors import UsageError
-from regrow_toolchain import compressing
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
-from regrow_toolchain.distill import BlockFeatures, feature_loss, perturbation_loss
-from regrow_toolchain.lowrank import apply_plan, dense_weight, plan_layers
+from regrow_toolchain.devices import accelerated
+from regrow_toolchain.distill import (
+    BlockFeatures,
+    feature_blocks,
+    feature_loss,
+    perturbation_loss,
+)
+from regrow_toolchain.distilling import Distilling
+from regrow_toolchain.lowrank import apply_plan, dense_weight
+from regrow_toolchain.rules import plan_layers
+from regrow_toolchain.tasks.classification import Classification
 
 
 def test_feature_loss_is_the_mean_square_over_tokens_then_blocks() -> None:
@@ -108,57 +115,118 @@ def test_an_unknown_form_is_refused(
 def test_one_forward_of_each_model_a_step(
     backbone: Backbone, dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = SimpleNamespace(teacher=0, student=0, steps=0, modes=set())
-    plain = compressing._loss
+    """Both as in use; the frozen teacher without a graph."""
+    calls: list[tuple[str, bool, bool]] = []
+    plain = Distilling._step
 
-    def counting(teacher: nn.Module, student: nn.Module, *rest: object) -> torch.Tensor:
-        calls.steps += 1
-        calls.modes.add((teacher.training, student.training))
+    def counting(self: Distilling, *rest: object) -> None:
+        def note(name: str) -> Callable[..., None]:
+            return lambda module, *_: calls.append((name, module.training, torch.is_grad_enabled()))
+
         handles = [
-            teacher.register_forward_hook(lambda *_: setattr(calls, "teacher", calls.teacher + 1)),
-            student.register_forward_hook(lambda *_: setattr(calls, "student", calls.student + 1)),
+            self.teacher.register_forward_hook(note("teacher")),
+            self.student.register_forward_hook(note("student")),
         ]
-        loss = plain(teacher, student, *rest)
+        plain(self, *rest)
         for handle in handles:
             handle.remove()
-        return loss
 
-    monkeypatch.setattr(compressing, "_loss", counting)
-    compress(backbone, dataset(40, 1), CompressConfig(epochs=2, batch_size=16, holdout=0))
-    assert (calls.teacher, calls.student, calls.steps) == (6, 6, 6)  # 2 epochs of 16 + 16 + 8
-    assert calls.modes == {(False, True)}
+    monkeypatch.setattr(Distilling, "_step", counting)
+    config = CompressConfig(epochs=2, batch_size=16, holdout=0, start="svd")
+    compress(backbone, dataset(40, 1), config)
+    # 2 epochs of 16 + 16 + 8, filled up
+    assert calls == [("teacher", False, False), ("student", False, True)] * 6
 
 
-def test_the_loss_is_the_sum_of_its_terms(
+@pytest.fixture
+def step_terms(
     backbone: Backbone, dataset: Callable[..., Dataset]
+) -> Callable[..., tuple[float, float, float]]:
+    """The terms of the first step of a training at ratio 3, and its student's own features."""
+
+    def terms(**settings: object) -> tuple[float, float, float]:
+        config = CompressConfig(ratio=3, batch_size=12, epsilon=0.0, **settings)
+        student = copy.deepcopy(backbone.model)
+        apply_plan(student, plan_layers(student, 3))
+        task = Classification(config.label_smoothing)
+        with accelerated(backbone.model, config) as accelerator:
+            job = Distilling(
+                backbone.model, student, task, dataset(12, 1), config, accelerator=accelerator
+            )
+            seen = BlockFeatures(student), BlockFeatures(backbone.model)
+            parts = [
+                job._terms(batch, seen, first=number == 0)
+                for number, batch in enumerate(job._pieces(0))
+            ]
+        return tuple(sum(float(part[i].detach()) for part in parts) for i in range(3))
+
+    return terms
+
+
+def test_the_terms_are_those_of_a_plain_computation(
+    backbone: Backbone,
+    dataset: Callable[..., Dataset],
+    step_terms: Callable[..., tuple[float, float, float]],
 ) -> None:
     student = copy.deepcopy(backbone.model)
     plans = plan_layers(student, 3)
     apply_plan(student, plans)
-    dense = {p.name: dense_weight(backbone.model.get_submodule(p.name)) for p in plans}
     data = dataset(12, 1)
-    inputs = {name: torch.from_numpy(array) for name, array in data.inputs.items()}
+    x = {name: torch.from_numpy(array) for name, array in data.inputs.items()}
     labels = torch.from_numpy(data.labels)
-    seen, wanted = BlockFeatures(student), BlockFeatures(backbone.model)
-
-    def loss(**other: float) -> float:
-        config = CompressConfig(**{"alpha": 0.0, "beta": 0.0, "epsilon": 0.0, **other})
-        found = compressing._loss(
-            backbone.model, student, inputs, labels, (seen, wanted), dense, config
-        )
-        return found.item()
-
     with torch.no_grad():
-        logits = student(**inputs).logits
-        own = student(**inputs, output_hidden_states=True).hidden_states[1:]
-        other = backbone.model(**inputs, output_hidden_states=True).hidden_states[1:]
-        seen.take(), wanted.take()
-        base = nn.functional.cross_entropy(logits, labels, label_smoothing=0.05).item()
-        features = feature_loss(own, other).item()
-        moved = perturbation_loss(student, dense, 0.0, "hinge").item()
-    assert loss() == pytest.approx(base, rel=1e-5)
-    assert loss(alpha=7.0) == pytest.approx(base + 7 * features, rel=1e-4)
-    assert loss(alpha=7.0, beta=0.3) == pytest.approx(base + 7 * features + 0.3 * moved, rel=1e-4)
+        own = student(**x, output_hidden_states=True)
+        other = backbone.model(**x, output_hidden_states=True)
+    smooth = nn.functional.cross_entropy(own.logits, labels, label_smoothing=0.05).item()
+    pairs = list(zip(own.hidden_states[1:], other.hidden_states[1:], strict=True))
+    squares = np.mean([((s - t) ** 2).mean().item() for s, t in pairs])
+    shares = np.mean([(((s - t) ** 2).mean() / (t**2).mean()).item() for s, t in pairs])
+    far = [
+        (student.get_submodule(p.name).dense_weight()
+         - dense_weight(backbone.model.get_submodule(p.name))).abs().max().item()
+        for p in plans
+    ]  # fmt: skip
+    base, fd, rwp = step_terms(features="paper")
+    assert base == pytest.approx(smooth, rel=1e-5)
+    assert fd == pytest.approx(squares, rel=1e-4)
+    assert rwp == pytest.approx(sum(far), rel=1e-4)
+    assert step_terms()[1] == pytest.approx(shares, rel=1e-4)
+    pieces = step_terms(accumulate=3, features="paper")
+    assert pieces == pytest.approx((smooth, squares, sum(far)), rel=1e-4)
+    assert step_terms(alpha=0.0, beta=0.0)[1:] == (0, 0)
+
+
+def test_the_loss_is_the_weighted_sum(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
+    config = CompressConfig(epochs=1, alpha=7.0, beta=0.3, epsilon=0.0, holdout=0, start="svd")
+    (epoch,) = compress(backbone, dataset(24, 1), config).history[1:]
+    whole = epoch.base + 7 * epoch.fd + 0.3 * epoch.rwp
+    assert min(epoch.base, epoch.fd, epoch.rwp) > 0
+    assert epoch.loss == pytest.approx(whole, rel=1e-5)
+
+
+def test_padding_has_no_features() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    kept = ((student - teacher) ** 2)[mask.bool()].mean()
+    assert feature_loss([student], [teacher], mask).item() == pytest.approx(kept.item(), rel=1e-6)
+
+
+def test_blocks_of_blocks_are_compared_one_by_one() -> None:
+    """Swin's stages hold the blocks that have all factored layers."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 2],
+                        num_heads=[2, 4], window_size=4)  # fmt: skip
+    model = SwinForImageClassification(config)
+    apply_plan(model, plan_layers(model, 2))
+    stages = "swin.encoder.layers"
+    assert feature_blocks(model) == (
+        f"{stages}.0.blocks.0", f"{stages}.1.blocks.0", f"{stages}.1.blocks.1",
+    )  # fmt: skip
+    assert feature_blocks(model, stages) == (f"{stages}.0", f"{stages}.1")
+    with pytest.raises(UsageError, match="blocks must match a list of modules, got 'stage'"):
+        feature_blocks(model, "stage")
 
 
 def test_the_teacher_stays_as_it_is(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:

@@ -69,7 +69,7 @@ _COMPRESS = ("compress", "vit", "--data", "d.npz", "--epochs", "1000000", "-o", 
     ("arguments", "place", "at", "more", "number"),
     [
         (_ADAPT, "fitting.cosine_factor", 3, "", signal.SIGINT),
-        (_COMPRESS, "compressing.check_loss", 3, "", signal.SIGINT),
+        (_COMPRESS, "distilling.check_loss", 3, "", signal.SIGINT),
         (("demo",), "demo.dense.check_loss", 3, "", signal.SIGTERM),
         (("demo", "-o", "new"), "demo.pipeline._run_device", 1, _TINY_DEMO, signal.SIGINT),
     ],

@@ -20,9 +20,9 @@ from regrow_toolchain.lowrank import (
     apply_plan,
     dense_weight,
     factorize,
-    plan_layers,
     rank_for,
 )
+from regrow_toolchain.rules import plan_layers
 
 
 def _linear(wide: int, high: int, *, bias: bool = True, seed: int = 0) -> nn.Linear:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from .plain import FUNCTION, check_finite, check_weights, declared, made_by, tie
 from .sentences import with_pooling, write_pooling
 from .structure import find_head
 
-__all__ = ["CONFIG", "WEIGHTS", "Backbone", "load_backbone", "save_backbone"]
+__all__ = ["CONFIG", "WEIGHTS", "Backbone", "load_backbone", "load_structure", "save_backbone"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "regrow.json", "regrow.safetensors"
@@ -117,6 +117,22 @@ class Backbone:
                 "processor beside it, or give ready pixel_values in an .npz"
             )
         return ImagePreprocessor.from_folder(folder)
+
+
+def load_structure(path: str | Path) -> nn.Module:
+    """A dense model for looking at its shapes: of a Hugging Face directory, whose weights need not
+    be there and are not read, or of `package.module:function`.
+
+    Raises:
+        UsageError: there is no such directory or function, or it is a compressed one.
+        FormatError: its config is broken.
+    """
+    folder = Path(path)
+    if not folder.exists() and (match := FUNCTION.fullmatch(str(path))) and not match["folder"]:
+        return made_by(match["function"])
+    if not (folder / _HF_CONFIG).is_file() or (folder / CONFIG).is_file():
+        raise UsageError(f"model must be a folder with {_HF_CONFIG}, or a function, got {path}")
+    return _empty_model(folder, ()).eval()
 
 
 def load_backbone(path: str | Path) -> Backbone:
@@ -382,8 +398,17 @@ def _check_fit(path: Path, findings: Mapping[str, str], lost: Sequence[str]) -> 
         raise MismatchError(f"{path} does not fit its config:", lines)
 
 
-def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -> Backbone:
+def save_backbone(
+    backbone: Backbone,
+    out: str | Path,
+    *,
+    force: bool = False,
+    beside: Callable[[Path], None] = lambda _folder: None,
+) -> Backbone:
     """Write a compressed backbone atomically; returns it with its `backbone_id` and its files.
+
+    Args:
+        beside: writes further files into the folder, before it gets its name.
 
     Raises:
         UsageError: `out` exists and `force` is off, or it could not be loaded again: the model is
@@ -410,6 +435,7 @@ def save_backbone(backbone: Backbone, out: str | Path, *, force: bool = False) -
             **({"function": backbone.function} if backbone.function else {}),
         }
         (folder / CONFIG).write_text(dump_json(config, indent=1) + "\n", encoding="utf-8")
+        beside(folder)
     backbone.backbone_id = identity
     backbone.files = tuple(out / file.name for file in backbone.files)
     return backbone

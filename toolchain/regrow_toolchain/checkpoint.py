@@ -17,6 +17,8 @@ __all__ = ["Checkpoint"]
 
 State = dict[str, Tensor]
 
+_SHARE = 20.0  # of the time that writing takes, that passes until the next
+
 
 class Checkpoint:
     """Where a training's state is kept from time to time.
@@ -31,9 +33,13 @@ class Checkpoint:
         self.path, self.identity, self.seconds = path, identity, seconds
         self._last = time.monotonic()
 
-    def save(self, step: int, state: Callable[[], State]) -> None:
-        """Write the state after `step` steps, if it is time to."""
-        if time.monotonic() - self._last < self.seconds:
+    def save(self, step: int, state: Callable[[], State], *, now: bool = False) -> None:
+        """Write the state after `step` steps, if it is time to, or `now`.
+
+        A state that takes long to write is written less often.
+        """
+        began = time.monotonic()
+        if began - self._last < self.seconds and not now:
             return
         data = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()},
@@ -41,6 +47,7 @@ class Checkpoint:
         )
         write_bytes(self.path, data)
         self._last = time.monotonic()
+        self.seconds = max(self.seconds, _SHARE * (self._last - began))
 
     def load(self) -> tuple[int, State] | None:
         """(steps done, state), or None if there is no file.

@@ -19,7 +19,7 @@ from torch import Tensor
 from .data import Dataset
 from .training import shifted
 
-__all__ = ["Augmentation", "Batch", "Cohort"]
+__all__ = ["Augmentation", "Batch", "Cohort", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Cohort:
         for name, x in inputs.items():
             if x.dim() != 4 or not x.is_floating_point():
                 continue
-            generator = torch.Generator().manual_seed(_mixed(self.seed, step))
+            generator = torch.Generator().manual_seed(mixed(self.seed, step))
             if self.augmentation.shift:
                 pixels = torch.rand(self.size, 2, generator=generator) * 2 - 1
                 pixels = pixels[piece].repeat(users, 1) * self.augmentation.shift
@@ -137,6 +137,6 @@ class Cohort:
         return found
 
 
-def _mixed(seed: int, step: int) -> int:
+def mixed(seed: int, step: int) -> int:
     """A seed of its own for every step, below 2**63."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) % 2**63

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
 from regrow_runtime.errors import UsageError
 
 from .backbone import Backbone
+from .checkpoint import Checkpoint
 from .config import CompressConfig
 from .data import Dataset
 from .data.dataset import split
-from .distill import BlockFeatures, feature_loss, perturbation_loss
+from .devices import accelerated
+from .distilling import PLAN, Distilling, Epoch
+from .factoring import Factored, factor, restored
+from .imitating import compression_task, imitated
 from .labels import fit_labels
-from .lowrank import Plan, apply_plan, dense_weight, plan_layers
-from .progress import progress
-from .training import (
-    augment,
-    batches,
-    check_loss,
-    cosine,
-    deterministic,
-    frozen,
-    logits_of,
-    score,
-)
+from .settings import check_settings
+from .tasks import Task
+from .training import deterministic, frozen, measured
 
 __all__ = ["Compressed", "compress"]
 
 _WAY_OUT = "compression keeps the model's own labels; without data it is the plain SVD"
+# What may be other where a training goes on.
+_WHERE = ("device", "threads")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compressed:
-    """A compressed backbone with accuracies on held-back samples (NaN if there were none)."""
+    """A compressed backbone with its scores on held-back samples (NaN if there were none).
+
+    Attributes:
+        dense_score, start_score, score: of the dense model, of the factors before training, and
+            of the result.
+        metric: what the scores are, such as "accuracy".
+        factored: what became of each layer.
+        history: what each epoch gave; epoch 0 is the start.
+    """
 
     backbone: Backbone
-    dense_accuracy: float
-    svd_accuracy: float
-    accuracy: float
+    dense_score: float
+    start_score: float
+    score: float
     samples: int
+    factored: Factored
+    metric: str = "accuracy"
+    history: Sequence[Epoch] = field(default_factory=tuple)
 
 
 def compress(
@@ -52,13 +62,18 @@ def compress(
     config: CompressConfig | None = None,
     *,
     held: Dataset | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
 ) -> Compressed:
-    """Factor every linear layer of the blocks, then train the factors if there is data.
+    """Factor the linear layers of the blocks, then train the factors if there is data.
 
     Args:
         backbone: the dense model; it is not changed.
-        data: labelled samples; without them the result is the plain SVD.
+        data: samples, with labels or without; without any the result is the plain SVD.
         held: samples to measure on; a share of `data` if not given.
+        checkpoint: a file for the state of training, written every ten seconds and left there: it
+            can go once the result is saved. With `resume` training goes on from it, to the same
+            result.
 
     Raises:
         UsageError: the ratio, the labels or a setting makes no sense, or the backbone is factored
@@ -66,117 +81,138 @@ def compress(
         RegrowError: weights are not finite, there is nothing to factor, or the loss became NaN.
     """
     config = config or CompressConfig()
+    check_settings(config)
     if backbone.layers:
         raise UsageError("model must be a dense one, got a compressed one: compress its source")
-    plans = plan_layers(backbone.model, config.ratio)
-    student = copy.deepcopy(backbone.model)
-    apply_plan(student, plans)
-    train, held = _parts(backbone, data, held, config)
-    dense = score(backbone.model, held) if held else math.nan
-    svd = score(student, held) if held else math.nan
-    if train is not None and config.epochs:
-        with deterministic(config.seed), frozen(backbone.model):
-            _distill(backbone.model, student, plans, train, config)
-    student.eval().requires_grad_(False)
-    after = score(student, held) if held else math.nan
-    result = _result(backbone, student, plans, config)
-    samples = len(held) if held else 0
-    if samples:
-        result.report["accuracy"] = {"dense": dense, "svd": svd, "compressed": after}
-        result.report["samples"] = samples
-    return Compressed(result, dense, svd, after, samples)
+    some = data if data is not None else held
+    task = None if some is None else compression_task(config, some, backbone)
+    train, held = _parts(backbone, data, held, task, config)
+    with deterministic(config.seed), frozen(backbone.model):
+        trains = task is not None and train is not None and config.epochs > 0
+        place = _place(checkpoint, backbone, train, config) if trains else None
+        known = place.load() if place and resume else None
+        if known is None:
+            job = _Job(backbone, factor(backbone.model, train, config), task, held)
+        else:
+            job = _Job(backbone, restored(backbone.model, known[1][PLAN], config), task, held)
+        if trains:
+            job.train(train, config, place, resume=known is not None)
+    return job.result(config)
 
 
 def _parts(
-    backbone: Backbone, data: Dataset | None, held: Dataset | None, config: CompressConfig
+    backbone: Backbone,
+    data: Dataset | None,
+    held: Dataset | None,
+    task: Task | None,
+    config: CompressConfig,
 ) -> tuple[Dataset | None, Dataset | None]:
-    if held is not None:
-        held, _ = fit_labels(held, backbone.labels, "keep", way_out=_WAY_OUT)
-    if data is None:
-        return None, held
-    fitted, _ = fit_labels(data, backbone.labels, "keep", way_out=_WAY_OUT)
-    if held is not None:
-        return fitted, held
-    train, kept = split(fitted, config.holdout, config.seed)
-    return train, kept if len(kept) else None
+    """(to train on, to measure on)."""
+    classes = task is not None and task.name == "classification"
+
+    def fitted(part: Dataset) -> Dataset:
+        if not classes:
+            return part
+        return fit_labels(part, backbone.labels, "keep", way_out=_WAY_OUT)[0]
+
+    train = None if data is None else fitted(data)
+    if held is None and train is not None:
+        train, kept = split(train, config.holdout, config.seed)
+        held = kept if len(kept) else None
+    elif held is not None:
+        held = fitted(held)
+    if held is not None and task is not None:
+        held = imitated(task, backbone, held)
+    return train, held
 
 
-def _result(
-    backbone: Backbone, student: nn.Module, plans: tuple[Plan, ...], config: CompressConfig
-) -> Backbone:
-    result = Backbone(
-        model=student,
-        backbone_id="",  # known when it is written
-        task=backbone.task,
-        head=backbone.head,
-        labels=backbone.labels,
-        files=backbone.files,
-        layers=plans,
-        function=backbone.function,
-    )
-    result.report = {
-        "ratio": config.ratio,
-        "source": backbone.backbone_id,
-        "parameters": {"dense": backbone.parameters, "compressed": result.parameters},
-    }
-    return result
+class _Job:
+    """One model's compression, from its factors on."""
 
+    def __init__(
+        self, backbone: Backbone, factored: Factored, task: Task | None, held: Dataset | None
+    ) -> None:
+        self.backbone, self.factored, self.task, self.held = backbone, factored, task, held
+        self.student = factored.model
+        self.history: Sequence[Epoch] = ()
+        self.dense, self.start = self._score(backbone.model), self._score(self.student)
 
-def _distill(
-    teacher: nn.Module,
-    student: nn.Module,
-    plans: tuple[Plan, ...],
-    data: Dataset,
-    config: CompressConfig,
-) -> None:
-    """L = L_base + alpha L_fd + beta L_rwp; one forward of the student a step."""
-    per_epoch = math.ceil(len(data) / min(config.batch_size, len(data)))
-    steps = config.epochs * per_epoch
-    teacher.eval()
-    student.train().requires_grad_(True)
-    dense = {plan.name: dense_weight(teacher.get_submodule(plan.name)) for plan in plans}
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    schedule = cosine(optimizer, steps)
-    seen, wanted = BlockFeatures(student), BlockFeatures(teacher)
-    try:
-        with progress("compress", steps) as advance:
-            for step, (inputs, labels) in enumerate(
-                batches(data, config.batch_size, steps, config.seed)
-            ):
-                inputs = augment(inputs, config.shift, config.noise)
-                loss = _loss(teacher, student, inputs, labels, (seen, wanted), dense, config)
-                check_loss(loss, step)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                advance(f"loss {loss.item():.3f}")
-    finally:
-        seen.close()
-        wanted.close()
+    def _score(self, model: nn.Module) -> float:
+        if self.task is None or self.held is None:
+            return math.nan
+        return self.task.score(measured(model, self.task, self.held), self.held.labels)
 
+    def train(
+        self,
+        data: Dataset | None,
+        config: CompressConfig,
+        place: Checkpoint | None,
+        *,
+        resume: bool,
+    ) -> None:
+        """Distil; the student then has the best weights."""
+        assert self.task is not None
+        assert data is not None
+        teacher, student = self.backbone.model, self.student
+        both = nn.ModuleList([teacher, student])
+        with accelerated(both, config) as accelerator:
+            training = Distilling(
+                teacher, student, self.task, data, config, accelerator=accelerator,
+                score=(lambda: self._score(student)) if self.held is not None else None,
+                plan=self.factored.as_tensor(),
+            )  # fmt: skip
+            training.run(place, resume=resume)
+        self.history = training.history
+        self.start = training.history[0].score
 
-def _loss(
-    teacher: nn.Module,
-    student: nn.Module,
-    inputs: dict[str, Tensor],
-    labels: Tensor,
-    features: tuple[BlockFeatures, BlockFeatures],
-    dense: dict[str, Tensor],
-    config: CompressConfig,
-) -> Tensor:
-    seen, wanted = features
-    with torch.no_grad():
-        teacher(**inputs)
-    loss = nn.functional.cross_entropy(
-        logits_of(student, inputs), labels, label_smoothing=config.label_smoothing
-    )
-    loss = loss + config.alpha * feature_loss(seen.take(), wanted.take())
-    if config.beta:
-        loss = loss + config.beta * perturbation_loss(
-            student, dense, config.epsilon, config.perturbation
+    def result(self, config: CompressConfig) -> Compressed:
+        """What came out of it."""
+        self.student.eval().requires_grad_(False)
+        after = self._score(self.student)
+        backbone = self._backbone(config)
+        samples = len(self.held) if self.held is not None else 0
+        metric = self.task.metric if self.task is not None else "accuracy"
+        if samples:
+            scores = {"dense": self.dense, "start": self.start, "compressed": after}
+            backbone.report["metric"] = metric
+            backbone.report["scores"] = {n: s for n, s in scores.items() if math.isfinite(s)}
+            backbone.report["samples"] = samples
+        return Compressed(
+            backbone, self.dense, self.start, after, samples, self.factored, metric, self.history
         )
-    return loss
+
+    def _backbone(self, config: CompressConfig) -> Backbone:
+        source = self.backbone
+        result = Backbone(
+            model=self.student,
+            backbone_id="",  # known when it is written
+            task=source.task,
+            head=source.head,
+            labels=source.labels,
+            files=source.files,
+            layers=self.factored.plans,
+            function=source.function,
+        )
+        result.report = {
+            "ratio": config.ratio,
+            "source": source.backbone_id,
+            "parameters": {"dense": source.parameters, "compressed": result.parameters},
+        }
+        return result
+
+
+def _place(
+    path: str | Path | None,
+    backbone: Backbone,
+    data: Dataset | None,
+    config: CompressConfig,
+) -> Checkpoint | None:
+    if path is None or data is None:
+        return None
+    digest = hashlib.sha256()
+    settings = {name: value for name, value in asdict(config).items() if name not in _WHERE}
+    digest.update(repr([settings, backbone.backbone_id]).encode())
+    for name, array in {"": data.labels, **data.inputs}.items():
+        digest.update(f"{name} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Checkpoint(Path(path), digest.hexdigest())

@@ -30,12 +30,61 @@ def setting(
 class CompressConfig:
     """PELA (arXiv 2310.10700): low-rank factors, then distillation from the dense model."""
 
-    ratio: float = setting(2.0, "Compression ratio: each layer's parameters fall by it.", low=1.0)
-    epochs: int = setting(12, "Passes over the training data; 0 keeps the plain SVD.")
-    lr: float = setting(1e-3, "Peak learning rate (AdamW, one-cycle cosine).")
+    ratio: float = setting(2.0, "Compression ratio: the parameters of layers fall by it.", low=1.0)
+    start: str = setting(
+        "auto",
+        "Where factors start: the weights' SVD, one that keeps what layers give on samples "
+        "(activations), or what the model gives (outputs); auto: outputs, or svd without data.",
+        choices=("auto", "svd", "activations", "outputs"),
+    )
+    calibration: int = setting(256, "Samples that the start looks at.", low=1)
+    ranks: str = setting(
+        "auto",
+        "Ranks: the paper's formula for every layer, ranks near it that ONNX Runtime computes "
+        "faster here (kernels), or one budget for all layers (global); auto: global where the "
+        "start is outputs, else paper.",
+        choices=("auto", "paper", "kernels", "global"),
+    )
+    budget: str = setting(
+        "parameters",
+        "What global ranks bring down by the ratio: parameters, multiplications (macs), or "
+        "milliseconds in ONNX Runtime as measured here (time).",
+        choices=("parameters", "macs", "time"),
+    )
+    multiple: int = setting(8, "Ranks that are not the paper's are multiples of this.", low=1)
+    slow_layers: str = setting(
+        "auto",
+        "A layer that ONNX Runtime computes no faster in factors stays dense, or is factored all "
+        "the same; auto: dense where ranks are global.",
+        choices=("auto", "dense", "factor"),
+    )
+    task: str = setting(
+        "auto",
+        "What is learnt beside the dense model's features: the labels, or without any the dense "
+        "model's own outputs (imitation); auto: by labels and model.",
+        choices=("auto", "classification", "regression", "causal-lm", "imitation"),
+    )
+    epochs: int = setting(12, "Passes over the training data; 0 keeps the start.")
+    lr: float = setting(1e-3, "Peak learning rate (AdamW, cosine).")
+    warmup: float = setting(0.1, "Share of the steps in which the learning rate rises.", high=1.0)
     weight_decay: float = setting(0.01, "AdamW's weight decay.")
     batch_size: int = setting(64, "Samples a step.", low=1)
-    alpha: float = setting(100.0, "Weight of feature distillation.")
+    accumulate: int = setting(
+        1, "Pieces that a step's samples are cut into, to save memory.", low=1
+    )
+    ema: float = setting(
+        0.0, "Decay of a moving average of the weights, which is what is kept; 0: none.", high=1.0
+    )
+    alpha: float = setting(10.0, "Weight of feature distillation.")
+    features: str = setting(
+        "relative",
+        "Feature distillation: the mean squared error (paper), or divided by the features' own "
+        "mean square in every block (relative), so that alpha means the same for every model.",
+        choices=("paper", "relative"),
+    )
+    blocks: str = setting(
+        "", "Lists of blocks whose outputs are distilled, as a pattern; found if not given."
+    )
     beta: float = setting(0.1, "Weight of the weight perturbation term.")
     epsilon: float = setting(0.1, "Radius within which factored weights may move.")
     perturbation: str = setting(
@@ -43,9 +92,26 @@ class CompressConfig:
     )
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
     shift: float = setting(0.0, "Augmentation: shift pictures by up to this many pixels.")
-    noise: float = setting(0.0, "Augmentation: standard deviation of noise on inputs.")
+    noise: float = setting(0.0, "Augmentation: standard deviation of noise on pictures.")
     holdout: float = setting(0.1, "Share of the data kept for measuring.")
+    keep: str = setting(
+        "best",
+        "The epoch that is kept: the best on the samples held back (whose score then flatters "
+        "a little), or the last.",
+        choices=("best", "last"),
+    )
+    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"))
+    mixed_precision: str = setting(
+        "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
+    )
+    threads: int = setting(
+        0,
+        "CPU threads. Small models train faster with 1 where other work shares the machine.",
+        shown="one per core",
+    )
     seed: int = setting(0, "Seed of everything random.")
+    only: tuple[str, ...] = field(default_factory=tuple)
+    keep_dense: tuple[str, ...] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)

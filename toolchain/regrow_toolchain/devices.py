@@ -13,13 +13,13 @@ from torch import nn
 from regrow_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from .config import AdaptConfig
+    from .config import AdaptConfig, CompressConfig
 
 __all__ = ["accelerated"]
 
 
 @contextmanager
-def accelerated(model: nn.Module, config: AdaptConfig) -> Iterator[Any]:
+def accelerated(model: nn.Module, config: AdaptConfig | CompressConfig) -> Iterator[Any]:
     """An `accelerate.Accelerator`; within the block the model is on its device.
 
     Raises:

@@ -12,19 +12,73 @@ from regrow_runtime.errors import UsageError
 
 from .lowrank import LowRankLinear
 from .structure import block_lists
+from .targets import matching
 
-__all__ = ["BlockFeatures", "feature_loss", "perturbation_loss"]
+__all__ = ["BlockFeatures", "feature_blocks", "feature_loss", "perturbation_loss"]
+
+
+def feature_blocks(model: nn.Module, pattern: str = "") -> tuple[str, ...]:
+    """Module paths of the blocks whose outputs are compared.
+
+    Args:
+        pattern: of lists of blocks, by ending (`encoder.layer`) or as a shell pattern over the
+            whole path. Without it: the stacks that hold factored layers; where such a stack keeps
+            all of them in stacks of its own, as Swin's stages keep them in blocks, those.
+
+    Raises:
+        UsageError: the pattern matches no list of modules.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
+    }
+    if pattern:
+        chosen = sorted(matching(pattern, lists), key=list(lists).index)
+        if not chosen:
+            raise UsageError(
+                f"blocks must match a list of modules, got {pattern!r} of {', '.join(lists)}"
+            )
+    else:
+        chosen = [found for name, _ in block_lists(model) for found in _inner(model, name)]
+    return tuple(f"{name}.{key}" for name in chosen for key, _ in lists[name].named_children())
+
+
+def _inner(model: nn.Module, name: str) -> list[str]:
+    """The stack itself, or the stacks in it where they have all of its factored layers."""
+    stack = model.get_submodule(name)
+    pairs = [n for n, m in stack.named_modules(prefix=name) if isinstance(m, LowRankLinear)]
+    if not pairs:
+        return []
+    deeper = [f"{name}.{key}.{n}" for key, block in stack.named_children()
+              for n, _ in block_lists(block)]  # fmt: skip
+    inside = tuple(f"{n}." for n in deeper)
+    if not deeper or not all(pair.startswith(inside) for pair in pairs):
+        return [name]
+    return [found for n in deeper for found in _inner(model, n)]
 
 
 class BlockFeatures:
-    """Keeps the output of every block of a model's last forward pass; `close` removes the hooks."""
+    """Keeps the output of blocks of a model's last forward pass; `close` removes the hooks.
 
-    def __init__(self, model: nn.Module) -> None:
+    While it is `paused`, nothing is kept.
+
+    Args:
+        blocks: module paths; the outermost stacks' blocks if not given.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str] | None = None) -> None:
         self.outputs: list[Tensor] = []
-        blocks = [block for _, stack in block_lists(model) for block in stack]
-        self._handles = [block.register_forward_hook(self._keep) for block in blocks]
+        self.paused = False
+        if blocks is None:
+            chosen = [block for _, stack in block_lists(model) for block in stack]
+        else:
+            chosen = [model.get_submodule(name) for name in blocks]
+        self._handles = [block.register_forward_hook(self._keep) for block in chosen]
 
     def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self.paused:
+            return
         self.outputs.append(output if isinstance(output, Tensor) else output[0])
 
     def take(self) -> list[Tensor]:
@@ -38,13 +92,35 @@ class BlockFeatures:
             handle.remove()
 
 
-def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def feature_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    relative: bool = False,
+) -> Tensor:
     """L_fd: mean squared error between the tokens of each block, averaged over the blocks (eq. 4).
 
     The factor N/2 that eq. 4 prints before the sum is left to the weight alpha.
+
+    Args:
+        mask: [batch, tokens], 0 for padding, which does not count; None if there is none.
+        relative: divide each block's error by the mean square of the teacher's features, so that
+            blocks, and models, with larger numbers do not weigh more.
     """
-    losses = [nn.functional.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]
+    losses = [
+        _block_loss(s.float(), t.float(), mask, relative)
+        for s, t in zip(student, teacher, strict=True)
+    ]
     return torch.stack(losses).mean()
+
+
+def _block_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, relative: bool) -> Tensor:
+    if mask is not None and teacher.dim() == 3 and teacher.shape[:2] == mask.shape:
+        kept = mask.bool()
+        student, teacher = student[kept], teacher[kept]
+    loss = nn.functional.mse_loss(student, teacher)
+    return loss / teacher.square().mean().clamp_min(1e-12) if relative else loss
 
 
 def perturbation_loss(

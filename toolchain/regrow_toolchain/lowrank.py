@@ -7,15 +7,16 @@ floor(in out / (ratio (in + out))), so that parameters and multiplications fall 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_runtime.errors import RegrowError
 
-from .structure import block_lists, replace_module
+from .structure import replace_module
 
 __all__ = [
     "LowRankLinear",
@@ -23,14 +24,10 @@ __all__ = [
     "apply_plan",
     "dense_weight",
     "factorize",
-    "plan_layers",
+    "finite_weight",
+    "pair_of",
     "rank_for",
 ]
-
-# Layers with fewer outputs hold too little to be worth two products (as in the paper's code).
-_LEAST_OUTPUTS = 10
-# Swin's patch merging stays dense in the paper's code: its input is a concatenation of patches.
-_LEFT_DENSE = ("reduction",)
 
 
 class LowRankLinear(nn.Module):
@@ -86,48 +83,10 @@ class Plan:
     bias: bool
 
 
-def plan_layers(model: nn.Module, ratio: float) -> tuple[Plan, ...]:
-    """Every linear layer inside the model's stacks of blocks, with its rank.
-
-    Embeddings, norms, the pooler and the head lie outside of the blocks and stay dense.
-
-    Raises:
-        UsageError: `ratio` is below 1, or so large that a rank is 0.
-        RegrowError: there is no linear layer to compress.
-    """
-    if not (math.isfinite(ratio) and ratio >= 1):
-        raise UsageError(f"ratio must be at least 1, got {ratio}")
-    plans = []
-    for prefix, stack in block_lists(model):
-        for name, module in stack.named_modules(prefix=prefix):
-            if isinstance(module, nn.Linear | Conv1D) and _worth(name, module):
-                wide, high = _widths(module)
-                rank = rank_for(wide, high, ratio)
-                if rank < 1:
-                    raise UsageError(
-                        f"ratio must leave every layer a rank of 1 or more, got {ratio}, "
-                        f"which leaves {name} ({wide} -> {high}) none"
-                    )
-                plans.append(Plan(name, wide, high, rank, module.bias is not None))
-    if not plans:
-        raise RegrowError("model must have linear layers in a stack of blocks, got none")
-    return tuple(plans)
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
-    high, wide = dense_weight(module).shape
-    return wide, high
-
-
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as [out, in], detached; transformers' Conv1D has it turned."""
     weight = module.get_parameter("weight").detach()
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-def _worth(name: str, module: nn.Module) -> bool:
-    return _widths(module)[1] >= _LEAST_OUTPUTS and name.rsplit(".", 1)[-1] not in _LEFT_DENSE
 
 
 def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankLinear:
@@ -136,28 +95,55 @@ def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankLinea
     Raises:
         RegrowError: the weight is not finite.
     """
-    wide, high = _widths(module)
-    weight = dense_weight(module).float()  # (out, in)
-    if not torch.isfinite(weight).all():
-        raise RegrowError(f"{name}.weight must be finite, got NaN or infinity")
+    weight = finite_weight(module, name).float()  # (out, in)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = values[:rank].sqrt()
-    pair = LowRankLinear(wide, high, rank, bias=module.bias is not None)
+    return pair_of(module, root[:, None] * right[:rank], left[:, :rank] * root)
+
+
+def finite_weight(module: nn.Module, name: str) -> Tensor:
+    """`dense_weight`, or `RegrowError` if a number in it is not finite."""
+    weight = dense_weight(module)
+    if not torch.isfinite(weight).all():
+        raise RegrowError(f"{name}.weight must be finite, got NaN or infinity")
+    return weight
+
+
+def pair_of(module: nn.Module, down: Tensor, up: Tensor) -> LowRankLinear:
+    """The pair of `down` [rank, in] and `up` [out, rank], with the bias of the linear layer."""
+    biased = module.bias is not None
+    pair = LowRankLinear(down.shape[1], up.shape[0], down.shape[0], bias=biased)
     with torch.no_grad():
-        pair.down.weight.copy_(root[:, None] * right[:rank])
-        pair.up.weight.copy_(left[:, :rank] * root)
-        if module.bias is not None:
+        pair.down.weight.copy_(down)
+        pair.up.weight.copy_(up)
+        if biased:
             pair.up.bias.copy_(module.get_parameter("bias"))
     return pair
 
 
-def apply_plan(model: nn.Module, plans: tuple[Plan, ...], *, empty: bool = False) -> None:
-    """Replace the planned layers in place: by their factors, or by `empty` pairs on "meta"."""
+def apply_plan(
+    model: nn.Module,
+    plans: tuple[Plan, ...],
+    *,
+    empty: bool = False,
+    pairs: Mapping[str, LowRankLinear] | None = None,
+) -> None:
+    """Replace the planned layers in place.
+
+    Args:
+        empty: by pairs without weights, on "meta".
+        pairs: by these, by layer name; by the factors of `factorize` if not given.
+    """
     for plan in plans:
         if empty:
             pair = LowRankLinear(
                 plan.in_features, plan.out_features, plan.rank, bias=plan.bias, device="meta"
             )
+        elif pairs is not None:
+            pair = pairs[plan.name]
         else:
             pair = factorize(model.get_submodule(plan.name), plan.rank, plan.name)
+        owner = model.get_submodule(plan.name.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # else torch's fast path reads linear1.weight
         replace_module(model, plan.name, pair)

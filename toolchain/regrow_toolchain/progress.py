@@ -17,8 +17,8 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Progress]:
-    """Show a bar of `total` steps while the block runs."""
+def progress(title: str, total: int, done: int = 0) -> Iterator[Progress]:
+    """Show a bar of `total` steps, of which some may be `done`, while the block runs."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -33,7 +33,7 @@ def progress(title: str, total: int) -> Iterator[Progress]:
     )
     hidden = not sys.stderr.isatty()
     with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(title, total=total, note="")
+        task = bar.add_task(title, total=total, completed=done, note="")
 
         def step(note: str = "") -> None:
             bar.update(task, advance=1, note=note)

@@ -19,7 +19,7 @@ def check_settings(config: Any) -> None:
         if choices := limits.get("choices"):
             if value not in choices:
                 raise UsageError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-        elif limits:
+        elif limits and not isinstance(item.default, str):
             whole = isinstance(item.default, int)
             _check_number(item.name, value, limits["low"], limits["high"], whole=whole)
 

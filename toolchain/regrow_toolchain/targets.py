@@ -15,7 +15,7 @@ from regrow_runtime.errors import RegrowError, UsageError
 from .layer_names import FUSED, PROJECTIONS, SETS, fused_in, role_of
 from .structure import block_lists, find_head
 
-__all__ = ["find_targets"]
+__all__ = ["find_targets", "matching"]
 
 _NEAR = 5
 _ALL = "@all"
@@ -85,7 +85,7 @@ class _Search:
             return self._all_linear()
         if pattern.startswith("@"):
             return self._named(pattern)
-        found = _matching(pattern, self._found)
+        found = matching(pattern, self._found)
         if not found:
             self._explain(pattern)
         return found
@@ -149,7 +149,7 @@ class _Search:
 
     def _explain(self, pattern: str) -> None:
         self._explain_attention(pattern)
-        self._explain_bias(pattern, _matching(pattern, self._linears))
+        self._explain_bias(pattern, matching(pattern, self._linears))
         wanted = pattern.rpartition(".")[2].strip("*?")
         roles = {
             path.rpartition(".")[2]: role_of(self._in_block(path)) for path in self._block_linears()
@@ -185,7 +185,7 @@ class _Search:
         if not self._attention:
             return
         own = pattern.rpartition(".")[2].strip("*?")
-        inner = any(self._in_attention(name) for name in _matching(pattern, self._linears))
+        inner = any(self._in_attention(name) for name in matching(pattern, self._linears))
         if inner or own in _UNCALLED or pattern in ("@qv", "@attention") or own in PROJECTIONS:
             raise UsageError(
                 f"target must match a layer that the model calls, got {pattern!r}: "
@@ -198,7 +198,7 @@ class _Search:
         return bool(self._attention) and name.startswith(self._attention)
 
 
-def _matching(pattern: str, names: Collection[str]) -> set[str]:
+def matching(pattern: str, names: Collection[str]) -> set[str]:
     """By ending in whole parts, or as a shell pattern over the whole path."""
     return {
         name

@@ -35,6 +35,7 @@ __all__ = [
     "predict",
     "score",
     "shifted",
+    "trimmed",
 ]
 
 _PREDICT_BATCH = 256
@@ -112,6 +113,19 @@ def shifted(x: Tensor, pixels: Tensor) -> Tensor:
     move[:, :, 2] = pixels * 2 / sizes  # the grid runs from -1 to 1
     grid = functional.affine_grid(move, list(x.shape), align_corners=False)
     return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def trimmed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of texts without the columns that are padding in every sample.
+
+    Padding is what `attention_mask` [n, tokens] has 0 for, on the right.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not mask.numel():
+        return dict(inputs)
+    used = mask.bool().any(dim=0).nonzero()
+    length = int(used.max()) + 1 if len(used) else 1
+    return {name: x[:, :length] if x.shape[:2] == mask.shape else x for name, x in inputs.items()}
 
 
 def cosine_factor(step: int, steps: int, warmup: float = 0.1) -> float:

@@ -21,6 +21,7 @@ __all__ = [
     "emit",
     "force_option",
     "json_option",
+    "layers_options",
     "out_option",
     "parse_pairs",
     "path_argument",
@@ -43,6 +44,23 @@ targets_option = click.option(
     "(every linear layer of the blocks, the default), `all-linear` (those outside of the blocks "
     "too, but not the head); repeatable.",
 )
+
+
+def layers_options(function: F) -> F:
+    """--only and --keep-dense: which layers compression factors."""
+    for option in (
+        click.option(
+            "--keep-dense", multiple=True, metavar="NAME",
+            help="Layer that stays dense, named as for --only; repeatable.",
+        ),
+        click.option(
+            "--only", multiple=True, metavar="NAME",
+            help="Layer to factor, and no others: an ending such as `query`, a shell pattern such "
+            "as `*.layer.0.*`, or a set, `@attention` or `@mlp`; repeatable.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def out_option(what: str, *, required: bool = True) -> Callable[[F], F]:

@@ -51,6 +51,7 @@ def load_data(
     text: str | None = None,
     label: str | None = None,
     max_length: int = 128,
+    labels: str = "needed",
 ) -> Dataset:
     """Read samples, and make of them what the backbone takes.
 
@@ -63,6 +64,9 @@ def load_data(
         label: the column or the array with labels; by default `label`, `labels` and the like;
             "" for none.
         max_length: tokens per text at most; the backbone may take fewer.
+        labels: "needed"; "optional", all -1 where there are none: pictures without folders, an
+            `.npz` or a table without labels, lines of text; or "none", what there is is not read.
+            A language model's labels are its tokens all the same.
 
     Raises:
         UsageError: there is nothing at `path` that can be read, something is missing, or what is
@@ -70,7 +74,7 @@ def load_data(
         FormatError: a file is broken.
     """
     path = Path(path)
-    source = Source(path, backbone, users, text, label, max_length)
+    source = Source(path, backbone, users, text, label, max_length, labels)
     if path.is_dir():
         return read_saved(source) if is_saved(path) else read_folder(source)
     if not path.exists():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from regrow_runtime.errors import FormatError, UsageError
 
 from .dataset import Dataset
-from .labelling import Labels, labels_of_cells
+from .labelling import Labels, labels_of_cells, no_labels
 from .source import LABEL_NAMES, Source
 from .text import Encoder, next_tokens
 
@@ -74,6 +74,8 @@ def table_data(source: Source, table: Table) -> Dataset:
     labels = None if label is None else table_labels(source, table, label)
     encoder = Encoder(source.backbone, source.max_length)
     inputs, lengths = encoder(*(_words(table, name) for name in texts))
+    if labels is None and not source.language_model:
+        labels = no_labels(len(lengths))
     if labels is None:
         if lengths[short := int(lengths.argmin())] < 2:
             raise FormatError(
@@ -130,7 +132,11 @@ def _label(source: Source, table: Table) -> str | None:
         return None
     if source.label:
         return _named(table, "label", source.label)
+    if source.labels == "none":
+        return None
     found = [name for name in LABEL_NAMES if name in table.cells]
+    if not found and source.labels == "optional":
+        return None
     if not found or source.label == "":
         raise UsageError(
             f"{table.path} must have a column of labels ({', '.join(LABEL_NAMES)}), "
@@ -150,7 +156,7 @@ def _texts(source: Source, table: Table, label: str | None) -> tuple[str, ...]:
         return names
     if _TEXT in table.cells:
         return (_TEXT,)
-    others = {label, source.users, *(LABEL_NAMES if source.language_model else ())}
+    others = {label, source.users, *(() if label else LABEL_NAMES)}
     found = [name for name in table.cells if name not in others and table.has_words(name)]
     if len(found) != 1:
         raise UsageError(

@@ -23,7 +23,7 @@ class Dataset:
         inputs: arrays by the name of the model's argument, samples first; float32, int64 or bool.
         labels: int64 [samples], indices into `names`; or float32 [samples] or [samples, values],
             what a regression or a teacher gives; or int64 [samples, tokens], where -100 counts
-            for no loss.
+            for no loss. All -1 where there are no labels.
         names: class names; empty where labels are no classes. `named` is False where they are
             only numbers from an array, which then mean the backbone's own outputs.
         users: the id of each sample's user, strings [samples]; None if all are one user's.
@@ -64,6 +64,11 @@ class Dataset:
         if self.labels.dtype.kind == "f":
             return "values"
         return "classes" if self.labels.ndim == 1 else "tokens"
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether it has no labels: all of them are -1."""
+        return len(self) > 0 and self.kind == "classes" and bool((self.labels == -1).all())
 
     def take(self, rows: NDArray[np.int64]) -> Dataset:
         """The samples at `rows`."""
@@ -120,7 +125,8 @@ def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     groups = alone if data.users is None else list(_rows_by_user(data).values())
     mask = np.zeros(len(data), dtype=bool)
     for rows in groups:
-        classes = data.labels[rows] if data.kind == "classes" else np.zeros(len(rows), np.int64)
+        classed = data.kind == "classes" and not data.unlabelled
+        classes = data.labels[rows] if classed else np.zeros(len(rows), np.int64)
         mask[rows[_drawn(classes, share, seed)]] = True
     return data.take(np.flatnonzero(~mask)), data.take(np.flatnonzero(mask))
 

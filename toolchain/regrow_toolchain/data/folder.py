@@ -14,6 +14,7 @@ from regrow_runtime.preprocess import IMAGE_ENDINGS, read_image
 
 from .audio import WAV, read_sounds
 from .dataset import Dataset
+from .labelling import no_labels
 from .source import Source
 
 __all__ = ["read_folder"]
@@ -42,7 +43,8 @@ def read_folder(source: Source) -> Dataset:
         raise UsageError(
             f"users must be `folder` for a folder of files (PATH/USER/CLASS), got {source.users!r}"
         )
-    samples = _samples(source)
+    classes = _has_classes(source)
+    samples = _samples(source) if classes else [_Sample(f, "", "") for f in _files(source.path)]
     files = [sample.file for sample in samples]
     if sounds := [file for file in files if file.suffix.lower() == WAV]:
         if len(sounds) != len(files):
@@ -51,6 +53,9 @@ def read_folder(source: Source) -> Dataset:
         inputs = read_sounds(source, files)
     else:
         inputs = {"pixel_values": _pictures(source, files)}
+    if not classes:
+        labels = no_labels(len(files))
+        return Dataset(inputs, labels.values, labels.names, labels.named)
     names, index = np.unique([sample.label for sample in samples], return_inverse=True)
     return Dataset(
         inputs,
@@ -58,6 +63,13 @@ def read_folder(source: Source) -> Dataset:
         tuple(str(name) for name in names),
         users=np.array([sample.user for sample in samples]) if source.users else None,
     )
+
+
+def _has_classes(source: Source) -> bool:
+    """Whether labels are wanted, and there are folders that may be classes."""
+    if source.labels == "optional":
+        return any(p.is_dir() and not p.name.startswith(".") for p in source.path.iterdir())
+    return source.labels == "needed"
 
 
 def _samples(source: Source) -> list[_Sample]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from regrow_runtime.errors import FormatError, UsageError
 
-__all__ = ["IGNORED", "Labels", "as_words", "labels_of_array", "labels_of_cells"]
+__all__ = ["IGNORED", "Labels", "as_words", "labels_of_array", "labels_of_cells", "no_labels"]
 
 IGNORED = -100  # a token that counts for no loss, as transformers and torch have it
 _LARGEST = float(np.finfo(np.float32).max)  # values are kept in float32
@@ -25,6 +25,11 @@ class Labels:
     values: NDArray[Any]
     names: tuple[str, ...] = ()
     named: bool = True
+
+
+def no_labels(count: int) -> Labels:
+    """Of samples that have none."""
+    return Labels(np.full(count, -1, dtype=np.int64), named=False)
 
 
 def labels_of_array(array: NDArray[Any], where: str, *, one_value: bool) -> Labels:

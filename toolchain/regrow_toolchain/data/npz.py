@@ -12,7 +12,7 @@ from regrow_runtime.arrays import as_pictures, read_arrays
 from regrow_runtime.errors import UsageError
 
 from .dataset import Dataset
-from .labelling import IGNORED, Labels, as_words, labels_of_array
+from .labelling import IGNORED, Labels, as_words, labels_of_array, no_labels
 from .source import LABEL_NAMES, Source
 
 __all__ = ["array_data", "read_inputs", "read_npz"]
@@ -45,8 +45,13 @@ def read_inputs(source: Source) -> dict[str, NDArray[Any]]:
 def array_data(source: Source, arrays: Arrays) -> Dataset:
     """A dataset from arrays in memory, by the rules of `read_npz`."""
     label = _label_name(source, arrays)
+    learns_itself = label is None and source.language_model
+    if source.labels == "none" and not learns_itself:
+        return _unlabelled(source, arrays, label)
     others = {name for name in (label, source.users) if name}
-    if label is None and not source.language_model:
+    if label is None and not learns_itself:
+        if source.labels == "optional":
+            return _unlabelled(source, arrays, None)
         raise UsageError(f"{source.path} must have an array `labels`, got {sorted(arrays)}")
     users = _users(source, arrays)
     if label is None:
@@ -63,6 +68,16 @@ def array_data(source: Source, arrays: Arrays) -> Dataset:
             )
     _check_tokens(source, inputs, labels.values)
     return Dataset(inputs, labels.values, labels.names, labels.named, users)
+
+
+def _unlabelled(source: Source, arrays: Arrays, label: str | None) -> Dataset:
+    """The inputs alone; an array of labels, if there is one, is none of them."""
+    inputs = _inputs(source, arrays, {label} if label else ())
+    counts = {name: len(array) for name, array in inputs.items()}
+    if len(set(counts.values())) != 1:
+        raise UsageError(f"{source.path}: inputs must have as many samples each, got {counts}")
+    labels = no_labels(next(iter(counts.values())))
+    return Dataset(inputs, labels.values, labels.names, labels.named)
 
 
 def _label_name(source: Source, arrays: Arrays) -> str | None:

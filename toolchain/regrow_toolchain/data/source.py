@@ -30,6 +30,7 @@ class Source:
     text: str | None = None
     label: str | None = None
     max_length: int = 128
+    labels: str = "needed"  # or "optional", or "none"
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

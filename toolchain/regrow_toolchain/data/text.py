@@ -13,7 +13,7 @@ from regrow_runtime.errors import FormatError, RegrowError, UsageError
 from regrow_runtime.files import read_bytes
 
 from .dataset import Dataset
-from .labelling import IGNORED
+from .labelling import IGNORED, no_labels
 from .source import Source
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def read_text(source: Source) -> Dataset:
         FormatError: it is no UTF-8, or has more than 64 MiB.
     """
     source.refuse("users", "text", "label")
+    if not source.language_model and source.labels != "needed":
+        return _read_lines(source)
     if not source.language_model:
         raise UsageError(
             f"backbone must be a language model (text-generation) to take {source.path}, "
@@ -156,6 +158,19 @@ def read_text(source: Source) -> Dataset:
     inputs, lengths = encoder._padded({"input_ids": windows})
     labels = next_tokens(inputs["input_ids"], lengths)
     return Dataset(encoder.taken(inputs, source.arguments()), labels)
+
+
+def _read_lines(source: Source) -> Dataset:
+    """Every line that is not blank is a sample without a label."""
+    lines = [line for line in read_utf8(source.path, _MAX_TEXT).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{source.path} must have a line of text or more, got none")
+    encoder = Encoder(source.backbone, source.max_length)
+    inputs, _ = encoder(lines)
+    labels = no_labels(len(lines))
+    return Dataset(
+        encoder.taken(inputs, source.arguments()), labels.values, labels.names, labels.named
+    )
 
 
 def read_utf8(path: Path, limit: int) -> str:

@@ -93,15 +93,15 @@ def _backbone(made: Made) -> dict[str, Any]:
         "dense": {
             "parameters": dense.parameters,
             "bytes": (made.folder / "dense" / "model.safetensors").stat().st_size,
-            **accuracy(compressed.dense_accuracy),
+            **accuracy(compressed.dense_score),
         },
-        "svd_only": accuracy(compressed.svd_accuracy),
+        "svd_only": accuracy(compressed.start_score),
         "compressed": {
             "parameters": backbone.parameters,
             "bytes": (made.folder / "backbone" / WEIGHTS).stat().st_size,
             "ratio": made.settings.compress.ratio,
             "layers": len(backbone.layers),
-            **accuracy(compressed.accuracy),
+            **accuracy(compressed.score),
         },
     }
 

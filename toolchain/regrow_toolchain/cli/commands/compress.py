@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,23 @@ from regrow_toolchain.cli.options import (
     emit,
     force_option,
     json_option,
+    layers_options,
     out_option,
     path_argument,
 )
-from regrow_toolchain.cli.tables import percent, table
+from regrow_toolchain.cli.tables import score, table
 from regrow_toolchain.config import CompressConfig
 
 
 @click.command("compress")
 @path_argument("model")
 @out_option("Folder for the compressed backbone.")
-@data_options("Training data with the model's own labels (without it: plain SVD)")
+@data_options("Training data, with the model's own labels or without labels (no data: plain SVD)")
+@layers_options
 @config_options(CompressConfig)
+@click.option(
+    "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
+)
 @force_option
 @json_option
 def compress_command(
@@ -36,6 +40,7 @@ def compress_command(
     text: str | None,
     label: str | None,
     max_length: int,
+    resume: bool,
     force: bool,
     as_json: bool,
     **settings: Any,
@@ -43,9 +48,10 @@ def compress_command(
     """Turn MODEL into a low-rank backbone (PELA): a Hugging Face directory or hub name, or
     package.module:function that returns an nn.Module.
 
-    Every linear layer of the blocks becomes two of a rank that divides its parameters by the
-    ratio. With --data the factors are then trained: on the labels, to give the dense model's
-    features after every block, and to stay near the dense weights.
+    Every linear layer of the blocks becomes two (`regrow inspect MODEL` shows which, and their
+    ranks). With --data the factors start from what samples show, and are trained: on the labels if
+    there are any, to give the dense model's features after every block, and to stay near the dense
+    weights. A report lies beside the result: report.json, report.md.
     """
     from regrow_toolchain.extras import need
 
@@ -53,43 +59,75 @@ def compress_command(
     from regrow_runtime.files import check_output
 
     check_output(out, force=force, marker="regrow.json")
+    state = out.with_name(f"{out.name}.resume")
+    check_state(state, resume)
     if data is not None:
         check_data(data)
     from regrow_toolchain.backbone import load_backbone, save_backbone
     from regrow_toolchain.compressing import compress
     from regrow_toolchain.data import load_data
+    from regrow_toolchain.reporting import build_report, write_report
 
     source = load_backbone(model)
     samples = None
     if data is not None:
-        samples = load_data(data, source, text=text, label=label, max_length=max_length)
-    done = compress(source, samples, CompressConfig(**settings))
-    backbone = save_backbone(done.backbone, out, force=force)
+        samples = load_data(
+            data, source, text=text, label=label, max_length=max_length,
+            labels="none" if settings["task"] == "imitation" else "optional",
+        )  # fmt: skip
+    config = CompressConfig(**settings)
+    done = compress(source, samples, config, checkpoint=state, resume=resume)
+    report = build_report(done, source, samples)
+    backbone = save_backbone(
+        done.backbone, out, force=force, beside=lambda folder: write_report(folder, report)
+    )
+    state.unlink(missing_ok=True)
     result = {
         "out": str(out),
         "backbone_id": backbone.backbone_id,
-        "ratio": settings["ratio"],
+        "ratio": config.ratio,
         "layers": len(backbone.layers),
-        "parameters": {"dense": source.parameters, "compressed": backbone.parameters},
-        "accuracy": backbone.report.get("accuracy"),
+        "parameters": report["parameters"],
+        "macs": report["macs"],
+        "metric": report.get("metric"),
+        "scores": report.get("scores"),
         "samples": done.samples,
     }
-    emit(result, _lines(result, done.samples), as_json=as_json)
+    emit(result, _lines(result), as_json=as_json)
 
 
-def _lines(result: dict[str, Any], samples: int) -> list[str]:
-    parameters, accuracy = result["parameters"], result["accuracy"] or {}
+def check_state(state: Path, resume: bool) -> None:
+    """Raise `UsageError` if a state lies there that nobody asked to go on with."""
+    from regrow_runtime.errors import UsageError
+
+    if state.exists() and not resume:
+        raise UsageError(
+            f"an interrupted training left {state}: --resume goes on with it, or remove it"
+        )
+    if resume and not state.exists():
+        click.echo(f"regrow: nothing to resume at {state}: it starts anew", err=True)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    parameters, macs = result["parameters"], result["macs"]
+    scores, metric = result["scores"] or {}, result["metric"] or ""
     rows = [
-        [name, f"{count:,}", percent(score) if not math.isnan(score) else "not measured"]
-        for name, count, score in (
-            ("dense", parameters["dense"], accuracy.get("dense", math.nan)),
-            ("factored (SVD)", parameters["compressed"], accuracy.get("svd", math.nan)),
-            ("after training", parameters["compressed"], accuracy.get("compressed", math.nan)),
+        [name, f"{parameters[kind]:,}", _giga(macs[kind]), score(scores.get(key), metric)]
+        for name, kind, key in (
+            ("dense", "dense", "dense"),
+            ("factored", "compressed", "start"),
+            ("after training", "compressed", "compressed"),
         )
     ]
-    note = f"accuracy on {samples} held-back samples" if samples else "no data, so plain SVD"
+    samples = result["samples"]
+    note = f"{metric} on {samples} held-back samples" if samples else "no data, so plain SVD"
+    head = ["model", "parameters", "GMACs", metric or "score"]
     return [
-        *table(["model", "parameters", "accuracy"], rows if samples else rows[:2]),
+        *table(head, rows if samples else rows[:2]),
         f"{result['layers']} layers factored; {note}",
-        f"wrote {result['out']}",
+        f"wrote {result['out']}, with report.md",
     ]
+
+
+def _giga(macs: int | None) -> str:
+    return "not known" if macs is None else f"{macs / 1e9:.3g}"

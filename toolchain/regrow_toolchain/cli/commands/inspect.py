@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow_toolchain.cli.options import emit, json_option, path_argument
+from regrow_toolchain.cli.options import emit, json_option, layers_options, path_argument
 from regrow_toolchain.cli.tables import score, size, table
 
 if TYPE_CHECKING:
@@ -19,9 +19,27 @@ _SHOWN = 12
 
 @click.command("inspect")
 @path_argument("path")
+@click.option(
+    "--ratio", type=click.FloatRange(1), default=2.0, show_default=True,
+    help="Of a dense model: what compression would factor, and to which ranks.",
+)  # fmt: skip
+@layers_options
+@click.option(
+    "--tokens", type=click.IntRange(1), default=128, show_default=True,
+    help="Of a text, to count multiplications by.",
+)  # fmt: skip
 @json_option
-def inspect_command(path: Path, as_json: bool) -> None:
-    """Tell what PATH holds: an adapter file, a bundle, or a compressed backbone."""
+def inspect_command(
+    path: Path,
+    ratio: float,
+    only: tuple[str, ...],
+    keep_dense: tuple[str, ...],
+    tokens: int,
+    as_json: bool,
+) -> None:
+    """Tell what PATH holds: an adapter file, a bundle, a compressed backbone; or of a dense model
+    what `regrow compress` would do to each layer, for which its config.json is enough.
+    """
     from regrow_runtime.adapter import Adapter
     from regrow_runtime.errors import UsageError
     from regrow_runtime.manifest import MANIFEST, Manifest
@@ -32,11 +50,17 @@ def inspect_command(path: Path, as_json: bool) -> None:
         result = _bundle(Manifest.load(path))
     elif (path / "regrow.json").is_file():
         result = _backbone(path)
+    elif (path / "config.json").is_file() or (not path.exists() and ":" in str(path)):
+        from regrow_toolchain.cli.dense import dense_lines, inspect_dense
+
+        dense = inspect_dense(path, ratio, only, keep_dense, tokens)
+        emit(dense, dense_lines(dense), as_json=as_json)
+        return
     else:
         found = "a folder with neither" if path.is_dir() else "no such file or folder"
         raise UsageError(
-            f"path must be an adapter file, or a folder with manifest.json or regrow.json, "
-            f"got {path}: {found}"
+            "path must be an adapter file, or a folder with manifest.json, regrow.json or "
+            f"config.json, got {path}: {found}"
         )
     emit(result, _lines(result), as_json=as_json)
 

@@ -1,0 +1,179 @@
+"""How much faster a factored ViT-Base is in ONNX Runtime, in fp32 and in int8.
+
+    python examples/benchmarks/pela_latency.py [--threads 2] [--repeat 60] [--small]
+
+ViT-Base's sizes with random weights, 197 tokens, batch 1. Variants: dense; factored at ratio 2 and
+3 with the paper's ranks and with ranks that suit kernels; dense and ratio 2 in int8, as regrow
+exports it and as ONNX Runtime's `quantize_dynamic` does. Every model is exported once and timed in
+a process of its own, several times in turns; a variant's latency is the least of its medians, which
+a busy machine disturbs least. Ends in one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from regrow_toolchain.backbone import Backbone, load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.compressing import compress
+from regrow_toolchain.config import CompressConfig
+from regrow_toolchain.exporting import export_backbone
+
+SMALL = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 128}  # fmt: skip
+VARIANTS = (
+    ("dense", 1.0, "", "fp32"),
+    ("2, paper's ranks", 2.0, "paper", "fp32"),
+    ("2, kernels", 2.0, "kernels", "fp32"),
+    ("3, paper's ranks", 3.0, "paper", "fp32"),
+    ("3, kernels", 3.0, "kernels", "fp32"),
+    ("dense, int8", 1.0, "", "int8"),
+    ("2, kernels, int8", 2.0, "kernels", "int8"),
+    ("dense, quantize_dynamic", 1.0, "", "stock"),
+    ("2, kernels, quantize_dynamic", 2.0, "kernels", "stock"),
+)
+
+
+# A process with nothing but ONNX Runtime in it: median milliseconds, and memory.
+TIMED = """
+import json, sys, time
+import numpy as np, onnxruntime
+from regrow_toolchain.measure import read_memory
+graph, threads, repeat, side = sys.argv[1], *map(int, sys.argv[2:])
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = threads, 3
+session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+feed = {"pixel_values": np.zeros((1, 3, side, side), np.float32)}
+times = []
+for _ in range(repeat + 5):
+    start = time.perf_counter()
+    session.run(None, feed)
+    times.append((time.perf_counter() - start) * 1e3)
+memory = read_memory()
+megabytes = [round((part or 0) / 1e6) for part in (memory.rss_anon, memory.peak)]
+print(json.dumps({"ms": float(np.median(times[5:])), "rss_mb": megabytes[0],
+                  "peak_mb": megabytes[1]}))
+"""
+
+
+def write_dense(folder: Path, small: bool) -> Path:
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(num_labels=1000, **(SMALL if small else {})))
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    return folder
+
+
+def export(backbone: Backbone, out: Path, precision: str, side: int) -> Path:
+    """The bundle's graph; for `quantize_dynamic`, which fails on empty slots, one without them."""
+    if precision != "stock":
+        export_backbone(backbone, out, precision=precision)
+        return out / "backbone.onnx"
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    out.mkdir()
+    plain, graph = out / "plain.onnx", out / "stock.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Logits(backbone.model), (torch.zeros(1, 3, side, side),), plain, opset_version=18,
+            input_names=["pixel_values"], output_names=["logits"], dynamo=False,
+        )  # fmt: skip
+    kinds = ["MatMul", "Gemm"]
+    quantize_dynamic(
+        plain, graph, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds
+    )
+    return graph
+
+
+class Logits(torch.nn.Module):
+    """A model of transformers that gives a tensor."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
+        return logits
+
+
+def in_own_process(graph: Path, args: argparse.Namespace, side: int) -> dict[str, float]:
+    numbers = [str(number) for number in (args.threads, args.repeat, side)]
+    command = [sys.executable, "-c", TIMED, str(graph), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--small", action="store_true", help="a tiny model, seconds")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--repeat", type=int, default=60, help="runs of a process")
+    options.add_argument("--turns", type=int, default=3, help="processes of a variant")
+    options.add_argument("--side", type=int, default=224, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.small:
+        args.repeat, args.turns, args.side = 3, 1, 32
+    with tempfile.TemporaryDirectory() as room:
+        rows = compare(args, Path(room))
+    for row in rows:
+        print(row)
+    print(json.dumps({"task": "latency", "threads": args.threads, "rows": rows,
+                      "ratios": ratios(rows)}))  # fmt: skip
+
+
+def compare(args: argparse.Namespace, room: Path) -> list[dict[str, Any]]:
+    dense = load_backbone(write_dense(room / "dense", args.small))
+    made: dict[tuple[float, str], Backbone] = {(1.0, ""): dense}
+    rows, graphs = [], []
+    for number, (name, ratio, ranks, precision) in enumerate(VARIANTS):
+        if (ratio, ranks) not in made:
+            config = CompressConfig(ratio=ratio, ranks=ranks)
+            small = compress(dense, config=config).backbone
+            made[ratio, ranks] = save_backbone(small, room / f"{ratio:g}-{ranks}")
+        backbone = made[ratio, ranks]
+        graph = export(backbone, room / str(number), precision, args.side)
+        files = [graph, graph.with_name(f"{graph.name}.data")]
+        size = sum(f.stat().st_size for f in files if f.is_file())
+        graphs.append(graph)
+        found = sorted({plan.rank for plan in backbone.layers})
+        rows.append({"row": name, "parameters": backbone.parameters, "ranks": found, "bytes": size,
+                     "ms": float("inf")})  # fmt: skip
+    for _ in range(args.turns):
+        for row, graph in zip(rows, graphs, strict=True):
+            new = in_own_process(graph, args, args.side)
+            row |= new if new["ms"] < row["ms"] else {}
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each against its own dense model: fp32, int8 as exported, int8 by quantize_dynamic."""
+    by = {row["row"]: row for row in rows}
+    found = {}
+    for name, row in by.items():
+        against = "dense"
+        for ending in (", int8", ", quantize_dynamic"):
+            against = f"dense{ending}" if name.endswith(ending) else against
+        if name != against:
+            found[name] = {
+                "against": against,
+                "latency": round(row["ms"] / by[against]["ms"], 3),
+                "bytes": round(row["bytes"] / by[against]["bytes"], 3),
+                "parameters": round(row["parameters"] / by[against]["parameters"], 3),
+            }
+    return found
+
+
+if __name__ == "__main__":
+    main()
