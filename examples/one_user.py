@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from regrow_inputs import InputReader
 from regrow_runtime import Bundle
 from regrow_toolchain import (
     AdaptConfig,
@@ -68,7 +69,7 @@ def main() -> None:
         # From here on there is no torch: this is what an application on the device does.
         bundle = Bundle.open(folder / "bundle")
         test = np.load(folder / "test.npz")
-        inputs = {"pixel_values": bundle.preprocessor()(list(test["images"]))}
+        inputs = InputReader.from_bundle(bundle).pictures(list(test["images"]))
         for adapter in (None, folder / "user.safetensors"):
             cost = bundle.swap(adapter)
             right = bundle.run(inputs)["logits"].argmax(axis=1) == test["labels"]

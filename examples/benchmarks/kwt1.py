@@ -53,7 +53,7 @@ class Kwt(nn.Module):
 
     def forward(self, mfcc: Tensor) -> Tensor:
         x = self.embed(mfcc)
-        x = torch.cat([self.class_emb.expand(len(x), -1, -1), x], dim=1) + self.pos_emb
+        x = torch.cat([self.class_emb.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_emb
         for layer in self.layers:
             x = layer(x)
         return self.head(x[:, 0])

@@ -13,7 +13,6 @@ from .bundle import PROFILES, Bundle, Profile, SwapCost
 from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .generate import Generated, Generation
 from .manifest import Manifest, Slot
-from .preprocess import ImagePreprocessor, read_image
 
 __all__ = [
     "PROFILES",
@@ -27,7 +26,6 @@ __all__ = [
     "Generation",
     "Head",
     "HeadLayer",
-    "ImagePreprocessor",
     "Manifest",
     "MismatchError",
     "Probe",
@@ -40,7 +38,6 @@ __all__ = [
     "UsageError",
     "Validated",
     "locations",
-    "read_image",
     "sign_bits",
     "signs",
 ]

@@ -26,7 +26,6 @@ from .cache import CacheSpec
 from .errors import FormatError, RegrowError, UsageError
 from .generate import Generated, Generation, Ids, Settings
 from .manifest import GraphSpec, Manifest, TensorSpec
-from .preprocess import ImagePreprocessor
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
 __all__ = ["PROFILES", "Bundle", "Profile", "SwapCost"]
@@ -378,16 +377,6 @@ class Bundle:
             for start in range(0, counts.pop(), batch)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def preprocessor(self) -> ImagePreprocessor:
-        """From pictures to this model's input, as the bundle's preprocessor_config.json says.
-
-        Raises:
-            UsageError: the model takes no pictures, or the bundle has no such file.
-        """
-        if len(self.graph.inputs[0].shape) != 4:
-            raise UsageError(f"model must take pictures, got {self.graph.inputs[0].name}")
-        return ImagePreprocessor.from_folder(self.folder)
 
     def generate(
         self,

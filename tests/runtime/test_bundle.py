@@ -534,12 +534,6 @@ def test_run_all_sees_one_adapter(bundle, make_adapter, monkeypatch):
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
-def test_pictures_go_through_the_bundles_preprocessing(bundle):
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 4, 4)).astype(np.uint8)
-    found = bundle.preprocessor()(list(pictures))
-    np.testing.assert_allclose(found[:, 0], pictures / 255, rtol=1e-6)
-
-
 def test_a_moved_bundle_still_runs(bundle_folder, tmp_path, pixels, reference):
     moved = shutil.copytree(bundle_folder, tmp_path / "Ünï code folder")
     np.testing.assert_allclose(_logits(Bundle.open(moved), pixels), reference(pixels), **CLOSE)

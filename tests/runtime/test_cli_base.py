@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 MAIN = "from regrow_toolchain.cli import main; main()"
-EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "sklearn",
-          "matplotlib", "jinja2")  # fmt: skip
+EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "tokenizers",
+          "sklearn", "matplotlib", "jinja2")  # fmt: skip
 COMMANDS = ["demo", "compress", "adapt", "export", "import", "run", "inspect"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import tracemalloc
 
 import pytest
 from safetensors import SafetensorError
@@ -215,3 +216,11 @@ def test_weights_that_the_disk_does_not_take_are_one_error(old):
         _fill_and_raise(folder, SafetensorError("I/O error: No space left on device"))
     assert _text(old) == "old"
     assert os.listdir(old.parent) == ["out"]
+
+
+def test_reading_makes_room_for_the_file_not_for_the_limit(tmp_path):
+    (tmp_path / "x").write_bytes(b"small")
+    tracemalloc.start()
+    assert read_bytes(tmp_path / "x", limit=1 << 30, what="x") == b"small"
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

@@ -6,8 +6,18 @@ import types
 
 import regrow_runtime
 
-HEAVY = ("torch", "onnx", "transformers", "optimum", "PIL", "sklearn", "matplotlib", "click")
-UPPER = ("regrow_export", "regrow_toolchain")
+HEAVY = (
+    "torch",
+    "onnx",
+    "transformers",
+    "optimum",
+    "PIL",
+    "tokenizers",
+    "sklearn",
+    "matplotlib",
+    "click",
+)
+UPPER = ("regrow_inputs", "regrow_export", "regrow_toolchain")
 
 
 def test_all_names_what_is_public():

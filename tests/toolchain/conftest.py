@@ -193,6 +193,19 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reading_folder(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The BERT with a tokenizer of letters and a few words."""
+    from transformers import BertTokenizerFast
+
+    folder = Path(shutil.copytree(bert_folder, tmp_path_factory.mktemp("models") / "reading"))
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join([*words, "the", "word", "more"]), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model whose output weights are its embeddings."""
     from transformers import GPT2Config, GPT2LMHeadModel

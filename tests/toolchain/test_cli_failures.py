@@ -178,7 +178,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (("inspect", "{room}/file.txt"), 1, "must be a whole safetensors file"),
     (("inspect", "{room}/cut.safetensors"), 1, "must be a whole safetensors file"),
     (("run", "{room}/empty", "--input", "{room}/d.npz"), 2, "bundle"),
-    (("run", "{room}/empty"), 2, "give one of --input and --image"),
+    (("run", "{room}/empty"), 2, "give one of --input, --image, --wav and --text"),
 ]
 
 

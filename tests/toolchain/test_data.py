@@ -96,7 +96,7 @@ def test_a_class_without_pictures(
 ) -> None:
     class_folder(tmp_path, 6, 0)
     (tmp_path / "up").mkdir()
-    with pytest.raises(UsageError, match=r"up must have pictures \(.png, .*got none"):
+    with pytest.raises(UsageError, match=r"up must have pictures or sounds \(.png, .*got none"):
         load_data(tmp_path, vit)
 
 

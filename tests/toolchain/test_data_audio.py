@@ -1,10 +1,9 @@
-"""Sounds: every kind of PCM, the model's rate, the model's own feature extractor."""
+"""Folders of sounds, through the front end that the device has too."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import struct
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from regrow_inputs import InputReader
 from regrow_runtime.errors import FormatError, RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
+from regrow_toolchain.carried import carry, made_inputs
 from regrow_toolchain.data import by_user, load_data
-from regrow_toolchain.data.audio import read_wav, resample
+from regrow_toolchain.exporting import export_backbone
 from regrow_toolchain.training import logits_of
 
 _RATE = 4000
@@ -72,90 +71,6 @@ def wav2vec2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def wav2vec2(wav2vec2_folder: Path) -> Backbone:
     return load_backbone(wav2vec2_folder)
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 2, 3])
-def test_pcm(tmp_path: Path, width: int, channels: int) -> None:
-    rng = np.random.default_rng(0)
-    values = np.clip(rng.normal(0, 0.4, (50, channels)), -1, 0.99)
-    values[0] = -1
-    sound, rate = read_wav(_write(tmp_path / "a.wav", values, 8000, width))
-    assert (rate, sound.dtype, sound.shape) == (8000, np.float32, (50,))
-    assert sound[0] == -1
-    np.testing.assert_allclose(sound, values.mean(axis=1), atol=2.0 ** (1 - 8 * width) + 1e-7)
-
-
-def test_resampling_keeps_the_tone() -> None:
-    sound = _tone(4000, 300).astype(np.float32)
-    made = resample(sound, _RATE, 11025)
-    assert made.dtype == np.float32
-    assert len(made) == 11025
-    np.testing.assert_allclose(made[500:-500], _tone(11025, 300, 11025)[500:-500], atol=0.01)
-
-
-def _riff(chunks: bytes) -> bytes:
-    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
-
-
-def _fmt(kind: int = 1, channels: int = 1, rate: int = 8000, width: int = 2) -> bytes:
-    size = channels * width
-    fields = struct.pack("<HHIIHH", kind, channels, rate, rate * size % 2**32, size, 8 * width)
-    return b"fmt " + struct.pack("<I", 16) + fields
-
-
-def _data(size: int, content: bytes) -> bytes:
-    return b"data" + struct.pack("<I", size) + content
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "must be a PCM"),
-        (b"RIFF", "must be a PCM"),
-        (b"ID3\x03 an mp3", "must be a PCM"),
-        (_riff(_fmt()), "must be a PCM"),
-        (_riff(_data(4, b"1234")), "must be a PCM"),
-        (_riff(_fmt(kind=3, width=4) + _data(4, b"1234")), "must be a PCM"),
-        (_riff(_fmt(channels=0) + _data(4, b"1234")), "must be a PCM"),
-        (_riff(_fmt(width=0) + _data(4, b"1234")), "must be a PCM"),
-        (_riff(_fmt(width=8) + _data(8, b"12345678")), "of 8 to 32 bits .*got 64 bits"),
-        (_riff(_fmt(rate=0) + _data(4, b"1234")), "at 1000 to 384000 Hz, got 16 bits at 0 Hz"),
-        (_riff(_fmt(rate=2**32 - 1) + _data(4, b"1234")), "at 4294967295 Hz"),
-        (_riff(_fmt() + _data(0, b"")), "samples that its header promises, got none"),
-        (_riff(_fmt() + _data(2**31, b"1234")), "samples that its header promises, got 2 of"),
-        (_riff(_fmt() + _data(5, b"123")), "must hold the samples that its header promises"),
-    ],
-)
-def test_files_that_are_no_sound(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(FormatError, match=words) as error:
-        read_wav(tmp_path / "a.wav")
-    assert str(tmp_path / "a.wav") in str(error.value)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_no_file_is_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
-    whole = bytearray(_riff(_fmt() + _data(8, b"12345678")))
-    for _ in range(data.draw(st.integers(1, 3))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    (tmp_path / "a.wav").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    try:
-        sound, _ = read_wav(tmp_path / "a.wav")
-    except FormatError:
-        return
-    assert np.isfinite(sound).all()
-
-
-def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow_toolchain.data.audio._MAX_FILE", 100)
-    _write(tmp_path / "a.wav", np.zeros(50))
-    with pytest.raises(FormatError, match="must be at most 100 bytes for a sound"):
-        read_wav(tmp_path / "a.wav")
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -218,7 +133,7 @@ def test_long_sounds_are_cut(
 ) -> None:
     _write(tmp_path / "d" / "a" / "1.wav", _tone(5 * 8000, 200), 8000)
     _write(tmp_path / "d" / "b" / "1.wav", _tone(500, 200))
-    monkeypatch.setattr("regrow_toolchain.data.audio._MAX_SECONDS", 2)
+    monkeypatch.setattr("regrow_inputs.wav.MAX_SECONDS", 2)
     assert load_data(tmp_path / "d", wav2vec2).inputs["input_values"].shape == (2, 2 * _RATE)
     monkeypatch.setattr("regrow_toolchain.data.audio._MAX_VALUES", 15999)
     with pytest.raises(UsageError, match="must come to at most 15999 values, got 16000"):
@@ -238,7 +153,7 @@ def test_backbones_that_take_no_sounds(
     with pytest.raises(UsageError, match=r"backbone must take sounds .*got one of pixel_values"):
         load_data(sounds(), backbone)
     plain = Backbone(torch.nn.Linear(2, 2), "sha256:x", "other", (), ())
-    with pytest.raises(UsageError, match=r"give ready arrays \(input\) in an \.npz"):
+    with pytest.raises(UsageError, match=r"or ready arrays \(input\) in an \.npz"):
         load_data(sounds(), plain)
 
 
@@ -266,6 +181,7 @@ def _edit(folder: Path, **changes: object) -> None:
         {"feature_extractor_type": "NoSuchExtractor"},
         {"feature_extractor_type": ["x"]},
         {"feature_extractor_type": "NoSuch", "auto_map": {"AutoFeatureExtractor": "evil.E"}},
+        {"do_normalize": "yes"},
     ],
 )
 def test_a_broken_extractor(
@@ -278,3 +194,42 @@ def test_a_broken_extractor(
     with pytest.raises(FormatError, match=r"preprocessor_config\.json"):
         load_data(sounds(), load_backbone(folder))
     assert not flag.exists()
+
+
+_MFCC = {
+    "feature_extractor_type": "MelFeatureExtractor", "sampling_rate": _RATE, "num_samples": 800,
+    "frame_length": 100, "hop_length": 50, "fft_length": 128, "num_mel_filters": 20, "num_mfcc": 8,
+}  # fmt: skip
+
+
+def test_a_plain_module_hears_what_the_device_hears(
+    sounds: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Training's numbers and the device's are the same, to the bit; so are those of a bundle."""
+
+    class Hears(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(
+                torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(2)
+            )
+            self.head = torch.nn.Linear(8, 2)
+
+        def forward(self, mfcc: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                mfcc = block(mfcc)
+            return self.head(mfcc.mean(dim=1))
+
+    (tmp_path / "front.json").write_text(json.dumps(_MFCC))
+    plain = Backbone(
+        Hears().eval(), "sha256:x", "classification", ("head",), ("0", "1"), function="a:b"
+    )
+    heard = carry(plain, preprocessor=tmp_path / "front.json")
+    data = load_data(folder := sounds(), heard)
+    assert data.inputs.keys() == {"mfcc"}
+    assert data.inputs["mfcc"].shape == (6, 15, 8)
+    export_backbone(heard, tmp_path / "bundle", inputs=made_inputs(heard))
+    files = sorted(folder.rglob("*.[wW][aA][vV]"), key=lambda f: (f.parent.name, f.name))
+    reader = InputReader.from_bundle(tmp_path / "bundle")
+    for file, row in zip(files, data.inputs["mfcc"], strict=True):
+        np.testing.assert_array_equal(reader.sounds([file])["mfcc"][0], row)

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from regrow_inputs import InputReader
 from regrow_runtime import Bundle
 from regrow_runtime.adapter import Adapter
 from regrow_runtime.errors import RegrowError, UsageError
@@ -106,9 +107,9 @@ def test_what_it_made_can_be_used(made: Made) -> None:
     for user in made.report["users"]:
         with np.load(made.folder / "users" / f"{user['id']}-test.npz") as stored:
             images, labels = stored["images"], stored["labels"].astype(str)
-        pixels = bundle.preprocessor()(list(images))
+        feeds = InputReader.from_bundle(bundle).pictures(list(images))
         bundle.swap(made.folder / "adapters" / f"{user['id']}.safetensors")
-        best = bundle.run_all({"pixel_values": pixels})["logits"].argmax(axis=1)
+        best = bundle.run_all(feeds)["logits"].argmax(axis=1)
         names = np.array(bundle.labels())[best]
         assert (names == labels).mean() == pytest.approx(user["after"])
     backbone = load_backbone(made.folder / "backbone")

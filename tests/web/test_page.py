@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from regrow_export import ExportSource, export_bundle
+from regrow_inputs import ImagePreprocessor
 from regrow_runtime import Adapter, Head, HeadLayer
-from regrow_runtime.preprocess import ImagePreprocessor
 
 pytestmark = pytest.mark.slow
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from regrow_inputs import PREPROCESSOR, ImagePreprocessor
 from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_runtime.fields import Fields, dump_json, parse_json
 from regrow_runtime.files import new_folder, read_bytes
 from regrow_runtime.manifest import MANIFEST
-from regrow_runtime.preprocess import PREPROCESSOR, ImagePreprocessor
 
 from .backbone_id import INDEX, backbone_id, memory_id
 from .lowrank import Plan, apply_plan
@@ -32,7 +32,15 @@ from .plain import FUNCTION, check_finite, check_weights, declared, made_by, tie
 from .sentences import with_pooling, write_pooling
 from .structure import find_head
 
-__all__ = ["CONFIG", "WEIGHTS", "Backbone", "load_backbone", "load_structure", "save_backbone"]
+__all__ = [
+    "COMPANIONS",
+    "CONFIG",
+    "WEIGHTS",
+    "Backbone",
+    "load_backbone",
+    "load_structure",
+    "save_backbone",
+]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "regrow.json", "regrow.safetensors"
@@ -42,7 +50,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MAX_WIDTH = 1 << 24
 
 # The files that travel from a model's directory to the backbone and on to the bundle.
-_COMPANIONS = (
+COMPANIONS = (
     _HF_CONFIG,
     PREPROCESSOR,
     "tokenizer.json",
@@ -177,7 +185,7 @@ def _fetch(name: str) -> Path:
     """The model's files in the hub's own cache; only what is needed, and nothing pickled."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", INDEX, *_COMPANIONS]
+    patterns = ["*.safetensors", INDEX, *COMPANIONS]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds
@@ -262,6 +270,7 @@ def _load_compressed(folder: Path, function: str) -> Backbone:
     head = fields.strings("head")
     report = fields.take("report", dict, {})
     wanted = fields.take("function", str, "")
+    labels = fields.strings("labels")
     fields.done()
     if wanted != function:
         raise UsageError(_which_function(folder, wanted, function))
@@ -283,6 +292,8 @@ def _load_compressed(folder: Path, function: str) -> Backbone:
                 f"got {list(head)}"
             )
         backbone.backbone_id = stored_id
+        backbone.labels = labels or backbone.labels
+        backbone.files = tuple(folder / n for n in COMPANIONS if (folder / n).is_file())
     else:
         backbone = _backbone(folder, with_pooling(model.eval(), folder), stored_id, head)
     backbone.layers, backbone.report = plans, report
@@ -433,6 +444,7 @@ def save_backbone(
             "layers": [asdict(plan) for plan in backbone.layers],
             "report": backbone.report,
             **({"function": backbone.function} if backbone.function else {}),
+            **({"labels": list(backbone.labels)} if backbone.function else {}),
         }
         (folder / CONFIG).write_text(dump_json(config, indent=1) + "\n", encoding="utf-8")
         beside(folder)
@@ -451,7 +463,7 @@ def _save_weights(model: nn.Module, path: Path) -> None:
 
 
 def _backbone(folder: Path, model: nn.Module, identity: str, head: Sequence[str]) -> Backbone:
-    files = tuple(folder / name for name in _COMPANIONS if (folder / name).is_file())
+    files = tuple(folder / name for name in COMPANIONS if (folder / name).is_file())
     # Heads side by side are none that an adapter could replace, but their classes have names.
     classifies = bool(head) or type(model).__name__.endswith("WithTeacher")
     labels = _names(model, _classes(model) or 0) if classifies else ()

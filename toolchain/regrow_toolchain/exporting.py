@@ -15,6 +15,7 @@ from regrow_runtime.errors import UsageError
 from regrow_runtime.manifest import Manifest
 
 from .backbone import Backbone
+from .carried import for_device
 from .data import Dataset
 from .data.dataset import check_samples
 from .labels import fit_labels
@@ -51,6 +52,7 @@ def export_backbone(
             what `precision` costs in accuracy.
         cache: give a causal language model a key-value cache.
     """
+    backbone = for_device(backbone)
     source = ExportSource(
         model=backbone.model,
         task=backbone.task,

@@ -10,7 +10,7 @@ __all__ = ["need"]
 
 # One module of each extra that the base install does not have.
 _SIGNS = {
-    "run": ("PIL",),
+    "run": ("PIL", "tokenizers"),
     "export": ("torch", "onnx", "optimum", "transformers", "accelerate", "rich"),
     "train": ("torch", "transformers", "accelerate", "rich", "sklearn", "jinja2", "matplotlib"),
 }

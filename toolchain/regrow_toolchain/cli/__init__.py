@@ -25,7 +25,7 @@ COMMANDS = {
     "export": "Export a backbone to ONNX, with slots for adapters.",
     "import": "Make an adapter of one that PEFT trained, without torch.",
     "convert": "Write an adapter as dense tensors, for programs without regrow.",
-    "run": "Run a bundle on pictures or arrays, without torch.",
+    "run": "Run a bundle on pictures, sounds, texts or arrays, without torch.",
     "store": "Keep adapters on the device, by user and version.",
     "inspect": "Tell what an adapter file, a bundle or a backbone holds.",
 }

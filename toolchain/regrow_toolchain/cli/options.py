@@ -15,6 +15,7 @@ from ..forms import DATA
 from . import printable
 
 __all__ = [
+    "carried_options",
     "check_data",
     "config_options",
     "data_options",
@@ -123,6 +124,24 @@ def data_options(what: str, *, required: bool = False) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+def carried_options(function: F) -> F:
+    """--preprocessor and --labels: what a model's directory or function lacks."""
+    for option in (
+        click.option(
+            "--labels", "label_file", type=click.Path(path_type=Path),
+            help="Class names in the order of the outputs, a line each or a JSON list, for a model "
+            "that does not say them.",
+        ),
+        click.option(
+            "--preprocessor", type=click.Path(path_type=Path),
+            help="A preprocessor_config.json, or a folder with one or a tokenizer: how pictures, "
+            "sounds or texts become inputs, for a model that has none.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def config_options(kind: type) -> Callable[[F], F]:

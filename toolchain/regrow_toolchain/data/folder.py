@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_inputs import IMAGE_ENDINGS, WAV_ENDINGS, read_image
 from regrow_runtime.errors import UsageError
-from regrow_runtime.preprocess import IMAGE_ENDINGS, read_image
 
-from .audio import WAV, read_sounds
+from .audio import read_sounds
 from .dataset import Dataset
 from .labelling import no_labels
 from .source import Source
@@ -46,9 +46,9 @@ def read_folder(source: Source) -> Dataset:
     classes = _has_classes(source)
     samples = _samples(source) if classes else [_Sample(f, "", "") for f in _files(source.path)]
     files = [sample.file for sample in samples]
-    if sounds := [file for file in files if file.suffix.lower() == WAV]:
+    if sounds := [file for file in files if file.suffix.lower() in WAV_ENDINGS]:
         if len(sounds) != len(files):
-            other = next(file for file in files if file.suffix.lower() != WAV)
+            other = next(file for file in files if file not in sounds)
             raise UsageError(f"data must be pictures or sounds, got both: {other}, {sounds[0]}")
         inputs = read_sounds(source, files)
     else:
@@ -92,10 +92,10 @@ def _folders(path: Path, wanted: str) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    endings = (*IMAGE_ENDINGS, WAV)
+    endings = (*IMAGE_ENDINGS, *WAV_ENDINGS)
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
     if not found:
-        raise UsageError(f"{folder} must have pictures ({', '.join(endings)}), got none")
+        raise UsageError(f"{folder} must have pictures or sounds ({', '.join(endings)}), got none")
     return found
 
 

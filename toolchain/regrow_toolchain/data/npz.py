@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.arrays import as_pictures, read_arrays
+from regrow_inputs import as_pictures
+from regrow_runtime.arrays import read_arrays
 from regrow_runtime.errors import UsageError
 
 from .dataset import Dataset

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regrow_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["LABEL_NAMES", "Source"]
+__all__ = ["LABEL_NAMES", "Source", "arguments"]
 
 LABEL_NAMES = ("label", "labels", "category", "intent", "y")
 
@@ -57,15 +57,20 @@ class Source:
 
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments of forward that may be data."""
-        return tuple(
-            name
-            for name, parameter in inspect.signature(self.backbone.model.forward).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            and name not in _NO_DATA
-            and not name.startswith(("output_", "past_"))
-        )
+        return arguments(self.backbone.model)
 
     def takes_any(self) -> bool:
         """Whether forward takes nothing but `**inputs`."""
         kinds = {p.kind for p in inspect.signature(self.backbone.model.forward).parameters.values()}
         return kinds == {inspect.Parameter.VAR_KEYWORD}
+
+
+def arguments(model: Any) -> tuple[str, ...]:
+    """Names of the arguments of forward that may be data."""
+    return tuple(
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in _NO_DATA
+        and not name.startswith(("output_", "past_"))
+    )

@@ -19,7 +19,7 @@ from .source import Source
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["Encoder", "next_tokens", "read_text", "read_utf8"]
+__all__ = ["Encoder", "has_tokenizer", "next_tokens", "read_text", "read_utf8"]
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 _AT_ONCE = 1024
@@ -189,9 +189,15 @@ def read_utf8(path: Path, limit: int) -> str:
         ) from None
 
 
+def has_tokenizer(backbone: Backbone) -> bool:
+    """Whether files of a tokenizer lie beside it."""
+    folder = backbone.folder
+    return folder is not None and any((folder / name).is_file() for name in _FILES)
+
+
 def _tokenizer(backbone: Backbone) -> tuple[Any, Path]:
     folder = backbone.folder
-    if folder is None or not any((folder / name).is_file() for name in _FILES):
+    if folder is None or not has_tokenizer(backbone):
         raise UsageError(
             "backbone must have a tokenizer (tokenizer.json) to take text, got none: save it "
             "beside the model, or give ready input_ids in an .npz"
@@ -212,6 +218,7 @@ def _tokenizer(backbone: Backbone) -> tuple[Any, Path]:
 def _positions(model: Any) -> int:
     """How many tokens the model takes at most."""
     config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)  # of a model of pictures and texts
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return 1 << 30
@@ -224,7 +231,10 @@ def _positions(model: Any) -> int:
 
 def _vocabulary(model: Any) -> int | None:
     """How many tokens the model knows."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # a model of pictures and texts has several
+        return None
     rows = getattr(embeddings, "num_embeddings", None)
     return rows if isinstance(rows, int) else None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from regrow_toolchain.cli.options import (
+    carried_options,
     check_data,
     config_options,
     data_options,
@@ -67,6 +68,7 @@ _SETTINGS = (
 @click.option(
     "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
 )
+@carried_options
 @force_option
 @json_option
 def adapt_command(
@@ -76,6 +78,8 @@ def adapt_command(
     text: str | None,
     label: str | None,
     max_length: int,
+    preprocessor: Path | None,
+    label_file: Path | None,
     users: str | None,
     targets: tuple[str, ...],
     pairs: tuple[str, ...],
@@ -104,11 +108,12 @@ def adapt_command(
         check_output(out, force=force)
         _check_state(out, resume)
     from regrow_toolchain.backbone import load_backbone
+    from regrow_toolchain.carried import carry
     from regrow_toolchain.data import load_data
 
     config = AdaptConfig(**settings)
     own_loss = _loss(loss)
-    model = load_backbone(backbone)
+    model = carry(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
     samples = load_data(data, model, users=users, text=text, label=label, max_length=max_length)
     arguments = {"targets": targets, "loss": own_loss}
     if users is None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from regrow_toolchain.cli.options import (
+    carried_options,
     check_data,
     config_options,
     data_options,
@@ -28,6 +29,7 @@ from regrow_toolchain.config import CompressConfig
 @data_options("Training data, with the model's own labels or without labels (no data: plain SVD)")
 @layers_options
 @config_options(CompressConfig)
+@carried_options
 @click.option(
     "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
 )
@@ -41,6 +43,8 @@ def compress_command(
     label: str | None,
     max_length: int,
     resume: bool,
+    preprocessor: Path | None,
+    label_file: Path | None,
     force: bool,
     as_json: bool,
     **settings: Any,
@@ -64,11 +68,12 @@ def compress_command(
     if data is not None:
         check_data(data)
     from regrow_toolchain.backbone import load_backbone, save_backbone
+    from regrow_toolchain.carried import carry
     from regrow_toolchain.compressing import compress
     from regrow_toolchain.data import load_data
     from regrow_toolchain.reporting import build_report, write_report
 
-    source = load_backbone(model)
+    source = carry(load_backbone(model), preprocessor=preprocessor, labels=label_file)
     samples = None
     if data is not None:
         samples = load_data(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from regrow_toolchain.cli.options import (
+    carried_options,
     check_data,
     data_options,
     emit,
@@ -51,7 +52,7 @@ from regrow_toolchain.cli.tables import size
     "--inputs",
     type=click.Path(path_type=Path),
     help="An .npz with arrays by the names of the model's arguments, to trace and check it with: "
-    "for a plain module; others need none.",
+    "for a plain module without --preprocessor; others need none.",
 )
 @click.option(
     "--for",
@@ -67,6 +68,7 @@ from regrow_toolchain.cli.tables import size
     help="Leave out the key-value cache of a causal language model; without it, it makes no text.",
 )
 @targets_option
+@carried_options
 @force_option
 @json_option
 def export_command(
@@ -79,6 +81,8 @@ def export_command(
     text: str | None,
     label: str | None,
     max_length: int,
+    preprocessor: Path | None,
+    label_file: Path | None,
     inputs: Path | None,
     methods: tuple[str, ...],
     no_cache: bool,
@@ -110,13 +114,14 @@ def export_command(
     check_output(out, force=force, marker=MANIFEST)
     loaded = Adapter.load(adapter) if adapter else None
     from regrow_toolchain.backbone import load_backbone
+    from regrow_toolchain.carried import carry, made_inputs
     from regrow_toolchain.data import load_data, load_inputs
     from regrow_toolchain.exporting import export_backbone
 
-    model = load_backbone(backbone)
+    model = carry(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
     manifest = export_backbone(
         model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
-        precision=precision, inputs=load_inputs(inputs, model) if inputs else None,
+        precision=precision, inputs=load_inputs(inputs, model) if inputs else made_inputs(model),
         data=load_data(data, model, text=text, label=label, max_length=max_length)
         if data else None,
         cache=not no_cache, force=force,

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from regrow_toolchain.cli.commands.store import store_options, swap_first
+from regrow_toolchain.cli.generation import (
+    generated,
+    generated_lines,
+    generation_options,
+    goes_on,
+    swap_lines,
+)
 from regrow_toolchain.cli.options import emit, json_option, path_argument
+from regrow_toolchain.cli.samples import check_choice, read_samples, with_more
 from regrow_toolchain.cli.tables import percent, table
 
 if TYPE_CHECKING:
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
 
     from regrow_runtime import Bundle
     from regrow_runtime.bundle import SwapCost
+    from regrow_toolchain.cli.samples import Samples
 
 _SHOWN = 20
 
@@ -32,9 +41,31 @@ _SHOWN = 20
 )
 @click.option(
     "--image",
+    "images",
+    multiple=True,
     type=click.Path(path_type=Path),
-    help="A picture, or a folder of pictures (by class, for an accuracy).",
+    help="A picture, or a folder of pictures (by class, for an accuracy); repeatable.",
 )
+@click.option(
+    "--wav",
+    "wavs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A sound as a .wav file, or a folder of them (by class, for an accuracy); repeatable.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="A text; repeatable. A language model goes on with it, others label it, or give its "
+    "embedding. With --image: what a picture may show, for a model of both.",
+)
+@click.option("--text-pair", "pairs", multiple=True, help="A second text for every --text.")
+@click.argument("more", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--top", type=click.IntRange(1), default=1, show_default=True, help="Labels per sample."
+)
+@generation_options
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file to swap in first.")
 @store_options
 @click.option(
@@ -53,7 +84,11 @@ _SHOWN = 20
 def run_command(
     bundle: Path,
     arrays: Path | None,
-    image: Path | None,
+    images: tuple[Path, ...],
+    wavs: tuple[Path, ...],
+    texts: tuple[str, ...],
+    pairs: tuple[str, ...],
+    more: tuple[Path, ...],
     adapter: Path | None,
     store: Path | None,
     user: str | None,
@@ -62,13 +97,16 @@ def run_command(
     threads: int | None,
     force: bool,
     as_json: bool,
+    top: int,
+    **generation: Any,
 ) -> None:
-    """Run BUNDLE on pictures or arrays; torch is not needed.
+    """Run BUNDLE on pictures, sounds, texts or arrays; torch is not needed.
 
-    Prints a label and its probability per sample where the model is a classifier.
+    Prints a label and its probability per sample where the model is a classifier. MORE are further
+    files for --image or --wav, as a shell makes them of `*`.
     """
-    if (arrays is None) == (image is None):
-        raise click.UsageError("give one of --input and --image")
+    images, wavs = with_more(images, wavs, more)
+    check_choice(arrays, images, wavs, texts, pairs)
     from regrow_runtime import Bundle
     from regrow_runtime.files import check_output
 
@@ -76,63 +114,18 @@ def run_command(
         check_output(out, force=force)
     opened = Bundle.open(bundle, profile=profile, threads=threads)
     cost = swap_first(opened, adapter, store, user)
-    samples = _samples(opened, arrays, image)
+    if texts and not images and goes_on(opened, out):
+        result = generated(opened, texts, generation, cost)
+        emit(result, generated_lines(result), as_json=as_json)
+        return
+    samples = read_samples(opened, arrays, images, wavs, texts, pairs)
     if samples.labels is not None:
         _check_labels(samples.labels, len(samples.names))
-    outputs = opened.run_all(samples.inputs)
-    result = _result(opened, samples, outputs, cost)
+    outputs = samples.run(opened)
+    result = _result(opened, samples, outputs, cost, top)
     if out is not None:
-        _write(out, outputs)
+        _write(out, outputs | samples.embeddings(outputs))
     emit(result, _lines(result), as_json=as_json)
-
-
-class _Samples:
-    """What to run, what to call each sample, and the labels if the file has them."""
-
-    def __init__(
-        self,
-        inputs: dict[str, NDArray[Any]],
-        names: list[str],
-        labels: NDArray[Any] | None = None,
-    ) -> None:
-        self.inputs, self.names, self.labels = inputs, names, labels
-
-
-def _samples(bundle: Bundle, arrays: Path | None, image: Path | None) -> _Samples:
-    from regrow_runtime.arrays import as_pictures, read_arrays
-    from regrow_runtime.preprocess import image_files, read_image
-
-    if image is not None:
-        files = image_files(image)
-        pixels = bundle.preprocessor()([read_image(file) for file in files])
-        inputs = {bundle.graph.inputs[0].name: pixels}
-        return _Samples(inputs, [str(file) for file in files], _folders(image, files))
-    if arrays is None:
-        raise click.UsageError("give one of --input and --image")
-    found = read_arrays(arrays)
-    wanted = {spec.name for spec in bundle.graph.inputs}
-    if wanted <= found.keys():
-        inputs = {name: found[name] for name in wanted}
-    elif wanted != {"pixel_values"} and len(bundle.graph.inputs[0].shape) != 4:
-        missing = sorted(wanted - found.keys())
-        raise click.UsageError(
-            f"{arrays} must have the arrays {', '.join(sorted(wanted))}, got "
-            f"{', '.join(sorted(found)) or 'none'}: {', '.join(missing)} missing"
-        )
-    else:
-        inputs = {bundle.graph.inputs[0].name: as_pictures(found, arrays, bundle.preprocessor)}
-    count = len(next(iter(inputs.values())))
-    labels = next((found[n] for n in ("labels", "label", "y") if n in found), None)
-    return _Samples(inputs, [str(i) for i in range(count)], labels)
-
-
-def _folders(image: Path, files: list[Path]) -> NDArray[Any] | None:
-    """Names of the folders that hold the pictures, if `image` is a folder of pictures by class."""
-    import numpy as np
-
-    if all(file.parent.parent == image for file in files):
-        return np.array([file.parent.name for file in files])
-    return None
 
 
 def _write(out: Path, outputs: dict[str, NDArray[Any]]) -> None:
@@ -148,9 +141,13 @@ def _write(out: Path, outputs: dict[str, NDArray[Any]]) -> None:
 
 
 def _result(
-    bundle: Bundle, samples: _Samples, outputs: dict[str, NDArray[Any]], cost: SwapCost | None
+    bundle: Bundle,
+    samples: Samples,
+    outputs: dict[str, NDArray[Any]],
+    cost: SwapCost | None,
+    top: int,
 ) -> dict[str, Any]:
-    from regrow_runtime.answers import top_labels
+    from regrow_inputs.answers import class_logits
 
     result: dict[str, Any] = {
         "samples": len(samples.names),
@@ -158,18 +155,29 @@ def _result(
         "swap": vars(cost) if cost else None,
         "outputs": {name: list(array.shape) for name, array in outputs.items()},
     }
-    logits, names = outputs.get("logits"), bundle.labels()
-    if logits is not None and logits.ndim == 2 and names:
-        answers = top_labels(logits, names)
+    names = samples.choices or bundle.labels()
+    answers = samples.answers(bundle, outputs, names, top)
+    if answers is not None:
         result["answers"] = [
-            {"sample": name, "label": label, "probability": probability}
-            for name, (label, probability) in zip(samples.names, answers, strict=True)
+            _answer(name, best, top) for name, best in zip(samples.names, answers, strict=True)
         ]
-        if samples.labels is not None:
+        logits = class_logits(outputs)
+        if samples.labels is not None and logits is not None:
             result["accuracy"] = _accuracy(logits, names, samples.labels)
             for answer, label in zip(result["answers"], samples.labels, strict=True):
                 answer["true"] = str(label)
+    if found := samples.embeddings(outputs):
+        vectors = found["embedding"]
+        result["embedding"] = list(vectors.shape)
+        result["similarity"] = (vectors @ vectors.T).tolist()
     return result
+
+
+def _answer(name: str, best: list[tuple[str, float]], top: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"sample": name, "label": best[0][0], "probability": best[0][1]}
+    if top > 1:
+        found["top"] = [{"label": label, "probability": share} for label, share in best]
+    return found
 
 
 def _accuracy(
@@ -204,22 +212,33 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines = []
     if "answers" in result:
         shown = result["answers"][:_SHOWN]
-        rows = [[a["sample"], a["label"], percent(a["probability"])] for a in shown]
-        head = ["sample", "label", "probability"]
-        if "accuracy" in result:
-            head, rows = (
-                [*head, "true"],
-                [[*r, a["true"]] for r, a in zip(rows, shown, strict=True)],
-            )
-        lines += table(head, rows)
+        head = ["sample", "label", "probability", *(["true"] if "accuracy" in result else [])]
+        lines += table(head, [row for answer in shown for row in _rows(answer)])
         if (more := len(result["answers"]) - _SHOWN) > 0:
             lines.append(f"… {more} more (--json lists all)")
     else:
         lines += [f"{name}: {shape}" for name, shape in result["outputs"].items()]
+    if "embedding" in result:
+        lines.append(f"embedding: {result['embedding']}, the mean over tokens, length 1")
+        if 1 < (count := len(result["similarity"])) <= _SHOWN:
+            cells = [[f"{i + 1}", *(f"{v:.3f}" for v in row)]
+                     for i, row in enumerate(result["similarity"])]  # fmt: skip
+            lines += table(["cosine", *(str(i + 1) for i in range(count))], cells)
     if "accuracy" in result:
         share = result["accuracy"]
         told = percent(share) if share is not None else "none, this head does not know the labels"
         lines.append(f"accuracy on {result['samples']} samples: {told}")
-    if cost := result["swap"]:
-        lines.append(f"adapter {result['adapter']} swapped in {cost['total_ms']:.2f} ms")
-    return lines
+    return lines + swap_lines(result)
+
+
+def _rows(answer: dict[str, Any]) -> list[list[str]]:
+    """One for each of the best labels; only the first has the sample's name."""
+    best = answer.get("top", [answer])
+    rows = [["", one["label"], _score(one["probability"])] for one in best]
+    rows[0][0] = answer["sample"]
+    return [[*row, answer["true"]] if "true" in answer else row for row in rows]
+
+
+def _score(value: float) -> str:
+    """A probability; a model of one output gives any value."""
+    return percent(value) if 0 <= value <= 1 else f"{value:.4g}"

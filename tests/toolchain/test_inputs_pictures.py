@@ -1,15 +1,27 @@
-"""The runtime's preprocessing gives what transformers' slow image processors give."""
+"""Pictures come out as transformers' slow image processors have them; hostile files do not."""
 
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessor, DeiTImageProcessor, ViTImageProcessor
+from transformers import (
+    BitImageProcessor,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    MobileNetV2ImageProcessor,
+    SiglipImageProcessor,
+    ViTImageProcessor,
+)
 
-from regrow_runtime import ImagePreprocessor, UsageError, read_image
+from regrow_inputs import ImagePreprocessor, read_image
+from regrow_runtime import FormatError, UsageError
 
 SIZES = [(31, 47), (47, 31), (32, 32), (5, 90), (224, 3), (1, 1), (64, 33)]  # width, height
 PROCESSORS = {
@@ -26,6 +38,16 @@ PROCESSORS = {
     "CLIP": CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
     "CLIP odd": CLIPImageProcessor(
         size={"shortest_edge": 25}, crop_size={"height": 24, "width": 21}, resample=2
+    ),
+    "ConvNext": ConvNextImageProcessor(size={"shortest_edge": 28}, crop_pct=0.875),
+    "ConvNext, warped": ConvNextImageProcessor(size={"shortest_edge": 384}),
+    "Swin's (ViT), bicubic": ViTImageProcessor(size={"height": 28, "width": 28}, resample=3),
+    "DINOv2's (Bit)": BitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}
+    ),
+    "Siglip": SiglipImageProcessor(size={"height": 24, "width": 24}),
+    "MobileNetV2": MobileNetV2ImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}
     ),
 }
 
@@ -131,3 +153,55 @@ def test_pictures_whose_range_nobody_knows_are_refused(tmp_path, levels):
     Image.fromarray(levels).save(tmp_path / "x.tiff")
     with pytest.raises(UsageError, match="must have 8 or 16 bits a channel, got 32"):
         ours([read_image(tmp_path / "x.tiff")])
+
+
+def test_exif_turns_a_picture(tmp_path):
+    picture = _picture((6, 4), "RGB", 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture.save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png").size == (4, 6)
+
+
+def _png(width: int, height: int) -> bytes:
+    """A small file that says it is large."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (100_000, 100_000), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_that_would_unpack_to_gigabytes(tmp_path, size):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(_png(*size))
+    tracemalloc.start()
+    with pytest.raises(FormatError, match=r"bomb\.png must .*(pixels|got something else)"):
+        read_image(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x89PNG\r\n\x1a\n", b"no picture", _png(8, 8)[:44], b"GIF89a" + bytes(40)]
+)
+def test_files_that_are_no_picture(tmp_path, data):
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    with pytest.raises(
+        FormatError, match=r"x\.png must be a picture, got something else"
+    ) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_too_many_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("regrow_inputs.images._MAX_FILE", 100)
+    _picture((64, 64), "RGB", 1).save(tmp_path / "x.png")
+    with pytest.raises(FormatError, match="must be at most 100 bytes for a picture"):
+        read_image(tmp_path / "x.png")

@@ -2,7 +2,8 @@
 
 The same code serves training and the device, and its results equal those of transformers' slow
 image processors (tested). Resizing needs pillow, `pip install 'regrow[run]'`; arrays that already
-have the model's size need nothing but numpy.
+have the model's size need nothing but numpy. Processors that would do something else with the same
+fields are refused by their names.
 """
 
 from __future__ import annotations
@@ -15,22 +16,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError, RegrowError, UsageError
-from .fields import Fields, parse_json
-from .files import read_bytes
+from regrow_runtime.errors import FormatError, UsageError
+from regrow_runtime.fields import Fields, parse_json
+from regrow_runtime.files import read_bytes
+
+from .images import eight_bits, pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["IMAGE_ENDINGS", "PREPROCESSOR", "ImagePreprocessor", "image_files", "read_image"]
+__all__ = ["PREPROCESSOR", "ImagePreprocessor"]
 
 PREPROCESSOR = "preprocessor_config.json"
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _MAX_BYTES = 1 << 20
 _MAX_CONFIG = 64 << 20
 _MAX_SIDE = 1 << 14
-_MAX_16_BITS = (1 << 16) - 1
 _BILINEAR = 2
+_KINDS = (
+    "ViT", "DeiT", "CLIP", "Bit", "Beit", "Siglip", "ConvNext", "MobileNetV1", "MobileNetV2",
+)  # fmt: skip
+_SUFFIXES = ("ImageProcessorFast", "ImageProcessor", "FeatureExtractor")
+_WARPED = 384  # ConvNext: from this size on pictures are resized whole, without a crop
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class ImagePreprocessor:
         path = folder / PREPROCESSOR
         data = read_bytes(path, limit=_MAX_BYTES, what="image preprocessing")
         channels, side = _from_config(folder / "config.json")
-        found = _parse(parse_json(data, str(path)), channels)
+        fields = parse_json(data, str(path))
+        found = _parse(fields, fields.number("num_channels", 1, 3, channels))
         if found.size is None and found.shortest_edge is None and found.crop is None and side:
             return replace(found, expected=(side, side))
         return found
@@ -110,7 +117,7 @@ class ImagePreprocessor:
     def _channels(self, image: NDArray[Any] | Image) -> NDArray[np.uint8]:
         """uint8 [height, width, channels]."""
         if not isinstance(image, np.ndarray):
-            image = _eight_bits(image)
+            image = eight_bits(image)
             image = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
         if image.dtype != np.uint8:
             raise UsageError(f"images must be uint8 (0 to 255), got {image.dtype}")
@@ -124,7 +131,7 @@ class ImagePreprocessor:
             return image
         if self.channels == 3:
             return image.repeat(3, axis=2)
-        grey = _pillow().fromarray(image).convert("L")
+        grey = pillow().fromarray(image).convert("L")
         return np.asarray(grey)[..., None]
 
     def _resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -143,7 +150,7 @@ class ImagePreprocessor:
                 f"resized to {target[1]} x {target[0]}"
             )
         single = pixels[..., 0] if self.channels == 1 else pixels
-        resized = _pillow().fromarray(single).resize((target[1], target[0]), self.resample)
+        resized = pillow().fromarray(single).resize((target[1], target[0]), self.resample)
         return np.asarray(resized).reshape(*target, self.channels)
 
     def _crop(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -160,74 +167,20 @@ class ImagePreprocessor:
         return pixels[top : top + high, left : left + wide]
 
 
-def _eight_bits(image: Image) -> Image:
-    """Pictures of 16 bits scaled to 8: pillow's own conversion would clip them to white.
-
-    Raises:
-        UsageError: the picture has 32 bits or floats, whose range nobody knows.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return image
-    levels = np.asarray(image)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > _MAX_16_BITS:
-        raise UsageError(
-            f"a picture must have 8 or 16 bits a channel, got 32 (mode {image.mode}): "
-            "save it with 8"
-        )
-    eight: Image = _pillow().fromarray((levels // 257).astype(np.uint8))
-    return eight
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise RegrowError("images need pillow: pip install 'regrow[run]'") from None
-    return Image
-
-
-def read_image(path: Path) -> Image:
-    """Open a picture with pillow.
-
-    Raises:
-        UsageError: there is no such file.
-        FormatError: pillow cannot read it.
-    """
-    if not path.is_file():
-        raise UsageError(f"image must be a file, got {path}: no such file")
-    pillow = _pillow()
-    try:
-        with pillow.open(path) as image:
-            image.load()
-            found: Image = image.copy()
-    except Exception as error:  # pillow raises many kinds on hostile files
-        raise FormatError(f"{path} must be a picture, got something else: {error}") from None
-    return found
-
-
-def image_files(path: Path) -> list[Path]:
-    """The picture at `path`, or all pictures in and below the folder `path`, sorted."""
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-        if not found:
-            raise UsageError(f"{path} must have pictures ({', '.join(IMAGE_ENDINGS)}), got none")
-        return found
-    if not path.is_file():
-        raise UsageError(f"image must be a file or a folder, got {path}: no such file")
-    return [path]
-
-
 def _parse(fields: Fields, channels: int) -> ImagePreprocessor:
     on = {name: _flag(fields, name) for name in fields.names() if name.startswith("do_")}
     known = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
     unknown = sorted(name for name, value in on.items() if value and name not in known)
     if unknown:
         raise FormatError(f"{fields.where}: {', '.join(unknown)} is not supported on the device")
+    if fields.plain("rescale_offset", bool):
+        raise FormatError(f"{fields.where}: rescale_offset is not supported on the device")
+    kind = _kind(fields)
     # Older files have one number: CLIP's means the shorter side, all others' a square.
-    kind = fields.plain("image_processor_type", str) or fields.plain("feature_extractor_type", str)
-    by_edge = (kind or "").startswith("CLIP")
-    size, edge = _size(fields, "size", by_edge) if on.get("do_resize") else (None, None)
+    size, edge = _size(fields, "size", kind == "CLIP") if on.get("do_resize") else (None, None)
     crop, _ = _size(fields, "crop_size") if on.get("do_center_crop") else (None, None)
+    if kind == "ConvNext" and (side := edge or (size or (0,))[0]):
+        size, edge, crop = _convnext(fields, side)
     normalize = bool(on.get("do_normalize"))
     mean = _per_channel(fields, "image_mean", channels) if normalize else None
     std = _per_channel(fields, "image_std", channels) if normalize else None
@@ -243,6 +196,35 @@ def _parse(fields: Fields, channels: int) -> ImagePreprocessor:
         std=std,
         resample=fields.number("resample", 0, 5, _BILINEAR),
     )
+
+
+def _kind(fields: Fields) -> str:
+    """Such as "ViT"; empty where the file names no processor.
+
+    Raises:
+        FormatError: it is a processor whose steps are not those of this module.
+    """
+    name = fields.plain("image_processor_type", str) or fields.plain("feature_extractor_type", str)
+    if not name:
+        return ""
+    kind = next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
+    if kind not in _KINDS:
+        raise FormatError(
+            f"{fields.where}: image_processor_type must be of {', '.join(_KINDS)}, got {name:.60}"
+        )
+    return kind
+
+
+def _convnext(
+    fields: Fields, side: int
+) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
+    """(size, shortest edge, crop): small ones are cut out of a larger picture."""
+    if side >= _WARPED:
+        return (side, side), None, None
+    share = fields.take("crop_pct", float, 224 / 256)
+    if not 0.1 <= share <= 1:
+        raise FormatError(f"{fields.where}: crop_pct must be from 0.1 to 1, got {share}")
+    return None, int(side / share), (side, side)
 
 
 def _from_config(path: Path) -> tuple[int, int | None]:

@@ -1,4 +1,4 @@
-"""Preprocessing that needs numpy alone; tests/toolchain compares it to transformers."""
+"""Pictures with numpy alone; tests/toolchain compares them to transformers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from regrow_runtime import FormatError, ImagePreprocessor, RegrowError, UsageError
-from regrow_runtime.answers import softmax, top_labels
-from regrow_runtime.arrays import as_pictures, read_arrays
-from regrow_runtime.preprocess import image_files, read_image
+from regrow_inputs import ImagePreprocessor, as_pictures, read_image
+from regrow_runtime import FormatError, UsageError
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3)).astype(np.uint8)
 STEPS = {
@@ -134,24 +132,37 @@ def test_no_steps(tmp_path):
         ImagePreprocessor.from_folder(tmp_path)
 
 
-def test_files_of_pictures(tmp_path):
-    for name in ("b.png", "a.JPG", "c.txt"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "d.pgm").write_bytes(b"")
-    found = [p.relative_to(tmp_path).as_posix() for p in image_files(tmp_path)]
-    assert found == ["a.JPG", "b.png", "sub/d.pgm"]
-    assert image_files(tmp_path / "c.txt") == [tmp_path / "c.txt"]
-    with pytest.raises(UsageError, match=r"must be a file or a folder, got .*: no such file"):
-        image_files(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"must have pictures \(\.png, .*\), got none"):
-        image_files(tmp_path / "empty")
+def test_no_such_picture(tmp_path):
     with pytest.raises(UsageError, match=r"image must be a file, got .*: no such file"):
         read_image(tmp_path / "none.png")
 
 
-# -- arrays and answers ----------------------------------------------------------------------------
+def test_channels_may_stand_in_the_file(read):
+    found = read(3, do_resize=False, num_channels=1)([RGB[..., 0]])
+    assert found.shape == (1, 1, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            {"image_processor_type": "EfficientNetImageProcessor"},
+            "image_processor_type must be of ViT, DeiT,",
+        ),
+        ({"feature_extractor_type": "LevitFeatureExtractor"}, "got LevitFeatureExtractor"),
+        ({"rescale_offset": True}, "rescale_offset is not supported"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "do_resize": True,
+             "size": {"shortest_edge": 224}, "crop_pct": 0}, "crop_pct must be from 0.1 to 1",
+        ),
+    ],
+)  # fmt: skip
+def test_processors_that_would_do_something_else(read, steps, message):
+    with pytest.raises(FormatError, match=message):
+        read(**steps)
+
+
+# -- arrays ----------------------------------------------------------------------------------------
 
 
 def test_pictures_in_arrays(read, tmp_path):
@@ -182,36 +193,3 @@ def test_arrays_that_are_no_pictures(read, tmp_path, arrays, message):
     steps = read(1)
     with pytest.raises(UsageError, match=message):
         as_pictures(arrays, tmp_path, lambda: steps)
-
-
-def test_reading_arrays(tmp_path, monkeypatch):
-    from regrow_runtime import arrays
-
-    path = tmp_path / "x.npz"
-    np.savez(path, a=np.arange(3), b=np.array(["x"]))
-    found = read_arrays(path)
-    assert found["a"].tolist() == [0, 1, 2]
-    assert found["b"].tolist() == ["x"]
-    monkeypatch.setattr(arrays, "_MAX_BYTES", 100)
-    with pytest.raises(FormatError, match="must unpack to at most 100 bytes, got"):
-        read_arrays(path)
-    with pytest.raises(UsageError, match="no such file"):
-        read_arrays(tmp_path / "none.npz")
-
-
-def test_answers():
-    logits = np.array([[0.0, np.log(3), -np.inf], [5.0, 4.0, 3.0]], dtype=np.float32)
-    found = softmax(logits)
-    np.testing.assert_allclose(found[0], [0.25, 0.75, 0.0], rtol=1e-6)
-    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
-    labels = [label for label, _ in top_labels(logits, "abc")]
-    assert labels == ["b", "a"]
-    assert top_labels(logits, "abc")[0][1] == pytest.approx(0.75)
-    with pytest.raises(UsageError, match=r"logits must be \[samples, 2\], got \[2, 3\]"):
-        top_labels(logits, "ab")
-    for value in (np.nan, np.inf):
-        logits[1, 0] = value
-        with pytest.raises(RegrowError, match="finite, got NaN or infinity for sample 1"):
-            top_labels(logits, "abc")
-    with pytest.raises(RegrowError, match="for sample 0"):
-        top_labels(np.full((1, 3), -np.inf, np.float32), "abc")

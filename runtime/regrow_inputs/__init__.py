@@ -1,0 +1,33 @@
+"""Raw input to the arrays that a bundle takes: pictures, sounds and texts, without torch.
+
+    reader = InputReader.from_bundle(bundle)
+    [(label, probability)] = answer(bundle, reader.sounds(["clip.wav"]))
+
+Sounds need nothing but NumPy; files of pictures need pillow and texts `tokenizers`, which the extra
+`regrow[run]` brings and which are imported when they are needed.
+"""
+
+from .answers import answer, mean_embeddings, top_answers
+from .images import IMAGE_ENDINGS, as_pictures, read_image
+from .pictures import PREPROCESSOR, ImagePreprocessor
+from .reader import InputReader
+from .sounds import SoundPreprocessor
+from .texts import TextPreprocessor
+from .wav import WAV_ENDINGS, read_wav, resample
+
+__all__ = [
+    "IMAGE_ENDINGS",
+    "PREPROCESSOR",
+    "WAV_ENDINGS",
+    "ImagePreprocessor",
+    "InputReader",
+    "SoundPreprocessor",
+    "TextPreprocessor",
+    "answer",
+    "as_pictures",
+    "mean_embeddings",
+    "read_image",
+    "read_wav",
+    "resample",
+    "top_answers",
+]

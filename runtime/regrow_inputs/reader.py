@@ -1,0 +1,147 @@
+"""`InputReader`: pictures, sounds and texts to the arrays that a bundle's graph takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow_runtime import Bundle, Manifest
+from regrow_runtime.errors import UsageError
+from regrow_runtime.manifest import TensorSpec
+
+from .extractors import is_sound
+from .images import read_image
+from .pictures import ImagePreprocessor
+from .sounds import Sound, SoundPreprocessor, sound_input
+from .texts import TOKENIZER, TextPreprocessor
+from .wav import read_wav
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["InputReader"]
+
+_PIXELS, _TOKENS, _MASK = "pixel_values", "input_ids", "attention_mask"
+Feeds = dict[str, NDArray[Any]]
+
+
+class InputReader:
+    """What a bundle makes of raw input; use `InputReader.from_bundle`.
+
+    Attributes:
+        takes: which of "pictures", "sounds" and "texts" the model takes. A model of several, such
+            as CLIP, gets what the methods return together: `pictures(…) | texts(…)`.
+    """
+
+    def __init__(self, folder: Path, inputs: Sequence[TensorSpec]) -> None:
+        self.folder = folder
+        self._inputs = {spec.name: spec for spec in inputs}
+        self.takes = tuple(self._kinds())
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle | str | Path) -> InputReader:
+        """For an open bundle, or the folder of one.
+
+        Raises:
+            UsageError: there is no bundle.
+            FormatError: its files are broken.
+        """
+        if isinstance(bundle, Bundle):
+            return cls(bundle.folder, bundle.graph.inputs)
+        return cls(Path(bundle), Manifest.load(bundle).graphs[0].inputs)
+
+    def pictures(self, pictures: Sequence[str | Path | NDArray[Any] | Image]) -> Feeds:
+        """From files (which need pillow), arrays uint8 [height, width(, channels)], or pillow's.
+
+        Raises:
+            UsageError: the model takes no pictures, or one has not the size that it takes.
+            FormatError: a file is no picture, or the preprocessing is broken.
+            RegrowError: pillow is not installed.
+        """
+        self._check("pictures", pictures)
+        opened = [read_image(Path(p)) if isinstance(p, str | Path) else p for p in pictures]
+        return {self._pixels or _PIXELS: self.preprocessor(opened)}
+
+    def sounds(self, sounds: Sequence[str | Path | Sound]) -> Feeds:
+        """From `.wav` files, samples float [length] at the model's rate, or (samples, rate).
+
+        Raises:
+            UsageError: the model takes no sounds, or one holds no samples.
+            FormatError: a file is no `.wav`, or the preprocessing is broken.
+        """
+        self._check("sounds", sounds)
+        heard = [read_wav(Path(s)) if isinstance(s, str | Path) else s for s in sounds]
+        return self._sounds.feeds(heard, list(self._inputs))
+
+    def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Feeds:
+        """From texts, or with `pairs` from two for each sample.
+
+        Raises:
+            UsageError: the model takes no text, or one is empty.
+            FormatError: the tokenizer is broken.
+            RegrowError: `tokenizers` is not installed.
+        """
+        self._check("texts", texts)
+        made = self.tokens(texts, pairs, fill=self._length(_TOKENS))
+        # Counted as optimum's export does: what fills up on the left does not move a text.
+        made["position_ids"] = np.maximum(made[_MASK].cumsum(axis=1) - 1, 0)
+        return {name: array for name, array in made.items() if name in self._inputs}
+
+    @cached_property
+    def tokens(self) -> TextPreprocessor:
+        """The tokenizer alone, with `prompt` and `decode` for language models."""
+        self._check("texts", ("",))
+        return TextPreprocessor.from_folder(self.folder, length=self._length(_TOKENS))
+
+    # -- what the graph takes ----------------------------------------------------------------------
+
+    def _kinds(self) -> list[str]:
+        sound = is_sound(self.folder) and sound_input(list(self._inputs)) is not None
+        found = {
+            "pictures": self._pixels is not None and not sound,
+            "sounds": sound,
+            "texts": _TOKENS in self._inputs and (self.folder / TOKENIZER).is_file(),
+        }
+        return [kind for kind, there in found.items() if there]
+
+    def _check(self, kind: str, items: Sequence[Any]) -> None:
+        if kind not in self.takes:
+            raise UsageError(f"model must take {kind}, got one that takes {self._told(kind)}")
+        if isinstance(items, str | Path) or not len(items):
+            raise UsageError(f"{kind} must be a list of at least one, got {items!r:.80}")
+
+    def _told(self, kind: str) -> str:
+        names = ", ".join(self._inputs)
+        if self.takes:
+            return f"{' and '.join(self.takes)} ({names})"
+        file = TOKENIZER if kind == "texts" else "preprocessor_config.json"
+        return f"arrays ({names}) and has no {file} for {kind}: give it at export, or arrays"
+
+    def _length(self, name: str) -> int | None:
+        """How many tokens or samples the graph takes, if it takes one number of them."""
+        spec = self._inputs.get(name)
+        size = spec.shape[1] if spec is not None and len(spec.shape) > 1 else None
+        return size if isinstance(size, int) else None
+
+    @cached_property
+    def _pixels(self) -> str | None:
+        four = [name for name, spec in self._inputs.items() if len(spec.shape) == 4]
+        return _PIXELS if _PIXELS in four else four[0] if four else None
+
+    @cached_property
+    def preprocessor(self) -> ImagePreprocessor:
+        """The image preprocessing alone."""
+        self._check("pictures", ("",))
+        return ImagePreprocessor.from_folder(self.folder)
+
+    @cached_property
+    def _sounds(self) -> SoundPreprocessor:
+        found = SoundPreprocessor.from_folder(self.folder)
+        length = self._length(sound_input(list(self._inputs)) or "")
+        return replace(found, samples=length) if length and found.front is None else found

@@ -1,0 +1,112 @@
+"""What `InputReader` takes from a bundle's manifest and files; no graph is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regrow_inputs import InputReader
+from regrow_runtime import RegrowError, UsageError
+from regrow_runtime.manifest import FileEntry, GraphSpec, Manifest, TensorSpec
+
+SOUNDS = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 2000}
+PICTURES = {"do_resize": False, "do_rescale": False}
+
+
+def _spec(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, "int64" if name.endswith("ids") else "float32", ("batch", *shape))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(specs, preprocessing): a manifest and its files; the graph is an empty one."""
+
+    def call(*specs: TensorSpec, preprocessing: dict | None = None) -> Path:
+        outputs = (TensorSpec("logits", "float32", ("batch", 2)),)
+        manifest = Manifest(
+            "swappable", "any", "sha256:00", 18, 9,
+            (GraphSpec("model", "backbone.onnx", specs, outputs),), (), ("a", "b"),
+            {"backbone.onnx": FileEntry(0, "")},
+        )  # fmt: skip
+        (tmp_path / "manifest.json").write_text(manifest.to_json())
+        if preprocessing is not None:
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+        return tmp_path
+
+    return call
+
+
+def test_pictures(folder):
+    path = folder(_spec("x", 3, 4, 4), preprocessing=PICTURES)
+    reader = InputReader.from_bundle(path)
+    assert reader.takes == ("pictures",)
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    found = reader.pictures([pixels, pixels])
+    assert list(found) == ["x"]
+    np.testing.assert_array_equal(found["x"][1], pixels.transpose(2, 0, 1))
+    assert InputReader.from_bundle(str(path)).takes == ("pictures",)
+
+
+def test_sounds(folder):
+    path = folder(_spec("input_values", "length"), preprocessing=SOUNDS)
+    reader = InputReader.from_bundle(path)
+    assert reader.takes == ("sounds",)
+    sound = np.linspace(-1, 1, 100, dtype=np.float32)
+    found = reader.sounds([sound, (sound, 1000)])["input_values"]
+    assert found.shape == (2, 200)
+    assert found[0, :100].std() == pytest.approx(1, abs=1e-3)
+
+
+def test_sounds_of_one_length(folder):
+    """The graph's: cut, or filled up behind what was made."""
+    path = folder(_spec("input_values", 50), preprocessing=SOUNDS)
+    reader = InputReader.from_bundle(path)
+    sound = np.linspace(-1, 1, 100, dtype=np.float32)
+    assert reader.sounds([sound])["input_values"].shape == (1, 50)
+    short = reader.sounds([sound[:30]])["input_values"][0]
+    assert short[:30].mean() == pytest.approx(0, abs=1e-6)
+    assert (short[30:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("specs", "preprocessing", "kind", "message"),
+    [
+        ([_spec("x", 3, 4, 4)], PICTURES, "sounds",
+         r"model must take sounds, got one that takes pictures \(x\)"),
+        ([_spec("x", 3, 4, 4)], PICTURES, "texts",
+         r"model must take texts, got one that takes pictures \(x\)"),
+        ([_spec("input_values", "n")], SOUNDS, "pictures",
+         r"must take pictures, got one that takes sounds \(input_values\)"),
+        ([_spec("x", 7)], None, "sounds",
+         r"takes arrays \(x\) and has no preprocessor_config.json for sounds"),
+        ([_spec("input_ids", "n")], None, "texts",
+         r"takes arrays \(input_ids\) and has no tokenizer.json for texts"),
+    ],
+)  # fmt: skip
+def test_the_wrong_kind_of_input(folder, specs, preprocessing, kind, message):
+    reader = InputReader.from_bundle(folder(*specs, preprocessing=preprocessing))
+    with pytest.raises(UsageError, match=message):
+        getattr(reader, kind)(["x"])
+
+
+def test_lists_are_wanted(folder):
+    reader = InputReader.from_bundle(folder(_spec("x", 3, 4, 4), preprocessing=PICTURES))
+    for given in ([], "x.png", Path("x.png")):
+        with pytest.raises(UsageError, match="pictures must be a list of at least one, got"):
+            reader.pictures(given)
+
+
+def test_no_bundle(tmp_path):
+    with pytest.raises(UsageError, match="bundle must be a folder that regrow export made"):
+        InputReader.from_bundle(tmp_path)
+
+
+def test_missing_tokenizers_is_one_pip_line(folder, monkeypatch):
+    path = folder(_spec("input_ids", "n"))
+    (path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(RegrowError, match=r"texts need tokenizers: pip install 'regrow\[run\]'"):
+        InputReader.from_bundle(path).texts(["hello"])
