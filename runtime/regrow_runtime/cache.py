@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .errors import FormatError
 from .fields import Fields
@@ -62,7 +62,7 @@ class CacheSpec:
             for tensor in self.tensors
         }
 
-    def filled(self, inputs: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+    def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs without a past, with a mask of ones and positions by the mask where they lack."""
         found = dict(inputs)
         if (ids := self.inputs["input_ids"]) in found:

@@ -192,6 +192,8 @@ def _arrays(bundle: Bundle, reader: InputReader, arrays: Path) -> Samples:
     from regrow_runtime.arrays import read_arrays
 
     found = read_arrays(arrays)
+    if bundle.manifest.cache is not None:
+        found = bundle.manifest.cache.filled(found)
     wanted = {spec.name for spec in bundle.graph.inputs}
     if wanted <= found.keys():
         inputs = {name: found[name] for name in wanted}
