@@ -28,7 +28,7 @@ from .generate import Generated, Generation, Ids, Settings
 from .manifest import GraphSpec, Manifest, TensorSpec
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
-__all__ = ["PROFILES", "Bundle", "Profile", "SwapCost"]
+__all__ = ["PROFILES", "Bundle", "Profile", "SwapCost", "session_options"]
 
 if os.environ["ORT_DISABLE_TELEMETRY"] != "0":  # on Windows, or if it was imported before
     ort.disable_telemetry_events()
@@ -450,6 +450,11 @@ def _profile(profile: str | Profile) -> Profile:
     if profile not in PROFILES:
         raise UsageError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     return PROFILES[profile]
+
+
+def session_options(profile: str | Profile, threads: int | None = None) -> ort.SessionOptions:
+    """What `Bundle.open` gives ONNX Runtime: to be changed, then given as `session_options`."""
+    return _session_options(_profile(profile), threads, narrow=False, entries={})
 
 
 def _session_options(

@@ -125,6 +125,10 @@ class Fields:
         value = self._left.pop(name, None)
         return value if type(value) is kind else None
 
+    def rest(self) -> dict[str, Any]:
+        """All fields not taken yet, as they are."""
+        return dict(self._left)
+
     def done(self) -> None:
         """Raise `FormatError` if a field is left that this version does not know."""
         if self._left:

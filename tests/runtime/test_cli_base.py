@@ -15,7 +15,7 @@ import pytest
 MAIN = "from regrow_toolchain.cli import main; main()"
 EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "tokenizers",
           "sklearn", "matplotlib", "jinja2")  # fmt: skip
-COMMANDS = ["demo", "compress", "adapt", "export", "import", "run", "inspect"]
+COMMANDS = ["demo", "compress", "adapt", "export", "import", "run", "profile", "inspect"]
 
 
 @pytest.fixture

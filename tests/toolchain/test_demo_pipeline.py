@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 
 from regrow_inputs import InputReader
 from regrow_runtime import Bundle

@@ -14,12 +14,13 @@ from regrow_toolchain.measure import Times, measure_in_turns, read_cpu, read_mem
 def test_percentiles_of_a_hundred() -> None:
     times = Times.of([float(n) for n in range(100, 0, -1)])
     assert (times.n, times.mean) == (100, 50.5)
-    assert (times.p50, times.p90, times.p99) == (50.0, 90.0, 99.0)
+    assert (times.p50, times.p90, times.p95, times.p99) == (50.0, 90.0, 95.0, 99.0)
+    assert times.spread == (90 - 10) / 50
     assert (times.min, times.max) == (1.0, 100.0)
 
 
 def test_percentiles_of_few() -> None:
-    assert Times.of([3.0]) == Times(1, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0)
+    assert Times.of([3.0]) == Times(1, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 0.0)
     few = Times.of([4.0, 1.0, 2.0])
     assert (few.p50, few.p90, few.p99) == (2.0, 4.0, 4.0)
 
@@ -42,20 +43,27 @@ def test_calls_take_turns_and_warm_up() -> None:
     assert all(found.min >= 0 for found in times.values())
 
 
+_ROLLUP = "00400000-7ffd rollup\nRss:\t 9 kB\nPss:\t 5 kB\n"
 _STATUS = "Name:\tpython\nVmHWM:\t    2000 kB\nRssAnon:\t 1234 kB\nRssFile:\t 7 kB\nThreads:\t1\n"
 
 
 def test_memory_is_in_bytes(tmp_path: Path) -> None:
     (tmp_path / "status").write_text(_STATUS)
-    memory = read_memory(tmp_path / "status")
+    (tmp_path / "rollup").write_text(_ROLLUP)
+    memory = read_memory(tmp_path / "status", tmp_path / "rollup")
     assert (memory.rss_anon, memory.rss_file, memory.peak) == (1263616, 7168, 2048000)
+    assert memory.pss == 5120
+    assert memory.source.startswith("/proc")
 
 
 def test_memory_that_the_system_hides(tmp_path: Path) -> None:
     (tmp_path / "status").write_text("VmHWM:\t2000\nRssAnon:\n")
-    for status in (tmp_path / "status", tmp_path / "missing"):
-        memory = read_memory(status)
-        assert (memory.rss_anon, memory.rss_file, memory.peak) == (None, None, None)
+    memory = read_memory(tmp_path / "status", tmp_path / "missing")
+    assert (memory.rss_anon, memory.rss_file, memory.peak) == (None, None, None)
+    assert (memory.pss, memory.data) == (None, None)
+    without = read_memory(tmp_path / "missing", tmp_path / "missing")
+    assert (without.rss_anon, without.rss_file) == (None, None)
+    assert not without.source.startswith("/proc: ")
 
 
 def test_a_process_may_have_any_name(tmp_path: Path) -> None:

@@ -45,7 +45,17 @@ def test_importing_the_package_brings_nothing_heavy() -> None:
 
 
 def test_the_command_line_brings_nothing_heavy() -> None:
-    commands = "demo", "compress", "adapt", "export", "import_", "convert", "run", "inspect"
+    commands = (
+        "demo",
+        "compress",
+        "adapt",
+        "export",
+        "import_",
+        "convert",
+        "run",
+        "inspect",
+        "profile",
+    )
     code = "import regrow_toolchain.cli\n" + "\n".join(
         f"import regrow_toolchain.cli.commands.{name}" for name in commands
     )
@@ -53,7 +63,10 @@ def test_the_command_line_brings_nothing_heavy() -> None:
 
 
 def test_the_light_parts_bring_no_torch() -> None:
-    code = "import regrow_toolchain.measure, regrow_toolchain.demo.device, regrow_toolchain.config"
+    code = (
+        "import regrow_toolchain.measure, regrow_toolchain.demo.device, regrow_toolchain.config, "
+        "regrow_toolchain.profiling.worker, regrow_toolchain.pages"
+    )
     assert _loaded(code) == set()
     assert _loaded("from regrow_toolchain import load_data, Dataset") <= {
         "numpy", "onnxruntime", "safetensors", "PIL",

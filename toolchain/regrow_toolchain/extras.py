@@ -12,7 +12,7 @@ __all__ = ["need"]
 _SIGNS = {
     "run": ("PIL", "tokenizers"),
     "export": ("torch", "onnx", "optimum", "transformers", "accelerate", "rich"),
-    "train": ("torch", "transformers", "accelerate", "rich", "sklearn", "jinja2", "matplotlib"),
+    "train": ("torch", "transformers", "accelerate", "rich", "sklearn", "jinja2"),
 }
 
 

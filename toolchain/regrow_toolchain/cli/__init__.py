@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "Write an adapter as dense tensors, for programs without regrow.",
     "run": "Run a bundle on pictures, sounds, texts or arrays, without torch.",
     "store": "Keep adapters on the device, by user and version.",
+    "profile": "Measure a bundle: latency, RAM, swaps, with a page that shows them.",
     "inspect": "Tell what an adapter file, a bundle or a backbone holds.",
 }
 

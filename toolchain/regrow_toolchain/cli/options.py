@@ -163,7 +163,7 @@ def config_options(kind: type) -> Callable[[F], F]:
                 item.name,
                 type=value_type,
                 default=item.default,
-                show_default=item.metadata["shown"] or True,
+                show_default=item.metadata["shown"] or item.default != "",
                 help=item.metadata["help"],
             )(function)
         return function

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .canvas import WIDTH, Canvas
+from ..pages.canvas import WIDTH, Canvas
 from .wording import PLATFORM_STAGES, count, duration, percent, platform_bytes, size
 
 __all__ = ["accuracy_chart", "bytes_chart", "latency_chart", "memory_chart", "swap_chart"]
@@ -51,7 +51,7 @@ def accuracy_chart(users: Sequence[Numbers], backbone: Numbers, title: str) -> s
         f"{u['title']}: before {percent(u['before'])}, after {percent(u['after'])}" for u in users
     )
     plain = f"compressed model on plain digits {percent(backbone['compressed']['accuracy'])}"
-    return canvas.svg("accuracy", title, f"Accuracy by user. {told}; {plain}.")
+    return canvas.svg(title, f"Accuracy by user. {told}; {plain}.")
 
 
 def _before_after(canvas: Canvas, top: float, user: Numbers) -> None:
@@ -88,7 +88,7 @@ def bytes_chart(sizes: Numbers, title: str) -> str:
         canvas.text(names + 15, line, name, strong=name == "regrow adapter")
         canvas.text(names + 15, line + 16, size(value), colour="muted")
     told = "; ".join(f"{name} {size(value)}" for name, value, _ in rows)
-    return canvas.svg("bytes", title, f"Bytes, drawn as areas. {told}.")
+    return canvas.svg(title, f"Bytes, drawn as areas. {told}.")
 
 
 def swap_chart(swap: Numbers, title: str) -> str:
@@ -107,7 +107,7 @@ def swap_chart(swap: Numbers, title: str) -> str:
     _time_axis(canvas, ticks, _ROW * len(rows) + 6)
     for number, (name, row) in enumerate(rows):
         _spread(canvas, _ROW * number, name, row, low)
-    return canvas.svg("swap", title, "Swap time, log scale. " + _told(rows))
+    return canvas.svg(title, "Swap time, log scale. " + _told(rows))
 
 
 def latency_chart(latency: Numbers, title: str) -> str:
@@ -124,7 +124,7 @@ def latency_chart(latency: Numbers, title: str) -> str:
         y = _ROW * number + 31
         canvas.box(0, row["p50"], y - 4, y + 4, colour="accent" if number == 1 else "grey")
         _spread(canvas, _ROW * number, name, row, 0, "accent" if number == 1 else "muted")
-    return canvas.svg("latency", title, "Time of one run. " + _told(rows))
+    return canvas.svg(title, "Time of one run. " + _told(rows))
 
 
 def _time_axis(canvas: Canvas, ticks: Sequence[float], end: float) -> None:
@@ -174,7 +174,7 @@ def memory_chart(stages: Sequence[Numbers], peak: int | None, title: str) -> str
         base = platform_bytes(stages) if with_bundle else row["rss_anon"]
         _stage(canvas, _ROW * number, row, base, "grey" if number < len(stages) else "dim")
     told = "; ".join(f"{row['stage']}: {size(row['rss_anon'])}" for row in rows)
-    return canvas.svg("memory", title, f"Memory by stage. {told}.")
+    return canvas.svg(title, f"Memory by stage. {told}.")
 
 
 def _stage(canvas: Canvas, top: float, stage: Numbers, base: int | None, shade: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..pages import style
 from . import charts, wording
 from .pictures import data_uri
 from .tables import all_tables
@@ -33,7 +34,7 @@ def render_html(report: Numbers) -> str:
     template = environment.from_string(_text("report.html.jinja"))
     return template.render(
         r=report,
-        css=Markup(_text("report.css")),
+        css=Markup(style()),
         title=_title(report),
         summary=_summary(report),
         tiles=_tiles(report),

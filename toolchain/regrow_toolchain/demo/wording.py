@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..pages.words import GAP, count, duration, percent, ratio, size
+
 __all__ = [
     "accuracy_takeaway",
     "added_bytes",
@@ -30,46 +32,21 @@ __all__ = [
     "users_words",
 ]
 
-NOT_MEASURED = "not measured"
-# Between a number and its unit: no line ends there.
-_GAP = "\N{NO-BREAK SPACE}"
 # Stages of `device.memory` before the first bundle is opened: what any user of ONNX Runtime pays.
 PLATFORM_STAGES = 2
 Numbers = Mapping[str, Any]
-
-
-def count(value: float) -> str:
-    """A whole number with separators: 204,000."""
-    return f"{value:,.0f}"
-
-
-def percent(share: float) -> str:
-    """A share 0..1 as a percentage: 98.1%."""
-    return f"{100 * share:.1f}%"
 
 
 def points(share: float) -> str:
     """A difference of shares in signed percentage points: +29.0 points, −1.5 points."""
     value = round(100 * share, 1)
     sign = "+" if value > 0 else "−" if value < 0 else "±"
-    return f"{sign}{abs(value):.1f}{_GAP}points"
+    return f"{sign}{abs(value):.1f}{GAP}points"
 
 
 def plus_minus(share: float, error: float) -> str:
     """A share with one standard error: 91.0% ± 1.3."""
     return f"{percent(share)} ± {100 * error:.1f}"
-
-
-def size(value: float | None) -> str:
-    """Bytes in decimal units (1 KB is 1,000 bytes); None was not measured."""
-    if value is None:
-        return NOT_MEASURED
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if abs(value) >= scale:
-            scaled = value / scale
-            number = f"{scaled:.1f}" if abs(scaled) < 9.95 else f"{scaled:,.0f}"
-            return f"{number}{_GAP}{unit}"
-    return f"{value:.0f}{_GAP}bytes"
 
 
 def size_range(values: Sequence[float]) -> str:
@@ -78,37 +55,12 @@ def size_range(values: Sequence[float]) -> str:
     if low == high:
         return low
     number, unit = low.split()
-    return f"{number if high.endswith(unit) else low} to {high}".replace(" ", _GAP)
-
-
-def duration(milliseconds: float) -> str:
-    """Milliseconds in the unit that needs the fewest zeros: 3 µs, 1.9 ms, 4.2 s."""
-    if milliseconds >= 1000:
-        return f"{_three_digits(milliseconds / 1000)}{_GAP}s"
-    if milliseconds >= 1:
-        return f"{_three_digits(milliseconds)}{_GAP}ms"
-    return f"{_three_digits(1000 * milliseconds)}{_GAP}µs"
-
-
-def _three_digits(value: float) -> str:
-    """Three significant digits, no exponent, no zeros at the end: 0.31, 1.9, 93.1, 1,204."""
-    if value >= 99.95:
-        return f"{value:,.0f}"
-    text = f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-    return text.rstrip("0").rstrip(".")
-
-
-def ratio(part: float, whole: float) -> str:
-    """How many times `part` goes into `whole`: 266, 7.7, 0.6."""
-    if part <= 0:
-        return "∞"
-    times = whole / part
-    return f"{times:,.0f}" if times >= 9.95 else f"{times:.1f}"
+    return f"{number if high.endswith(unit) else low} to {high}".replace(" ", GAP)
 
 
 def users_words(number: int) -> str:
     """A number of users in words: 1 user, 4 users."""
-    return f"{number}{_GAP}{'user' if number == 1 else 'users'}"
+    return f"{number}{GAP}{'user' if number == 1 else 'users'}"
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,9 +1,21 @@
-"""Measuring: memory of this process, and distributions of times. Needs nothing but Python."""
+"""Measuring: memory of this process, distributions of times, the machine. Needs only Python."""
 
 from __future__ import annotations
 
-from .machine import Cpu, read_cpu
+from .energy import EnergyMeter
+from .machine import Cpu, Load, read_cpu, read_governor, read_load
 from .memory import Memory, read_memory
 from .times import Times, measure_in_turns
 
-__all__ = ["Cpu", "Memory", "Times", "measure_in_turns", "read_cpu", "read_memory"]
+__all__ = [
+    "Cpu",
+    "EnergyMeter",
+    "Load",
+    "Memory",
+    "Times",
+    "measure_in_turns",
+    "read_cpu",
+    "read_governor",
+    "read_load",
+    "read_memory",
+]

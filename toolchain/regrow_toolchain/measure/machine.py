@@ -1,4 +1,4 @@
-"""What machine this is."""
+"""What machine this is, and what else it is doing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cpu", "read_cpu"]
+__all__ = ["Cpu", "Load", "read_cpu", "read_governor", "read_load"]
 
 _CPUINFO = Path("/proc/cpuinfo")
+_STAT = Path("/proc/stat")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,17 @@ class Cpu:
 
     name: str
     cores: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load average of a minute, and seconds that all cores were busy or stolen since the start of
+    the machine; None for what the system does not tell.
+    """
+
+    average: float | None
+    busy: float | None
+    stolen: float | None
 
 
 def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
@@ -31,3 +44,26 @@ def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return Cpu(name, cores)
+
+
+def read_governor(path: Path = _GOVERNOR) -> str | None:
+    """How Linux sets the clock, such as "performance"; None if it does not tell."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def read_load(stat: Path = _STAT) -> Load:
+    """What the machine is doing now, from getloadavg and /proc/stat."""
+    try:
+        average: float | None = os.getloadavg()[0]
+    except (OSError, AttributeError):
+        average = None
+    try:
+        first = stat.read_text(encoding="ascii", errors="replace").split("\n", 1)[0].split()
+        user, nice, system, _, _, irq, soft, steal = (int(part) for part in first[1:9])
+        tick = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return Load(average, None, None)
+    return Load(average, (user + nice + system + irq + soft) / tick, steal / tick)

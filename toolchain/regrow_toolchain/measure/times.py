@@ -11,26 +11,31 @@ __all__ = ["Times", "measure_in_turns"]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds over `n` repetitions."""
+    """Milliseconds over `n` repetitions; `spread` is (p90 - p10) / p50."""
 
     n: int
     mean: float
     p50: float
     p90: float
+    p95: float
     p99: float
     min: float
     max: float
+    spread: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Times:
         """From single times in milliseconds, at least one; percentiles by nearest rank."""
         ordered = sorted(values)
-
-        def rank(share: float) -> float:
-            return ordered[max(0, -(-int(share * 100) * len(ordered) // 100) - 1)]
-
         mean = sum(ordered) / len(ordered)
-        return cls(len(ordered), mean, rank(0.5), rank(0.9), rank(0.99), ordered[0], ordered[-1])
+        p10, p50, p90, p95, p99 = (_rank(ordered, percent) for percent in (10, 50, 90, 95, 99))
+        spread = (p90 - p10) / p50 if p50 > 0 else 0.0
+        return cls(len(ordered), mean, p50, p90, p95, p99, ordered[0], ordered[-1], spread)
+
+
+def _rank(ordered: Sequence[float], percent: int) -> float:
+    """The least value that at least `percent` of all do not exceed."""
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
 
 
 def measure_in_turns(

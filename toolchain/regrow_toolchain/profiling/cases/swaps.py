@@ -1,0 +1,116 @@
+"""Time of a swap: cold, with a cached basis, to a resident adapter, with N of them installed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from regrow_runtime import Bundle
+from regrow_runtime.bundle import PROFILES, Profile
+
+from ..worker import Reporter
+from .common import Case, calibrate, feeds_of, open_bundle
+
+__all__ = ["install", "roomy", "run"]
+
+_RESIDENT_SWAPS = 200
+_RAM_SHARE = 0.4  # of what is free, that residents may take in a profile
+
+
+def run(case: Case, report: Reporter) -> dict[str, Any]:
+    """`counts`: for each N times of the three kinds, and what residents take.
+
+    The N adapters are copies of the case's under other names. Before a cold swap the cached basis
+    is dropped, so that each is as after another user's seed.
+    """
+    calibration = calibrate()
+    files = install(Path(case["adapters"][0][1]), Path(case["room"]), max(case["residents"]))
+    found = [_count(case, report, files[:count]) for count in case["residents"]]
+    return {"counts": found, "calibration_ms": calibration}
+
+
+def install(path: Path, room: Path, count: int) -> list[Path]:
+    """Copies under names of their own, as a device with so many users has them."""
+    files = [room / f"user-{number:06}.safetensors" for number in range(count)]
+    for file in files:
+        shutil.copyfile(path, file)
+    return files
+
+
+def _count(case: Case, report: Reporter, files: Sequence[Path]) -> dict[str, Any]:
+    report.stage = f"{len(files)} adapters"
+    bundle = open_bundle(case, roomy(PROFILES[case["profile"]], case["each"] * len(files)))
+    feeds = feeds_of(case, bundle.manifest)
+    bundle.run(feeds)
+    draw = random.Random(0)
+    cold = _from_disk(bundle, files, draw, case["runs"], clear=True)
+    cached = _from_disk(bundle, files, draw, case["runs"], clear=False)
+    bundle.swap(None)
+    for file in files:
+        bundle.load(file)
+    resident = _resident(bundle, files, draw, feeds)
+    return {"installed": len(files), "cold": cold, "cached": cached, **resident}
+
+
+def roomy(profile: Profile, wanted: int) -> Profile:
+    """The profile, with room for all of them if the machine has it."""
+    room = max(profile.resident_bytes, min(2 * wanted, int(_RAM_SHARE * _free_bytes())))
+    return replace(profile, resident_bytes=room)
+
+
+def _free_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(s.split()[1]) for s in lines if s.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return 0
+
+
+def _from_disk(
+    bundle: Bundle, files: Sequence[Path], draw: random.Random, runs: int, *, clear: bool
+) -> dict[str, Any]:
+    """Swaps to adapters drawn at random, none of them resident."""
+    times, cpu, parts = [], 0.0, []
+    for turn in range(runs + 2):
+        file = draw.choice(files)
+        bundle.swap(None)
+        for name in bundle.residents:
+            bundle.forget(name)
+        if clear:
+            bundle.basis.clear()
+        start = time.process_time()
+        cost = bundle.swap(file)
+        if turn >= 2:
+            cpu += time.process_time() - start
+            times.append(cost.total_ms)
+            parts.append((cost.read_ms, cost.check_ms, cost.expand_ms))
+    means = [sum(column) / len(parts) for column in zip(*parts, strict=True)]
+    return {"ms": times, "cpu_ms": 1e3 * cpu / runs, "read_check_expand_ms": means}
+
+
+def _resident(
+    bundle: Bundle, files: Sequence[Path], draw: random.Random, feeds: dict[str, Any]
+) -> dict[str, Any]:
+    names = list(bundle.residents)
+    times, first = [], []
+    start = time.process_time()
+    for _ in range(_RESIDENT_SWAPS):
+        bundle.swap(None)
+        times.append(bundle.swap(draw.choice(names)).total_ms)
+    cpu = time.process_time() - start
+    for _ in range(min(20, _RESIDENT_SWAPS)):
+        bundle.swap(draw.choice(names))
+        before = time.perf_counter()
+        bundle.run(feeds)
+        first.append((time.perf_counter() - before) * 1e3)
+    return {
+        "resident": {"ms": times, "cpu_ms": 1e3 * cpu / (2 * _RESIDENT_SWAPS)},
+        "first_run": {"ms": first},
+        "held": len(names),
+        "held_bytes": sum(bundle.residents.values()),
+    }
