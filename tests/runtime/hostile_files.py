@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from regrow_inputs import InputReader
 from regrow_runtime import Adapter, Bundle, Manifest, RegrowError
 from regrow_runtime.basis import BasisCache
 from regrow_runtime.slots import HEAD_FILE, check_fit, expand, load_head
@@ -240,7 +241,7 @@ class Cases:
         bundle.swap(self.good, name="good")
         bundle.run({"pixel_values": pixels})
         bundle.run({"pixel_values": pixels}, ["good", None])
-        bundle.preprocessor()
+        InputReader.from_bundle(bundle)
         bundle.labels()
         return "runs"
 

@@ -25,7 +25,8 @@ from regrow_toolchain.backbone import (
     save_backbone,
 )
 from regrow_toolchain.exporting import export_backbone
-from regrow_toolchain.lowrank import apply_plan, plan_layers
+from regrow_toolchain.lowrank import apply_plan
+from regrow_toolchain.rules import plan_layers
 from regrow_toolchain.targets import find_targets
 
 pytestmark = pytest.mark.slow
