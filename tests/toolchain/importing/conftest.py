@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from regrow_runtime import Manifest, Slot
 from regrow_runtime.errors import RegrowError
-from regrow_runtime.manifest import FileEntry, GraphSpec
+from regrow_runtime.manifest import FileEntry, GraphSpec, TensorSpec
 from regrow_toolchain.importing import import_peft
 
 ID = "sha256:" + "ab" * 32
@@ -83,7 +83,8 @@ class Room:
         slots = [_slot(f"blocks.0.{layer}", kind, *widths[layer]) for layer in layers]
         manifest = Manifest(
             mode=mode, task="image-classification", backbone_id=ID, opset=20, ir_version=9,
-            graphs=(GraphSpec("model", "m.onnx", (), ()),), labels=("ant", "bee", "cat"),
+            graphs=(GraphSpec("model", "m.onnx", (), (TensorSpec("logits", "float32", ("n", 3)),)),),
+            labels=("ant", "bee", "cat"),
             slots=(*slots, _slot("head", "head", 6, 3)), files={"m.onnx": FileEntry(1, "0")},
         )  # fmt: skip
         folder = self.path / name
