@@ -11,6 +11,9 @@ from onnx import helper, numpy_helper
 
 __all__ = ["GraphBuilder"]
 
+# ONNX Runtime 1.20 fuses these into nodes that it names after them: no two may be of one name.
+_NAMED = ("Gather", "Slice")
+
 
 class GraphBuilder:
     """Collects nodes and constants.
@@ -27,13 +30,15 @@ class GraphBuilder:
         self._count = 0
 
     def _name(self) -> str:
-        # Short, and nodes have no names at all: they would be most of a small graph's bytes.
+        # Short, and most nodes have no names: they would be most of a small graph's bytes.
         self._count += 1
         return f"{self.prefix}/{self._count}"
 
     def op(self, kind: str, *inputs: str, to: str = "", **attributes: Any) -> str:
         """Add a node with one output, called `to` if given; returns the output's name."""
         output = to or self._name()
+        if kind in _NAMED:
+            attributes["name"] = output
         self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
         return output
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["export_bundle"]
 
-_PROBE = "probe.safetensors"
-
 
 def export_bundle(
     source: ExportSource,
@@ -129,6 +127,7 @@ def _export(
     precision: str,
     samples: Samples | None,
 ) -> Manifest:
+    from .checking import with_checks
     from .modes import merged, seeded, swappable
 
     if adapter is None:
@@ -136,7 +135,6 @@ def _export(
     else:
         make = merged if mode == "merged" else seeded
         draft = make(source, folder, adapter, inputs, precision, samples)
-    _write_probe(folder, draft)
     if mode == "swappable" and source.head:
         _write_head(folder, source)
     for path in source.files:
@@ -144,16 +142,9 @@ def _export(
     if adapter and adapter.head:
         _rename_labels(folder, adapter.head.labels)
     manifest = _manifest(source, folder, mode, adapter, draft, precision)
+    manifest = with_checks(folder, manifest, source, draft.inputs)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _write_probe(folder: Path, draft: Draft) -> None:
-    """The first two rows of the inputs that the bundle was checked with."""
-    from safetensors.numpy import save_file
-
-    probe = {name: np.ascontiguousarray(value[:2]) for name, value in draft.inputs.items()}
-    save_file(probe, folder / _PROBE)
 
 
 def _write_head(folder: Path, source: ExportSource) -> None:

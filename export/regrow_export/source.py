@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regrow_runtime.checks import EXPECTED_FILE, PROBE_FILE
 from regrow_runtime.errors import UsageError
 from regrow_runtime.manifest import MANIFEST
 from regrow_runtime.slots import HEAD_FILE
@@ -52,7 +53,8 @@ class ExportSource:
 
     def _check_files(self) -> None:
         names = [path.name for path in self.files]
-        taken = {MANIFEST, HEAD_FILE, "probe.safetensors", "backbone.onnx", "backbone.onnx.data"}
+        taken = {MANIFEST, HEAD_FILE, PROBE_FILE, EXPECTED_FILE, "operators.config"}
+        taken |= {"backbone.onnx", "backbone.onnx.data"}
         for path in self.files:
             if not path.is_file():
                 raise UsageError(f"files must be files, got {path}: no such file")

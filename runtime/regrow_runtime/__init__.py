@@ -10,6 +10,7 @@ Open a bundle, swap personal adapters without reloading the model, run it:
 from .adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target, Validated
 from .basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
 from .bundle import PROFILES, Bundle, Profile, SwapCost
+from .checks import Check
 from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .generate import Generated, Generation
 from .manifest import Manifest, Slot
@@ -20,6 +21,7 @@ __all__ = [
     "BasisCache",
     "BasisSpec",
     "Bundle",
+    "Check",
     "Coefficients",
     "FormatError",
     "Generated",

@@ -118,10 +118,15 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What the model gives for the bundle's probe input: 1 to 64 numbers, float16 [m]."""
+    """What the model gives for the bundle's probe input: 1 to 64 numbers, float16 [m].
+
+    Attributes:
+        input: fingerprint of the input that they are for; "" if the file does not say.
+    """
 
     expected: NDArray[np.float16]
     tolerance: float
+    input: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,8 @@ def _metadata(adapter: Adapter) -> dict[str, Any]:
     if adapter.extra:
         data["extra"] = sorted(adapter.extra, key=str.encode)
     if adapter.probe:
-        data["probe"] = {"tolerance": adapter.probe.tolerance}
+        named = {"input": adapter.probe.input} if adapter.probe.input else {}
+        data["probe"] = {"tolerance": adapter.probe.tolerance, **named}
     if adapter.head:
         names = [layer.name for layer in adapter.head.layers]
         data["head"] = {"layers": names, "labels": list(adapter.head.labels)}
@@ -422,7 +428,7 @@ def _probe(fields: Fields, tensors: _Tensors) -> Probe | None:
     part = fields.optional("probe")
     if part is None:
         return None
-    tolerance = part.take("tolerance", float)
+    tolerance, used = part.take("tolerance", float), part.take("input", str, "")
     part.done()
     shape = tensors.shape("probe", range(1, 2))
     if tolerance < 0 or not 1 <= shape[0] <= _MAX_PROBE:
@@ -430,7 +436,7 @@ def _probe(fields: Fields, tensors: _Tensors) -> Probe | None:
             f"{fields.where}: probe must have 1 to {_MAX_PROBE} numbers and a tolerance that is "
             f"not negative, got {shape[0]} and {tolerance}"
         )
-    return Probe(tensors.take("probe", ("F16",), shape), tolerance)
+    return Probe(tensors.take("probe", ("F16",), shape), tolerance, used)
 
 
 def _head(fields: Fields, tensors: _Tensors) -> Head | None:

@@ -23,8 +23,10 @@ from .adapter import Adapter
 from .basis import BasisCache
 from .blend import as_weight, blend
 from .cache import CacheSpec
+from .checks import Check, Prober
 from .errors import FormatError, RegrowError, UsageError
 from .generate import Generated, Generation, Ids, Settings
+from .health import History, recorded, report
 from .manifest import GraphSpec, Manifest, TensorSpec
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
@@ -101,6 +103,7 @@ class Bundle:
         self._uses = itertools.count()
         self._active: Resident | None = None
         self._base_head: Feeds | None = None
+        self.history, self._prober, self._profile = History(), Prober(folder, manifest), profile
 
     @classmethod
     def open(
@@ -163,12 +166,14 @@ class Bundle:
         resident = self._resident(adapter) if adapter is not None else self._active
         return resident.labels if resident else self.manifest.labels
 
+    @recorded
     def load(
         self,
         adapter: str | Path | Adapter | Mapping[str, float],
         *,
         name: str | None = None,
         any_backbone: bool = False,
+        check: bool = False,
         scale: float = 1.0,
     ) -> SwapCost:
         """Check and expand an adapter and keep it resident, without activating it.
@@ -180,23 +185,28 @@ class Bundle:
                 adapters, {"user-17": 0.7, "user-42": 0.3}. Those two need a `name`.
             name: what to call it; by default the file's name without its ending.
             any_backbone: allow an adapter that was trained on another backbone.
+            check: run the bundle's probe with it first (see `check`), which takes two runs.
             scale: how strongly it changes the weights; a head of its own stays as it is.
 
         Raises:
-            MismatchError: it does not fit; every reason is listed.
+            MismatchError: it does not fit, every reason is listed; or the probe found that it does
+                nothing, or something else than at training.
             FormatError, UsageError: the file is broken, or there is none.
         """
         with self._swap_lock:
             resident, cost = self._expand(adapter, name, any_backbone, scale)
+            self._require(resident, check)
             self._keep(resident)
         return cost
 
+    @recorded
     def swap(
         self,
         adapter: str | Path | Adapter | Mapping[str, float] | None,
         *,
         name: str | None = None,
         any_backbone: bool = False,
+        check: bool = False,
         scale: float = 1.0,
     ) -> SwapCost:
         """Make another adapter the active one; None is the base.
@@ -215,9 +225,12 @@ class Bundle:
                         "scale of a resident adapter must be asked for as a blend, which has a "
                         f"name of its own, got {scale}: swap({{{adapter!r}: {scale}}}, name=...)"
                     )
-                self._active = resident = self._resident(adapter)
+                resident = self._resident(adapter)
+                self._require(resident, check)
+                self._active = resident
                 return SwapCost("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
             resident, cost = self._expand(adapter, name, any_backbone, scale)
+            self._require(resident, check)
             self._active = resident
             self._keep(resident)
         return cost
@@ -228,6 +241,28 @@ class Bundle:
             self._resident(name)
             del self._residents[name]
 
+    def check(self, name: str | None = None) -> Check:
+        """Run the bundle's probe with a resident adapter, the active one, or the base if none is.
+
+        What it finds is returned, not raised: see `Check`.
+        """
+        return self._prober.check(self._run, self._active if name is None else self._resident(name))
+
+    def _require(self, resident: Resident, check: bool) -> None:
+        if check:
+            self._prober.check(self._run, resident).require()
+
+    def health(self) -> dict[str, Any]:
+        """What is active and resident, what swaps there were, and what all of it takes.
+
+        Returns:
+            For JSON: `active`; `residents`, by name `bytes` and `idle_s`; `swaps` by kind, and
+            `failures` with the text of the `last_failure`; `file_bytes`, `basis_bytes`;
+            `onnxruntime`, `profile`, `threads` (0: one per core), `providers`.
+        """
+        profile = next((n for n, p in PROFILES.items() if p == self._profile), "own")
+        return report(self, dict(self._residents), self._session, profile)
+
     def _resident(self, name: str) -> Resident:
         resident = self._residents.get(name)  # one look-up: another thread may forget it
         if resident is None:
@@ -235,12 +270,12 @@ class Bundle:
             raise UsageError(
                 f"adapter must be resident ({known}), got {name!r}: load or swap it first"
             )
-        resident.used = next(self._uses)
+        resident.used, resident.last_use = next(self._uses), time.time()
         return resident
 
     def _keep(self, resident: Resident) -> None:
         """Make it resident, and drop others that are too many bytes together."""
-        resident.used = next(self._uses)
+        resident.used, resident.last_use = next(self._uses), time.time()
         self._residents[resident.name] = resident
         others = sorted(self._residents.values(), key=lambda other: other.used)
         left = sum(other.nbytes for other in others) - self._resident_bytes
@@ -267,7 +302,7 @@ class Bundle:
         misses = self.basis.misses
         feeds = expand(adapter, self.manifest, self.basis)
         labels = adapter.head.labels if adapter.head else self.manifest.labels
-        resident = Resident(name, feeds, labels)
+        resident = Resident(name, feeds, labels, probe=adapter.probe)
         if scale != 1:
             resident = blend(name, [(resident, scale)], self.manifest, {})
         cost = SwapCost(
@@ -339,6 +374,7 @@ class Bundle:
         if adapters is not None:
             feeds.update(self._per_sample(adapters, feeds))
         elif active is not None:
+            active.last_use = time.time()
             feeds.update(active.feeds)
         known = [spec.name for spec in self.graph.outputs]
         names = known if outputs is None else list(outputs)

@@ -20,6 +20,7 @@ from .files import read_bytes, sha256_file
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "Checks",
     "FileEntry",
     "GraphSpec",
     "Manifest",
@@ -109,6 +110,22 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Checks:
+    """What the device's own checks need.
+
+    Attributes:
+        probe: fingerprint of the probe's input; "" if adapters cannot know that input.
+        spread: largest difference of the variant's outputs to those of exact weights and inputs, as
+            a share of the largest output.
+        partitions: pieces that a mobile accelerator would cut the graph into, by accelerator.
+    """
+
+    probe: str = ""
+    spread: float = 0.0
+    partitions: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`manifest.json`. `parity` holds what was measured against torch at export, by name."""
 
@@ -126,6 +143,7 @@ class Manifest:
     seeded: SeededSpec | None = None
     cache: CacheSpec | None = None  # of a causal language model
     parity: Mapping[str, float] = field(default_factory=dict)
+    checks: Checks | None = None
 
     def to_json(self) -> str:
         """The file's text; the same manifest always gives the same one."""
@@ -195,6 +213,7 @@ def _parse(fields: Fields) -> Manifest:
         adapter=_text_or_none(fields, "adapter"),
         seeded=None if seeded is None else _seeded(seeded),
         parity=_numbers(fields, "parity"),
+        checks=_checks(fields.optional("checks")),
     )
     fields.done()
     _check_parts(manifest, fields.where)
@@ -215,6 +234,19 @@ def _check_parts(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: outputs of {graph.name} must name at least one")
     if len({(slot.target, slot.kind) for slot in manifest.slots}) < len(manifest.slots):
         raise FormatError(f"{where}: slots must be of one kind once for a target")
+
+
+def _checks(part: Fields | None) -> Checks | None:
+    if part is None:
+        return None
+    counts = Fields(part.take("partitions", dict, {}), f"{part.where}: partitions")
+    checks = Checks(
+        probe=part.take("probe", str, ""),
+        spread=part.take("spread", float, 0.0),
+        partitions={name: counts.number(name, 0, 2**31) for name in counts.names()},
+    )
+    part.done()
+    return checks
 
 
 def _text_or_none(fields: Fields, name: str) -> str | None:

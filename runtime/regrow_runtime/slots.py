@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from .adapter import Adapter, Head, HeadLayer, Target
+from .adapter import Adapter, Head, HeadLayer, Probe, Target
 from .basis import PHILOX_SIGN, BasisCache
 from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .files import read_bytes
@@ -38,12 +38,16 @@ class Resident:
             [1, in, out], bias b [1, 1, out], head weight [1, in, classes] and bias [1, 1, classes].
         labels: class names, the adapter's own or the bundle's.
         used: when it was used last, counted in uses.
+        probe: what the model gives with it, if its file says so.
+        last_use: when it was activated or asked for last, in seconds of `time.time`.
     """
 
     name: str
     feeds: Feeds
     labels: tuple[str, ...]
     used: int = 0
+    probe: Probe | None = None
+    last_use: float = 0.0
 
     @property
     def nbytes(self) -> int:

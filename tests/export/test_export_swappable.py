@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from regrow_export import ExportSource, export_bundle, find_linears
 from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import UsageError
+from regrow_runtime.errors import RegrowError, UsageError
 from regrow_runtime.manifest import Manifest
 from regrow_runtime.methods import get_method
 
@@ -236,8 +236,11 @@ def test_inputs_may_be_given_for_a_hugging_face_model(bert, tmp_path):
     inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
     value = "bert.encoder.layer.0.attention.self.value"
     export_bundle(bert, tmp_path / "b", targets=[value], inputs=inputs)
-    probe = load_file(tmp_path / "b" / "probe.safetensors")
-    np.testing.assert_array_equal(probe["input_ids"], np.tile(ids, (2, 1)))
+    probe = load_file(tmp_path / "b" / "probe.safetensors")  # made up: nobody's samples travel
+    assert probe["input_ids"].shape == (2, 16)
+    inputs["input_ids"] = ids + 1000  # tokens that the model does not know
+    with pytest.raises(RegrowError):
+        export_bundle(bert, tmp_path / "b2", targets=[value], inputs=inputs)
     with pytest.raises(
         UsageError, match="inputs must have input_ids, attention_mask, token_type_ids"
     ):

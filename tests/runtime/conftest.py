@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Targe
 from regrow_runtime.cache import CacheSpec, CacheTensor
 from regrow_runtime.manifest import (
     SLOT_PARTS,
+    Checks,
     FileEntry,
     GraphSpec,
     Manifest,
@@ -156,6 +158,23 @@ def lm_logits() -> Callable[..., np.ndarray]:
 def bundle_copy(bundle_folder: Path, tmp_path: Path) -> Path:
     """The bundle, for one test to spoil."""
     return Path(shutil.copytree(bundle_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def probed_folder(
+    tmp_path_factory: pytest.TempPathFactory, bundle_folder: Path, pixels: Any, reference: Any
+) -> Path:
+    """The bundle with a probe, and the base's outputs for it."""
+    folder = Path(shutil.copytree(bundle_folder, tmp_path_factory.mktemp("probed") / "tiny"))
+    save_file({"pixel_values": pixels[:2]}, folder / "probe.safetensors")
+    save_file({"logits": reference(pixels[:1]).reshape(-1)}, folder / "expected.safetensors")
+    manifest = Manifest.load(folder)
+    files = {name: _entry(folder / name) for name in ("probe.safetensors", "expected.safetensors")}
+    manifest = replace(
+        manifest, checks=Checks(probe="0123456789abcdef"), files={**manifest.files, **files}
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

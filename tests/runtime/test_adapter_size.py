@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Coefficients, Head, HeadLayer, Target
+from regrow_runtime.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target
 from regrow_runtime.basis import BasisSpec
 from regrow_runtime.methods import get_method
 
@@ -53,6 +53,8 @@ def _adapter(method: str, targets: tuple[Target, ...], storage: str, **more) -> 
         for name, shape in kind.layout(config, targets).items()
     }
     seed = 2**64 - 1  # of as many digits as there are
+    # As many numbers as training writes, and a tolerance of as many digits.
+    more = {"probe": Probe(np.ones(32, np.float16), 0.00012, "0123456789abcdef"), **more}
     return Adapter(method, config, seed, BACKBONE, targets, values, storage, **more)
 
 

@@ -30,6 +30,7 @@ from .fitting import Fitting, Stopped
 from .heads import Heads
 from .methods import Trained, get_trainable
 from .people import Person, prepare
+from .probing import Prober
 from .settings import check_settings
 from .targets import find_targets
 from .tasks import Loss, Task, choose_task
@@ -158,6 +159,7 @@ def adapt_each(
         raise UsageError("backbone must have a head to train one, got none")
     if any(person.head != "keep" for person in people):
         _check_apart(layers, backbone)
+    prober = Prober(backbone.model, data.inputs)
     with ExitStack() as stack:
         stack.enter_context(deterministic(config.seed))
         stack.enter_context(frozen(backbone.model))
@@ -167,7 +169,7 @@ def adapt_each(
         for group in groups:
             several = data.users is not None
             state = _checkpoint(checkpoint, backbone, group, layers, task, config, several)
-            job = _Job(backbone, task, layers, group, config, accelerator)
+            job = _Job(backbone, task, layers, group, config, accelerator, prober)
             yield from job.run(state, resume=resume)
 
 
@@ -242,8 +244,9 @@ class _Job:
         people: Sequence[Person],
         config: AdaptConfig,
         accelerator: Any,
+        prober: Prober,
     ) -> None:
-        self.backbone, self.task, self.layers = backbone, task, layers
+        self.backbone, self.task, self.layers, self.prober = backbone, task, layers, prober
         self.people, self.config, self.accelerator = people, config, accelerator
 
     def run(self, checkpoint: Checkpoint | None, *, resume: bool) -> Iterator[tuple[str, Adapted]]:
@@ -322,9 +325,13 @@ class _Job:
 
     def _scored(self, adapter: Adapter, person: Person, before: float) -> Adapted:
         after = math.nan
-        if len(person.held):
-            with applied(self.backbone.model, adapter):
+        with applied(self.backbone.model, adapter):
+            adapter = replace(
+                adapter, probe=self.prober.probe(rounded=self.config.precision != "fp32")
+            )
+            if len(person.held):
                 after = self.task.score(self._measured(person.held), person.held.labels)
+        if len(person.held):
             found = Validated(
                 self.config.precision, self.task.metric, before, after, len(person.held)
             )

@@ -81,9 +81,10 @@ class Room:
         """A manifest alone: an import reads no more of a bundle."""
         widths = {"q": (8, 6), "k": (8, 4)}
         slots = [_slot(f"blocks.0.{layer}", kind, *widths[layer]) for layer in layers]
+        logits = TensorSpec("logits", "float32", ("n", 3))
         manifest = Manifest(
             mode=mode, task="image-classification", backbone_id=ID, opset=20, ir_version=9,
-            graphs=(GraphSpec("model", "m.onnx", (), (TensorSpec("logits", "float32", ("n", 3)),)),),
+            graphs=(GraphSpec("model", "m.onnx", (), (logits,)),),
             labels=("ant", "bee", "cat"),
             slots=(*slots, _slot("head", "head", 6, 3)), files={"m.onnx": FileEntry(1, "0")},
         )  # fmt: skip

@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "Make an adapter of one that PEFT trained, without torch.",
     "convert": "Write an adapter as dense tensors, for programs without regrow.",
     "run": "Run a bundle on pictures, sounds, texts or arrays, without torch.",
+    "verify": "Check a bundle and adapters: files, outputs, what they did at export.",
     "store": "Keep adapters on the device, by user and version.",
     "profile": "Measure a bundle: latency, RAM, swaps, with a page that shows them.",
     "inspect": "Tell what an adapter file, a bundle or a backbone holds.",

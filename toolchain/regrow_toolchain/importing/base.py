@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regrow_runtime.errors import FormatError, RegrowError, UsageError
 from regrow_runtime.fields import parse_json
@@ -17,6 +18,9 @@ from regrow_runtime.files import read_bytes
 from regrow_runtime.manifest import MANIFEST, Manifest
 from regrow_runtime.methods import get_method
 from regrow_toolchain.backbone_id import stored_tensors
+
+if TYPE_CHECKING:
+    from regrow_toolchain.backbone import Backbone
 
 __all__ = ["Base", "Widths", "read_base"]
 
@@ -42,6 +46,7 @@ class Base:
         labels: class names; empty if there are none.
         turned: layers whose in and out may be the other way round: weights alone tell, which
             GPT-2's Conv1D stores transposed.
+        loaded: the backbone itself, where it had to be loaded.
     """
 
     where: str
@@ -51,6 +56,7 @@ class Base:
     head: Mapping[str, Widths]
     labels: tuple[str, ...]
     turned: frozenset[str] = frozenset()
+    loaded: Backbone | None = None
 
     def missing(self, layer: str) -> str | None:
         """Why `layer` cannot be changed, None if it can."""
@@ -169,4 +175,4 @@ def _of_huggingface(path: Path) -> Base:
         if (found := widths(module)) is not None
     }
     heads = {name: layers.pop(name) for name in model.head}
-    return Base(str(path), _LINEAR, model.backbone_id, layers, heads, model.labels)
+    return Base(str(path), _LINEAR, model.backbone_id, layers, heads, model.labels, loaded=model)

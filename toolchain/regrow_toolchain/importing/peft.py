@@ -21,6 +21,7 @@ from .peft_kind import PeftKind, Row
 from .peft_lora import PeftLora
 from .peft_tensors import Stored, read_header
 from .peft_vera import PeftVera
+from .probing import with_probe
 
 __all__ = ["KINDS", "import_peft"]
 
@@ -69,7 +70,7 @@ def import_peft(
     _check_size(layout)
     seed, basis, tensors = kind.basis(stored.shared, targets, base_dtype)
     rows = (row for t in targets for row in kind.rows(t, stored.layers[t.name], config))
-    return Adapter(
+    adapter = Adapter(
         method=kind.method,
         config=config,
         seed=seed,
@@ -82,6 +83,7 @@ def import_peft(
         head=read_head(stored.saved, base, "fp32" if storage == "fp32" else "fp16"),
         user={"imported": f"PEFT {kind.title}"},
     )
+    return with_probe(adapter, Path(backbone), base)
 
 
 def _targets(folder: Path, kind: PeftKind, stored: Stored, base: Base) -> tuple[Target, ...]:

@@ -103,6 +103,7 @@ def _bundle(manifest: Manifest) -> dict[str, Any]:
         "inputs": {s.name: list(s.shape) for g in manifest.graphs for s in g.inputs},
         "outputs": {s.name: list(s.shape) for g in manifest.graphs for s in g.outputs},
         "parity": dict(manifest.parity),
+        "partitions": dict(manifest.checks.partitions) if manifest.checks else {},
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "targets": [[s.target, s.in_features, s.out_features, s.kind] for s in manifest.slots],
     }

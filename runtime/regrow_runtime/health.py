@@ -1,0 +1,76 @@
+"""What a bundle has done and holds, for an application to report."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import wraps
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import onnxruntime as ort
+
+from .errors import RegrowError
+from .slots import Resident
+
+if TYPE_CHECKING:
+    from .bundle import Bundle, SwapCost
+
+__all__ = ["History", "recorded", "report"]
+
+P = ParamSpec("P")
+
+
+class History:
+    """What a bundle has done so far."""
+
+    def __init__(self) -> None:
+        self.swaps: Counter[str] = Counter()
+        self.failures, self.last_failure = 0, ""
+        self.lock = Lock()
+
+
+def recorded(
+    swap: Callable[Concatenate[Bundle, P], SwapCost],
+) -> Callable[Concatenate[Bundle, P], SwapCost]:
+    """A method that swaps or loads, with its failures counted, and the kinds of its swaps."""
+
+    @wraps(swap)
+    def counting(self: Bundle, /, *args: P.args, **named: P.kwargs) -> SwapCost:
+        past = self.history
+        try:
+            cost = swap(self, *args, **named)
+        except RegrowError as error:
+            with past.lock:
+                past.failures, past.last_failure = past.failures + 1, str(error)
+            raise
+        if swap.__name__ == "swap":
+            with past.lock:
+                past.swaps[cost.kind] += 1
+        return cost
+
+    return counting
+
+
+def report(
+    bundle: Bundle, residents: Mapping[str, Resident], session: ort.InferenceSession, profile: str
+) -> dict[str, Any]:
+    """See `Bundle.health`."""
+    now, past = time.time(), bundle.history
+    return {
+        "active": bundle.active,
+        "residents": {
+            name: {"bytes": resident.nbytes, "idle_s": max(0.0, now - resident.last_use)}
+            for name, resident in residents.items()
+        },
+        "swaps": dict(past.swaps),
+        "failures": past.failures,
+        "last_failure": past.last_failure,
+        "file_bytes": sum(entry.size for entry in bundle.manifest.files.values()),
+        "basis_bytes": bundle.basis.nbytes,
+        "onnxruntime": ort.__version__,
+        "profile": profile,
+        "threads": session.get_session_options().intra_op_num_threads,
+        "providers": session.get_providers(),
+    }
