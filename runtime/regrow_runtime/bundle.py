@@ -241,12 +241,19 @@ class Bundle:
             self._resident(name)
             del self._residents[name]
 
-    def check(self, name: str | None = None) -> Check:
+    def check(self, adapter: str | Adapter | None = None) -> Check:
         """Run the bundle's probe with a resident adapter, the active one, or the base if none is.
 
-        What it finds is returned, not raised: see `Check`.
+        One in memory is expanded for it and not kept. What the probe finds is returned, not raised:
+        see `Check`; that an adapter does not fit is raised as by `load`.
         """
-        return self._prober.check(self._run, self._active if name is None else self._resident(name))
+        resident = self._active
+        if isinstance(adapter, Adapter):
+            with self._swap_lock:
+                resident = self._expand(adapter, "in memory", False, 1.0)[0]
+        elif adapter is not None:
+            resident = self._resident(adapter)
+        return self._prober.check(self._run, resident)
 
     def _require(self, resident: Resident, check: bool) -> None:
         if check:

@@ -338,5 +338,7 @@ def _incoming(path: Path) -> bytes:
 
 
 def _check_fit(adapter: Adapter, bundle: Bundle | Manifest | None) -> None:
-    if bundle is not None:
-        check_fit(adapter, bundle if isinstance(bundle, Manifest) else bundle.manifest)
+    if isinstance(bundle, Manifest):
+        check_fit(adapter, bundle)
+    elif bundle is not None:
+        bundle.check(adapter).require()

@@ -47,7 +47,8 @@ class Checkpoint:
         )
         write_bytes(self.path, data)
         self._last = time.monotonic()
-        self.seconds = max(self.seconds, _SHARE * (self._last - began))
+        if self.seconds:  # 0 is after every step, whatever it takes
+            self.seconds = max(self.seconds, _SHARE * (self._last - began))
 
     def load(self) -> tuple[int, State] | None:
         """(steps done, state), or None if there is no file.

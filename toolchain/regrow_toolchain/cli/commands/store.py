@@ -12,7 +12,7 @@ from regrow_toolchain.cli.options import emit, json_option, path_argument
 from regrow_toolchain.cli.tables import size, table
 
 if TYPE_CHECKING:
-    from regrow_runtime import Bundle, Manifest
+    from regrow_runtime import Bundle
     from regrow_runtime.bundle import SwapCost
     from regrow_runtime.store import Installed
 
@@ -24,7 +24,7 @@ _version_option = click.option("--version", type=click.IntRange(1), help="By def
 _bundle_option = click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="Refuse an adapter that does not fit this bundle.",
+    help="Refuse an adapter that does not fit this bundle, or does not do there what it should.",
 )
 
 
@@ -72,7 +72,7 @@ def _add(
             file,
             version=version,
             label=label,
-            bundle=_manifest(bundle),
+            bundle=_opened(bundle),
             activate=activate,
             allow_downgrade=allow_downgrade,
         )
@@ -125,7 +125,7 @@ def _activate(
     from regrow_runtime.store import Store
 
     with Store(store, create=False) as opened:
-        entry = opened.activate(user, version, bundle=_manifest(bundle))
+        entry = opened.activate(user, version, bundle=_opened(bundle))
     emit(vars(entry), [f"{_named(entry)} is active"], as_json=as_json)
 
 
@@ -191,10 +191,10 @@ def _named(entry: Installed) -> str:
     return f"{entry.user}, version {entry.version}"
 
 
-def _manifest(bundle: Path | None) -> Manifest | None:
-    from regrow_runtime import Manifest
+def _opened(bundle: Path | None) -> Bundle | None:
+    from regrow_runtime import Bundle
 
-    return None if bundle is None else Manifest.load(bundle)
+    return None if bundle is None else Bundle.open(bundle, profile="memory")
 
 
 def store_options(function: F) -> F:
