@@ -31,16 +31,25 @@ function* fieldsOf(bytes) {
   }
 }
 
-const TENSOR = { DIMS: 1, TYPE: 2, NAME: 8, RAW: 9 };
+const TENSOR = { DIMS: 1, TYPE: 2, NAME: 8, RAW: 9, OUTSIDE: 13 };
+const text = (bytes) => new TextDecoder().decode(bytes);
 
-/** The name of a TensorProto, and its content; the exporter writes dims one by one, data raw. */
-function tensorOf(bytes) {
+/**
+ * The name of a TensorProto, and its content; the exporter writes dims one by one, data raw, or
+ * large data into the bytes `outside`.
+ */
+function tensorOf(bytes, outside) {
   const all = [...fieldsOf(bytes)];
-  const field = (number) => all.find((one) => one.number === number)?.value;
-  const name = new TextDecoder().decode(field(TENSOR.NAME));
-  const dims = all.filter((one) => one.number === TENSOR.DIMS).map((one) => one.value);
-  const raw = field(TENSOR.RAW) ?? new Uint8Array(0), Kind = ARRAYS[field(TENSOR.TYPE)];
-  return { name, content: () => ({ data: new Kind(raw.slice().buffer), dims }) };
+  const values = (number) => all.filter((one) => one.number === number).map((one) => one.value);
+  const place = Object.fromEntries(values(TENSOR.OUTSIDE).map((entry) =>
+    [...fieldsOf(entry)].map(({ value }) => text(value)))); // of key and value
+  const [raw = new Uint8Array(0)] = values(TENSOR.RAW), start = Number(place.offset);
+  const Kind = ARRAYS[values(TENSOR.TYPE)[0]], dims = values(TENSOR.DIMS);
+  const content = () => {
+    const data = place.location ? outside.slice(start, start + Number(place.length)) : raw.slice();
+    return { data: new Kind(data.buffer), dims };
+  };
+  return { name: text(values(TENSOR.NAME)[0]), content };
 }
 
 function varintOf(value) {
@@ -62,15 +71,16 @@ function joined(parts) {
 const MODEL_GRAPH = 7, GRAPH_INITIALIZER = 5;
 
 /**
- * Takes the defaults of the inputs in `names`, a Set, out of a model's bytes.
+ * Takes the defaults of the inputs in `names`, a Set, out of a model's bytes; `outside` are those
+ * of the file beside it.
  *
  * Returns {model, defaults}: the model in which they are required, and their arrays by name.
  */
-export function requireInputs(bytes, names) {
+export function requireInputs(bytes, names, outside) {
   const defaults = {};
   const kept = (graph) => [...fieldsOf(graph)].filter(({ number, value }) => {
     if (number !== GRAPH_INITIALIZER) return true;
-    const { name, content } = tensorOf(value);
+    const { name, content } = tensorOf(value, outside);
     if (!names.has(name)) return true;
     defaults[name] = content();
     return false;

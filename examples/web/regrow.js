@@ -398,7 +398,8 @@ export async function openBundle(ort, read, options = {}) {
   const data = `${file}.data`;
   if (data in files) externalData.push({ path: data, data: new Uint8Array(await read(data)) });
   const inputs = [...slots, seeded ?? {}].flatMap((slot) => Object.values(slot.inputs ?? {}));
-  const { model, defaults } = requireInputs(new Uint8Array(await read(file)), new Set(inputs));
+  const bytes = new Uint8Array(await read(file)), outside = externalData[0]?.data;
+  const { model, defaults } = requireInputs(bytes, new Set(inputs), outside);
   const session = await ort.InferenceSession.create(model, { ...options, externalData });
   return { manifest, session, defaults };
 }
@@ -440,6 +441,9 @@ export function mismatches(adapter, { backbone_id, seeded, slots }) {
   if (adapter.head) {
     same("head", widths(heads.map((s) => [s.target, s.in_features])),
       widths(adapter.head.layers.map((l) => [l.name, l.in])));
+    const classes = heads.at(-1)?.fixed ? heads.at(-1).out_features : Infinity;
+    const { out } = adapter.head.layers.at(-1);
+    if (out > classes) found.push(`classes must be ${classes} or fewer, got ${out}`);
   }
   return found;
 }
@@ -459,7 +463,7 @@ export function feeds(adapter, manifest) {
   const found = {};
   const put = (kind) => (parts, target) => {
     const slot = find(slots, target, kind);
-    for (const part in parts) found[slot.inputs[part]] = withBatch(parts[part], part, slot.rank);
+    for (const part in parts) found[slot.inputs[part]] = withBatch(parts[part], part, slot);
   };
   if (seeded) {
     const inputs = expanderInputs(adapter);
@@ -471,13 +475,17 @@ export function feeds(adapter, manifest) {
   return found;
 }
 
-/** As a slot takes it: n = 1 first, vectors as one row, and a fixed rank filled up with zeros. */
-function withBatch({ data, dims }, part, rank) {
+/**
+ * As a slot takes it: n = 1 first, vectors as one row, a fixed rank filled up with zeros, and fixed
+ * classes with a bias of -Infinity.
+ */
+function withBatch({ data, dims }, part, { kind, rank, fixed, out_features: classes }) {
   const [rows, columns] = dims.length === 1 ? [1, ...dims] : dims;
-  if (!rank || !"AB".includes(part)) return { data, dims: [1, rows, columns] };
-  const found = part === "A" ? zeros(1, rows, rank) : zeros(1, rank, columns);
+  const wide = kind === "head" && fixed ? classes : (part === "A" && rank) || columns;
+  const found = zeros(1, (part === "B" && rank) || rows, wide);
+  if (part === "bias") found.data.fill(-Infinity);
   for (let r = 0; r < rows; r++) {
-    found.data.set(data.subarray(r * columns, (r + 1) * columns), r * found.dims[2]);
+    found.data.set(data.subarray(r * columns, (r + 1) * columns), r * wide);
   }
   return found;
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,11 @@ from regrow_runtime.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manif
 from regrow_runtime.slots import HEAD_FILE
 
 from .accuracy import Samples
+from .bundle_expanders import write_expanders
 from .expander import check_graph
 from .extras import quiet, require_export, steady_torch
 from .precision import check_precision
+from .slot_plan import SlotPlan
 from .source import ExportSource
 from .targets import TARGET_KINDS, check_adapter, head_widths, slot_targets
 
@@ -37,7 +41,11 @@ def export_bundle(
     mode: str = "swappable",
     targets: Sequence[str] = (),
     kinds: Sequence[str] = ("low_rank",),
+    fixed_rank: int | None = None,
+    vera: Adapter | None = None,
+    expanders: Sequence[Adapter] = (),
     adapter: Adapter | None = None,
+    constants: bool = False,
     precision: str = "fp32",
     inputs: Mapping[str, NDArray[Any]] | None = None,
     samples: Samples | None = None,
@@ -49,9 +57,15 @@ def export_bundle(
         out: a new folder; `force` replaces an old one.
         mode: "swappable", "merged" or "seeded".
         targets: module paths of the layers that get slots; for "swappable" only.
-        kinds: of the slots, "low_rank", "delta" and "bias" (see `kinds_for`); for "swappable" only.
-            A target gets every kind that its layer takes; with "bias", norms can be targets.
+        kinds: of the slots, "low_rank", "delta", "bias" (see `kinds_for`), "weight" and "vector";
+            for "swappable" only. A target gets every kind that its layer takes; with "bias", norms
+            can be targets.
+        fixed_rank: every dimension of every slot is fixed, n is 1, and this the rank of low_rank
+            ones; for "swappable" only.
+        vera: the adapter whose seed and rank vector slots have.
+        expanders: adapters for whose like `expand-<method>.onnx` is written; for "swappable" only.
         adapter: what is built in; for "merged" and "seeded" only.
+        constants: the seed and the coefficients are no inputs; for "seeded" only.
         precision: of the weights of linear layers in blocks: "fp32", "fp16", "int8" (which rounds
             those layers' inputs too, as it runs) or "int4"; slots and the rest are fp32.
         inputs: by argument name of `forward`, batch first: what the bundle is checked with.
@@ -67,6 +81,8 @@ def export_bundle(
     out = Path(out)
     check_precision(precision)
     _check_request(mode, targets, kinds, adapter)
+    plan = SlotPlan(tuple(kinds), fixed_rank, vera, tuple(expanders), constants)
+    plan.check(mode, precision)
     check_output(out.absolute(), force=force, marker=MANIFEST)
     require_export()
     source.check()
@@ -82,7 +98,7 @@ def export_bundle(
         steady_torch(source.model),
         new_folder(out, marker=MANIFEST, force=force) as folder,
     ):
-        return _export(source, folder, mode, targets, kinds, adapter, inputs, precision, samples)
+        return _export(source, folder, mode, targets, plan, adapter, inputs, precision, samples)
 
 
 def _check_request(
@@ -121,7 +137,7 @@ def _export(
     folder: Path,
     mode: str,
     targets: Sequence[str],
-    kinds: Sequence[str],
+    plan: SlotPlan,
     adapter: Adapter | None,
     inputs: Mapping[str, NDArray[Any]] | None,
     precision: str,
@@ -131,9 +147,9 @@ def _export(
     from .modes import merged, seeded, swappable
 
     if adapter is None:
-        draft = swappable(source, folder, targets, kinds, inputs, precision, samples)
+        draft = swappable(source, folder, targets, plan, inputs, precision, samples)
     else:
-        make = merged if mode == "merged" else seeded
+        make = merged if mode == "merged" else partial(seeded, constants=plan.constants)
         draft = make(source, folder, adapter, inputs, precision, samples)
     if mode == "swappable" and source.head:
         _write_head(folder, source)
@@ -142,6 +158,9 @@ def _export(
     if adapter and adapter.head:
         _rename_labels(folder, adapter.head.labels)
     manifest = _manifest(source, folder, mode, adapter, draft, precision)
+    if plan.expanders:
+        expanders = write_expanders(folder, plan.expanders, manifest)
+        manifest = replace(manifest, expanders=expanders, files=_files(folder))
     manifest = with_checks(folder, manifest, source, draft.inputs)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -171,6 +190,14 @@ def _rename_labels(folder: Path, labels: Sequence[str]) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _files(folder: Path) -> dict[str, FileEntry]:
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 def _manifest(
     source: ExportSource,
     folder: Path,
@@ -180,11 +207,6 @@ def _manifest(
     precision: str,
 ) -> Manifest:
     own_head = adapter.head if adapter else None
-    files = {
-        path.relative_to(folder).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
     return Manifest(
         mode=mode,
         task=source.task,
@@ -194,7 +216,7 @@ def _manifest(
         graphs=(GraphSpec("model", draft.file, draft.input_specs, draft.output_specs),),
         slots=draft.slots,
         labels=own_head.labels if own_head else source.labels,
-        files=files,
+        files=_files(folder),
         variant=precision,
         adapter=adapter.digest() if adapter else None,
         seeded=draft.seeded,

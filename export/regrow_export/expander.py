@@ -19,6 +19,8 @@ from .methods import get_builder
 if TYPE_CHECKING:
     import onnx
 
+    from .builder import GraphBuilder
+
 __all__ = [
     "adapter_inputs",
     "build_expander",
@@ -81,7 +83,12 @@ def adapter_inputs(adapter: Adapter) -> dict[str, NDArray[Any]]:
 
 
 def build_expander(
-    config: Mapping[str, Any], targets: Sequence[Target], storage: str, method: str = "nola"
+    config: Mapping[str, Any],
+    targets: Sequence[Target],
+    storage: str,
+    method: str = "nola",
+    *,
+    rank: int | None = None,
 ) -> onnx.ModelProto:
     """A model that takes a seed and coefficients and gives the tensors of the slots.
 
@@ -89,6 +96,7 @@ def build_expander(
         config: of the method, checked.
         targets: sorted by the UTF-8 bytes of their names, as in an adapter.
         storage: as in an adapter; what it says about the inputs' dtype is all that matters.
+        rank: of the slots, where it is fixed; smaller factors are filled up with zeros.
 
     Returns:
         A model with the inputs of `input_types` and outputs `<target>.adapter_<part>`, float32, as
@@ -105,7 +113,8 @@ def build_expander(
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
         for name, (dtype, shape) in types.items()
     ]
-    nodes, constants, names = _nodes(method, config, targets, storage)
+    inner = {name: name for name in types}
+    nodes, constants, names = _nodes(method, config, targets, storage, inner, rank)
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     graph = helper.make_graph(nodes, "expander", inputs, outputs, constants)
     opsets = [helper.make_opsetid("", OPSET)]
@@ -118,46 +127,92 @@ def build_expander(
 
 
 def _nodes(
-    method: str, config: Mapping[str, Any], targets: Sequence[Target], storage: str
+    method: str,
+    config: Mapping[str, Any],
+    targets: Sequence[Target],
+    storage: str,
+    inputs: Mapping[str, str],
+    rank: int | None = None,
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[str]]:
-    """Nodes and constants of an expansion, and the slot tensors that they end in."""
+    """Nodes and constants of an expansion, and the slot tensors that they end in.
+
+    Args:
+        inputs: by the names of `input_types`, where the values come from.
+    """
     from .builder import GraphBuilder
 
     if not targets:
         return [], [], []
     g = GraphBuilder(_PREFIX)
-    inputs = {name: name for name in input_types(method, config, targets, storage)}
     integer = graph_storage(storage) == "int8"
     found = get_builder(method).build(g, inputs, config, targets, integer=integer)
+    missing = 0 if rank is None else rank - config["rank"]
     names = []
     for target, parts in found.items():
         for part, value in parts.items():
-            names.append(g.op("Identity", value, to=f"{target}.adapter_{part}"))
+            names.append(_end(g, part, value, missing, f"{target}.adapter_{part}"))
     return g.nodes, g.constants, names
 
 
-def splice(model: onnx.ModelProto, adapter: Adapter) -> None:
+def _end(g: GraphBuilder, part: str, value: str, missing: int, name: str) -> str:
+    """Call a value as its slot's input, with `missing` ranks of zeros after it."""
+    if not missing:
+        return g.op("Identity", value, to=name)
+    after = (0, 0, missing) if part == "A" else (0, missing, 0)
+    return g.op("Pad", value, g.integers(0, 0, 0, *after), to=name)
+
+
+def splice(model: onnx.ModelProto, adapter: Adapter, *, constants: bool = False) -> None:
     """Put an adapter's expansion before a traced backbone, its numbers as overridable inputs.
+
+    Args:
+        constants: let them be constants instead; see `_tied_seed`.
 
     Raises:
         RegrowError: the tracer lost a target.
         UsageError: an input of the model has the name of one of the expansion's.
     """
+    from onnx import numpy_helper
+
     from .graph import SlotTensor, add_input, free_deltas, take_out
 
-    nodes, constants, names = _nodes(
-        adapter.method, adapter.config, adapter.targets, adapter.storage
-    )
     values = adapter_inputs(adapter)
-    clash = [value.name for value in model.graph.input if value.name in values]
+    sources, before = {name: name for name in values}, []
+    if constants:
+        sources = {name: f"{_PREFIX}.{name}" for name in values}
+        before = _tied_seed(model, sources)
+    nodes, tensors, names = _nodes(
+        adapter.method, adapter.config, adapter.targets, adapter.storage, sources
+    )
+    clash = [value.name for value in model.graph.input if value.name in sources.values()]
     if clash:
         raise UsageError(f"model inputs must not be called {', '.join(values)}, got {clash}")
     # A delta of the adapter's own has all rows.
     free_deltas(model, [name for name in names if name.endswith(".adapter_D")], cut=False)
     take_out(model, names)
     for name, value in values.items():
-        add_input(model, SlotTensor(name, value, value.shape))
-    model.graph.initializer.extend(constants)
+        if constants:
+            tensors.append(numpy_helper.from_array(value, f"{_PREFIX}.{name}"))
+        else:
+            add_input(model, SlotTensor(name, value, value.shape))
+    model.graph.initializer.extend(tensors)
     rest = list(model.graph.node)
     del model.graph.node[:]
-    model.graph.node.extend([*nodes, *rest])
+    model.graph.node.extend([*before, *nodes, *rest])
+
+
+def _tied_seed(model: onnx.ModelProto, sources: dict[str, str]) -> list[onnx.NodeProto]:
+    """Nodes that add 0 to a constant seed, which `sources` then names instead.
+
+    What depends on constants alone, runtimes compute once, when they load the graph: the whole
+    basis would stay in RAM. This 0 is the batch size and no bits of it, which they do not know.
+    """
+    from .builder import GraphBuilder
+
+    g = GraphBuilder(f"{_PREFIX}.tied")
+    batch = g.op("Shape", model.graph.input[0].name, start=0, end=1)
+    nothing = g.op("BitwiseAnd", batch, g.integers(0))
+    words = g.cast(sources["seed"], "int64")
+    sources["seed"] = g.op("Add", words, nothing)
+    model.graph.initializer.extend(g.constants)
+    return g.nodes

@@ -28,14 +28,26 @@ __all__ = [
 Feeds = dict[str, NDArray[np.float32]]
 
 
-def target_slot(target: Target, kind: str) -> Slot:
-    """A slot of a target; its inputs are `<target>.adapter_<part>`."""
+def target_slot(
+    target: Target,
+    kind: str,
+    *,
+    rank: int | None = None,
+    fixed: bool = False,
+    seed: str | None = None,
+) -> Slot:
+    """A slot of a target; its inputs are `<target>.adapter_<part>`, or as the kind calls them."""
+    stem = "lambda_" if kind == "vector" else "adapter_"
+    names = {part: "weight" if kind == "weight" else stem + part for part in SLOT_PARTS[kind]}
     return Slot(
         target=target.name,
         kind=kind,
         in_features=target.in_features,
         out_features=target.out_features,
-        inputs={part: f"{target.name}.adapter_{part}" for part in SLOT_PARTS[kind]},
+        inputs={part: f"{target.name}.{name}" for part, name in names.items()},
+        rank=rank,
+        fixed=fixed,
+        seed=seed,
     )
 
 
@@ -46,12 +58,14 @@ def slot_shapes(slot: Slot, rank: int) -> dict[str, tuple[int, int]]:
         "low_rank": {"A": (wide, rank), "B": (rank, high)},
         "delta": {"D": (wide, high)},
         "bias": {"b": (1, high)},
+        "weight": {"W": (wide, high)},
+        "vector": {"d": (1, rank), "b": (1, high)},
         "head": {"weight": (wide, high), "bias": (1, high)},
     }
     return shapes[slot.kind]
 
 
-def head_slots(widths: Mapping[str, tuple[int, int]]) -> tuple[Slot, ...]:
+def head_slots(widths: Mapping[str, tuple[int, int]], *, fixed: bool = False) -> tuple[Slot, ...]:
     """The slots of a head's layers; inputs are `<path>.weight` and `<path>.bias`."""
     return tuple(
         Slot(
@@ -60,6 +74,7 @@ def head_slots(widths: Mapping[str, tuple[int, int]]) -> tuple[Slot, ...]:
             in_features=wide,
             out_features=classes,
             inputs={part: f"{path}.{part}" for part in ("weight", "bias")},
+            fixed=fixed,
         )
         for path, (wide, classes) in widths.items()
     )

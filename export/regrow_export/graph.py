@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,13 @@ _INT4_IR = 10
 
 @dataclass(frozen=True, eq=False)
 class SlotTensor:
-    """A graph input with a default: its name, the default, and its shape with dynamic names."""
+    """A graph input with a default: its name, the default, and its shape with dynamic names.
+
+    A default of None is what the tracer wrote, float32.
+    """
 
     name: str
-    default: NDArray[Any]
+    default: NDArray[Any] | None
     shape: tuple[int | str, ...]
 
 
@@ -66,8 +69,8 @@ def opset_of(model: onnx.ModelProto) -> int:
     return versions.get("") or versions["ai.onnx"]
 
 
-def take_out(model: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Remove slot initializers by name, leaving the nodes that read them.
+def take_out(model: onnx.ModelProto, names: Sequence[str], keep: Collection[str] = ()) -> None:
+    """Remove slot initializers by name but those of `keep`, leaving the nodes that read them.
 
     Raises:
         RegrowError: the tracer lost one, or no node reads it: the slot would have no effect.
@@ -82,18 +85,20 @@ def take_out(model: onnx.ModelProto, names: Sequence[str]) -> None:
             "targets must be reached by the model's forward pass, got no trace of "
             f"{', '.join(targets)}; drop them from the targets"
         )
-    kept = [value for value in graph.initializer if value.name not in set(names)]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    gone = set(names).difference(keep)
+    for index in reversed(range(len(graph.initializer))):  # in place: a new list copies weights
+        if graph.initializer[index].name in gone:
+            del graph.initializer[index]
 
 
 def add_input(model: onnx.ModelProto, slot: SlotTensor) -> None:
     """Add an overridable input: a graph input that is also an initializer."""
-    kind = helper.np_dtype_to_tensor_dtype(slot.default.dtype)
-    shape = list(slot.shape)
+    dtype = np.dtype(np.float32) if slot.default is None else slot.default.dtype
+    kind, shape = helper.np_dtype_to_tensor_dtype(dtype), list(slot.shape)
     model.graph.input.append(helper.make_tensor_value_info(slot.name, kind, shape))
-    value = np.ascontiguousarray(slot.default)
-    model.graph.initializer.append(numpy_helper.from_array(value, slot.name))
+    if slot.default is not None:
+        value = np.ascontiguousarray(slot.default)
+        model.graph.initializer.append(numpy_helper.from_array(value, slot.name))
 
 
 def free_deltas(model: onnx.ModelProto, names: Sequence[str], *, cut: bool) -> None:
@@ -160,7 +165,8 @@ def drop_unread(graph: onnx.GraphProto) -> None:
 
 def open_slots(model: onnx.ModelProto, slots: Sequence[SlotTensor]) -> None:
     """Turn traced initializers into overridable inputs with the slots' defaults and shapes."""
-    take_out(model, [slot.name for slot in slots])
+    keep = [slot.name for slot in slots if slot.default is None]
+    take_out(model, [slot.name for slot in slots], keep)
     for slot in slots:
         add_input(model, slot)
     _free_outputs(model)

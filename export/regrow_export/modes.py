@@ -17,24 +17,28 @@ from regrow_runtime.adapter import Adapter, Coefficients
 from regrow_runtime.basis import BasisCache
 from regrow_runtime.cache import CacheSpec
 from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import SeededSpec, Slot, TensorSpec
+from regrow_runtime.manifest import SeededSpec, Slot, StoredWeight, TensorSpec
 from regrow_runtime.methods import get_method
 
 from .accuracy import Samples, accuracies
 from .blocks import block_weights
+from .bundle_expanders import check_expanders
 from .cache import cache_names
 from .expander import adapter_inputs, graph_storage, splice
 from .feeds import Feeds, expansion_feeds, head_feeds, head_slots, model_head, target_slot
-from .graph import SlotTensor, describe, free_deltas, open_slots, opset_of, specs
+from .graph import describe, free_deltas, open_slots, opset_of, specs
 from .merge import merged_model, with_extra
 from .parity import Checker, check_adapter, check_folded, check_slots
 from .rounding import rounded_weights
+from .slot_inputs import head_tensors, target_tensors
+from .slot_plan import SlotPlan
 from .slots import set_slots, shared_copy, with_slots
 from .source import ExportSource
-from .store import GRAPH_FILE, save_graph
-from .targets import head_widths, kinds_for, layer_kinds, slot_targets
+from .store import GRAPH_FILE, place_of, save_graph
+from .targets import head_widths, kinds_for
 from .trace import Traced, called_modules, run_torch, trace
 from .variants import check_slot_inputs, store_weights
+from .vera_slots import basis_feeds, share_basis
 
 __all__ = ["Draft", "merged", "seeded", "swappable"]
 
@@ -61,24 +65,28 @@ def swappable(
     source: ExportSource,
     folder: Path,
     targets: Sequence[str],
-    kinds: Sequence[str],
+    plan: SlotPlan,
     inputs: Arrays | None,
     precision: str = "fp32",
     samples: Samples | None = None,
 ) -> Draft:
     """Slots around every target and every layer of the head; nothing fed is the base."""
-    own = _slots_of(source, targets, kinds)
-    heads = head_slots(head_widths(source, targets))
+    own, heads = plan.target_slots(source, targets), plan.head_slots(source, targets)
     slots = (*own, *heads)
     if not slots:
         raise UsageError("targets must name at least one layer for mode swappable, got none")
+    check_expanders(plan.expanders, slots)
     slotted, traced = _trace_slotted(source, folder, slots, inputs)
     _store(source.model, traced, precision, source.head)
     deltas = [slot.inputs["D"] for slot in own if slot.kind == "delta"]
-    free_deltas(traced.graph, deltas, cut=True)
+    free_deltas(traced.graph, deltas, cut=plan.fixed_rank is None)
+    if plan.vera is not None:
+        share_basis(traced.graph, plan.vera, own)
+        set_slots(slotted, basis_feeds(plan.vera, own))
     defaults = head_feeds(model_head(source.model, source.head))
-    open_slots(traced.graph, [*_empty(own), *_filled(heads, defaults)])
+    open_slots(traced.graph, [*target_tensors(own), *head_tensors(heads, defaults)])
     checker = _write(source, folder, "swappable", traced, slots, precision)
+    slots = _located(slots, traced)
     with rounded_weights(source.model, precision):
         base = partial(run_torch, shared_copy(source.model))
         parity = checker.base(base)
@@ -129,25 +137,33 @@ def seeded(
     inputs: Arrays | None,
     precision: str = "fp32",
     samples: Samples | None = None,
+    *,
+    constants: bool = False,
 ) -> Draft:
-    """The basis rebuilt inside the graph; nothing fed is the adapter, another may be fed."""
-    heads = head_slots(head_widths(source, []))
-    slots = [*_adapter_slots(adapter), *heads]
-    slotted, traced = _trace_slotted(source, folder, slots, inputs)
-    _store(source.model, traced, precision, source.head)
+    """The basis rebuilt inside the graph; nothing fed is the adapter, another may be fed.
+
+    Args:
+        constants: build the adapter's numbers and its head in, so that nothing can be fed.
+    """
     own = adapter.head.layers if adapter.head else model_head(source.model, source.head)
-    splice(traced.graph, adapter)
-    open_slots(traced.graph, _filled(heads, head_feeds(own)))
-    fed = tuple(adapter_inputs(adapter))
+    base, heads = source, head_slots(head_widths(source, []))
+    if constants:
+        base, heads = replace(source, model=merged_model(source.model, {}, own)), ()
+    slotted, traced = _trace_slotted(base, folder, [*_adapter_slots(adapter), *heads], inputs)
+    _store(base.model, traced, precision, source.head)
+    splice(traced.graph, adapter, constants=constants)
+    open_slots(traced.graph, head_tensors(heads, head_feeds(own)))
+    fed = () if constants else tuple(adapter_inputs(adapter))
     checker = _write(source, folder, "seeded", traced, heads, precision, fed)
-    other = _another(adapter)
-    with rounded_weights(source.model, precision):
-        parity = check_adapter(checker, shared_copy(source.model), slotted, _tensors(adapter, own))
-        set_slots(slotted, _tensors(other, own))
-        parity["fed_max_abs"] = checker.against(
-            partial(run_torch, slotted), adapter_inputs(other), "another adapter, fed"
-        )
-    set_slots(slotted, _tensors(adapter, own))
+    other, head = _another(adapter), () if constants else own
+    with rounded_weights(base.model, precision):
+        parity = check_adapter(checker, shared_copy(source.model), slotted, _tensors(adapter, head))
+        if fed:
+            set_slots(slotted, _tensors(other, head))
+            parity["fed_max_abs"] = checker.against(
+                partial(run_torch, slotted), adapter_inputs(other), "another adapter, fed"
+            )
+    set_slots(slotted, _tensors(adapter, head))
     parity |= accuracies(checker.deployed, slotted, samples)
     spec = SeededSpec(
         method=adapter.method,
@@ -180,51 +196,9 @@ def _store(model: nn.Module, traced: Traced, precision: str, outside: Sequence[s
     store_weights(traced.graph, weights, precision, called)
 
 
-def _slots_of(
-    source: ExportSource, targets: Sequence[str], kinds: Sequence[str]
-) -> tuple[Slot, ...]:
-    """A slot of every one of `kinds` that a target takes: a norm takes a bias alone."""
-    return tuple(
-        target_slot(target, kind)
-        for target in slot_targets(source.model, targets, kinds)
-        for kind in kinds
-        if kind in layer_kinds(source.model.get_submodule(target.name))
-    )
-
-
 def _adapter_slots(adapter: Adapter) -> list[Slot]:
     kinds = kinds_for(adapter.method)
     return [target_slot(target, kind) for target in adapter.targets for kind in kinds]
-
-
-def _empty(slots: Sequence[Slot]) -> list[SlotTensor]:
-    """Defaults that change nothing. Dimensions have names per slot: each may have its own."""
-    found = []
-    for slot in slots:
-        wide, high = slot.in_features, slot.out_features
-        name = slot.target if slot.kind == "low_rank" else f"{slot.target}.{slot.kind}"
-        n, rank = f"{name}.n", f"{name}.rank"
-        shapes: dict[str, tuple[int | str, ...]] = {
-            "A": (n, wide, rank),
-            "B": (n, rank, high),
-            "D": (n, rank, high),
-            "b": (n, 1, high),
-        }
-        for part, tensor in slot.inputs.items():
-            sizes = [d if isinstance(d, int) else int(d == n) for d in shapes[part]]
-            found.append(SlotTensor(tensor, np.zeros(sizes, np.float32), shapes[part]))
-    return found
-
-
-def _filled(slots: Sequence[Slot], defaults: Feeds) -> list[SlotTensor]:
-    """Head slots with their defaults; the number of classes is dynamic."""
-    found = []
-    for slot in slots:
-        n, classes = f"{slot.target}.n", f"{slot.target}.classes"
-        shapes = {"weight": (n, slot.in_features, classes), "bias": (n, 1, classes)}
-        for part, name in slot.inputs.items():
-            found.append(SlotTensor(name, defaults[name], shapes[part]))
-    return found
 
 
 def _write(
@@ -240,8 +214,21 @@ def _write(
     check_slot_inputs(traced.graph, _input_names(slots))
     metadata = {"backbone_id": source.backbone_id, "mode": mode, "task": source.task}
     describe(traced.graph, metadata | {"variant": precision})
-    save_graph(traced.graph, folder, inline={*_input_names(slots), *fed})
+    outside = _input_names([slot for slot in slots if slot.kind == "weight"])
+    inline = _input_names([slot for slot in slots if not slot.fixed])
+    traced.graph = save_graph(traced.graph, folder, {*inline, *fed}, outside)
     return Checker(folder / GRAPH_FILE, traced.inputs, traced.outputs, precision, traced.cache)
+
+
+def _located(slots: Sequence[Slot], traced: Traced) -> tuple[Slot, ...]:
+    """The slots, those of weights with the place of their default in the bundle."""
+    tensors = {tensor.name: tensor for tensor in traced.graph.graph.initializer}
+    return tuple(
+        replace(slot, weight=StoredWeight(*place_of(tensors[slot.inputs["W"]])))
+        if slot.kind == "weight"
+        else slot
+        for slot in slots
+    )
 
 
 def _input_names(slots: Sequence[Slot]) -> list[str]:

@@ -223,14 +223,17 @@ def random_feeds(slots: Sequence[Slot], count: int) -> Feeds:
     rng = np.random.default_rng(0)
     feeds: Feeds = {}
     for slot in slots:
-        for part, shape in slot_shapes(slot, _RANK).items():
-            value = rng.standard_normal((count, *shape)) / np.sqrt(shape[0])
+        rank = slot.rank or _RANK
+        sums = {"d": slot.in_features, "b": rank if slot.kind == "vector" else 1}
+        for part, shape in slot_shapes(slot, rank).items():
+            value = rng.standard_normal((count, *shape)) / np.sqrt(sums.get(part, shape[0]))
             feeds[slot.inputs[part]] = value.astype(np.float32)
     return feeds
 
 
 def check_slots(checker: Checker, slotted: nn.Module, slots: Sequence[Slot]) -> dict[str, float]:
-    """A made adapter in every slot, in each slot alone, and one per sample; figures by name.
+    """A made adapter in every slot, in each slot alone, and one per sample where n may be more
+    than 1; figures by name.
 
     Args:
         slotted: the torch model with the same slots; its slots are set.
@@ -248,6 +251,8 @@ def check_slots(checker: Checker, slotted: nn.Module, slots: Sequence[Slot]) -> 
     found["adapter_effect"] = checker.effect(feeds, "a made adapter")
     effects = [_effect_of(checker, slotted, slot, feeds) for slot in slots]
     found["slot_effect_min"] = min((e for e in effects if e is not None), default=0.0)
+    if any(slot.fixed for slot in slots):
+        return found
     many = random_feeds(slots, _BATCHES[-1])
 
     def alone(row: int, inputs: Arrays) -> Arrays:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regrow_runtime.manifest import Slot
 
 from .feeds import slot_shapes
+from .targets import dense_weight
 
 __all__ = ["HeadSlot", "TargetSlot", "learn_folds", "set_slots", "shared_copy", "with_slots"]
 
@@ -28,7 +29,12 @@ _TRACE_RANK = 2
 
 
 def _apply(x: Tensor, change: Callable[[Tensor], Tensor], fold: int) -> Tensor:
-    """`change` on [batch, tokens, width], whatever the middle dimensions of `x` are."""
+    """`change` on [batch, tokens, width], whatever the middle dimensions of `x` are.
+
+    A fold of 0 is that of a slot whose n is 1: it need not see the samples apart.
+    """
+    if fold == 0 and x.dim() > 2:
+        return change(x)
     if fold > 1:  # [batch * fold, ..., width]: rows of one sample lie together
         rows = x.reshape(-1, fold * math.prod(x.shape[1:-1]), x.shape[-1])
         return change(rows).reshape(*x.shape[:-1], -1)
@@ -43,7 +49,8 @@ class TargetSlot(nn.Module):
     """A layer and what adapters of some kinds add to its output; n is 1 or the batch size.
 
     low_rank: (x A) B with A [n, in, r] and B [n, r, out]. delta: x[..., :r] D with D [n, r, out],
-    where r is in, or 0 for nothing. bias: b [n, 1, out].
+    where r is in, or 0 for nothing. bias: b [n, 1, out]. vector: ((x A) d) B b with d [n, 1, r],
+    b [n, 1, out] and shared A, B. weight: W [1, in, out] in the place of the layer's own.
 
     `fold` is how many windows of a sample stand in the batch dimension (Swin), usually 1.
     """
@@ -53,26 +60,44 @@ class TargetSlot(nn.Module):
     def __init__(self, base: nn.Module, slots: Sequence[Slot]) -> None:
         """`slots` are those of one target, each of another kind."""
         super().__init__()
-        self.base = base
         for slot in slots:
             for part, (high, wide) in slot_shapes(slot, _TRACE_RANK).items():
                 # A delta of all rows would double the weights that the tracer holds.
                 rows = min(high, _TRACE_RANK) if slot.kind == "delta" else high
-                value = nn.Parameter(torch.randn(1, rows, wide))
-                self.register_parameter(f"adapter_{part}", value)
+                own = _weight_of(base) if slot.kind == "weight" else torch.randn(1, rows, wide)
+                leaf = slot.inputs[part].rpartition(".")[2]
+                self.register_parameter(leaf, nn.Parameter(own))
+            if slot.kind == "vector":
+                self.basis_A = nn.Parameter(torch.randn(slot.in_features, _TRACE_RANK))
+                self.basis_B = nn.Parameter(torch.randn(_TRACE_RANK, slot.out_features))
+        self.base = base  # last: until then no name is found in it
         self.kinds = {slot.kind for slot in slots}
+        self.fixed = {slot.kind for slot in slots if slot.fixed}
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, ..., in] to [batch, ..., out]."""
-        y: Tensor = self.base(x)
-        if "low_rank" in self.kinds:
-            y = y + _apply(x, self._low_rank, self.fold)
-        if "delta" in self.kinds:
-            y = y + _apply(x, self._delta, self.fold)
+        y: Tensor = _apply(x, self._dense, 0) if "weight" in self.kinds else self.base(x)
+        for kind, change in (
+            ("low_rank", self._low_rank), ("delta", self._delta), ("vector", self._vector),
+        ):  # fmt: skip
+            if kind in self.kinds:
+                y = y + _apply(x, change, self._fold(kind))
         if "bias" in self.kinds:
             # Reshaping y, not b: an exporter would fold that into a constant.
-            y = _apply(y, lambda rows: rows + self.adapter_b, self.fold)
+            y = _apply(y, lambda rows: rows + self.adapter_b, self._fold("bias"))
         return y
+
+    def _fold(self, kind: str) -> int:
+        return 0 if kind in self.fixed else self.fold
+
+    def _dense(self, rows: Tensor) -> Tensor:
+        y: Tensor = rows @ self.weight
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return y if bias is None else y + bias
+
+    def _vector(self, rows: Tensor) -> Tensor:
+        change: Tensor = ((rows @ self.basis_A) * self.lambda_d) @ self.basis_B * self.lambda_b
+        return change
 
     def _low_rank(self, rows: Tensor) -> Tensor:
         change: Tensor = (rows @ self.adapter_A) @ self.adapter_B
@@ -96,15 +121,17 @@ class HeadSlot(nn.Module):
 
     fold = 1
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, slot: Slot) -> None:
         super().__init__()
+        self.fixed = slot.fixed
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = nn.Parameter(torch.randn(1, base.in_features, base.out_features))
         self.bias = nn.Parameter(torch.randn(1, 1, base.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, ..., in] to [batch, ..., classes]."""
-        return _apply(x, lambda rows: rows @ self.weight + self.bias, self.fold)
+        fold = 0 if self.fixed else self.fold
+        return _apply(x, lambda rows: rows @ self.weight + self.bias, fold)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -138,7 +165,15 @@ def _wrapped(path: str, base: nn.Module, slots: Sequence[Slot]) -> nn.Module:
         return TargetSlot(base, slots)
     if not isinstance(base, nn.Linear):  # checked before, by `head_widths`
         raise TypeError(f"{path} must be nn.Linear, got {type(base).__name__}")
-    return HeadSlot(base)
+    return HeadSlot(base, slots[0])
+
+
+def _weight_of(base: nn.Module) -> Tensor:
+    """The weight of a layer as [1, in, out], sharing its memory."""
+    weight = dense_weight(base)
+    if weight is None:  # checked before, by `slot_targets`
+        raise TypeError(f"{type(base).__name__} must have one weight")
+    return weight[None]
 
 
 def set_slots(slotted: nn.Module, values: Mapping[str, NDArray[np.float32]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 from onnx import TensorProto, numpy_helper
@@ -11,7 +12,7 @@ from onnx.external_data_helper import set_external_data
 
 from regrow_runtime.errors import RegrowError
 
-__all__ = ["DATA_FILE", "GRAPH_FILE", "save_graph"]
+__all__ = ["DATA_FILE", "GRAPH_FILE", "place_of", "save_graph"]
 
 GRAPH_FILE = "backbone.onnx"
 DATA_FILE = "backbone.onnx.data"
@@ -22,29 +23,43 @@ _INLINE_BYTES = 1024
 _LARGE_BYTES, _LARGE_ALIGNMENT, _SMALL_ALIGNMENT = 1 << 20, 1 << 16, 64
 
 
-def save_graph(model: onnx.ModelProto, folder: Path, inline: Collection[str] = ()) -> None:
+def save_graph(
+    model: onnx.ModelProto,
+    folder: Path,
+    inline: Collection[str] = (),
+    outside: Collection[str] = (),
+) -> onnx.ModelProto:
     """Write `backbone.onnx` and `backbone.onnx.data` into `folder` and check them.
-
-    The weights leave `model`, which keeps references to the file.
 
     Args:
         inline: initializers that stay in the graph whatever their size (defaults of inputs).
+        outside: those that do not, whatever their size (weights that the manifest names).
+
+    Returns:
+        The graph with references to the file in the place of large tensors. Forget `model`, whose
+        memory is kept as long as any part of it.
 
     Raises:
         RegrowError: ONNX's checker refuses the result.
     """
+    blank: list[
+        tuple[TensorProto, int]
+    ] = []  # of zeros, as slots' defaults are: they share a place
     with (folder / DATA_FILE).open("wb") as stream:
         for tensor in model.graph.initializer:
             if tensor.name in inline:
                 continue
             data = _bytes(tensor)
-            if len(data) < _INLINE_BYTES:
+            if len(data) < _INLINE_BYTES and tensor.name not in outside:
                 continue
-            alignment = _LARGE_ALIGNMENT if len(data) >= _LARGE_BYTES else _SMALL_ALIGNMENT
-            stream.write(bytes(-stream.tell() % alignment))
-            offset = stream.tell()
-            stream.write(data)
-            _refer(tensor, offset, len(data))
+            if data.count(0) == len(data) and tensor.name not in outside:
+                blank.append((tensor, len(data)))
+                continue
+            _refer(tensor, _append(stream, data), len(data))
+        if blank:
+            offset = _append(stream, bytes(max(size for _, size in blank)))
+            for tensor, size in blank:
+                _refer(tensor, offset, size)
         used = stream.tell() > 0
     if not used:
         (folder / DATA_FILE).unlink()
@@ -53,6 +68,22 @@ def save_graph(model: onnx.ModelProto, folder: Path, inline: Collection[str] = (
         onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RegrowError(f"the traced graph must pass ONNX's checker, got: {error}") from error
+    return onnx.load(str(folder / GRAPH_FILE), load_external_data=False)
+
+
+def _append(stream: BinaryIO, data: bytes) -> int:
+    """Write at the next place that is aligned; returns it."""
+    alignment = _LARGE_ALIGNMENT if len(data) >= _LARGE_BYTES else _SMALL_ALIGNMENT
+    stream.write(bytes(-stream.tell() % alignment))
+    offset = stream.tell()
+    stream.write(data)
+    return offset
+
+
+def place_of(tensor: TensorProto) -> tuple[str, int]:
+    """File and offset of a tensor that `save_graph` has put beside the graph."""
+    stored = {entry.key: entry.value for entry in tensor.external_data}
+    return stored["location"], int(stored["offset"])
 
 
 def _bytes(tensor: TensorProto) -> bytes:

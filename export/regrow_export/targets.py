@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TARGET_KINDS",
     "check_adapter",
+    "dense_weight",
     "find_biased",
     "find_linears",
     "head_widths",
@@ -27,7 +28,8 @@ __all__ = [
     "widths",
 ]
 
-TARGET_KINDS = ("low_rank", "delta", "bias")  # of slots around targets; a linear layer takes all
+# Kinds of slots around targets: a layer of one weight takes all, factored pairs all but `weight`.
+TARGET_KINDS = ("low_rank", "delta", "bias", "weight", "vector")
 _NORM_KINDS = ("bias",)
 
 
@@ -68,10 +70,19 @@ def _norm_width(module: torch.nn.Module) -> int | None:
 
 
 def layer_kinds(module: torch.nn.Module) -> tuple[str, ...]:
-    """The kinds of slot that a module can have: all for a linear layer, a bias for a norm."""
+    """The kinds of slot that a module can have: a bias for a norm, all for a linear layer."""
     if widths(module) is not None:
-        return TARGET_KINDS
+        return tuple(k for k in TARGET_KINDS if k != "weight" or dense_weight(module) is not None)
     return () if _norm_width(module) is None else _NORM_KINDS
+
+
+def dense_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    """The weight of a linear layer as a view [in, out], or None if it has not just one."""
+    from torch import nn
+
+    if type(module).__name__ == "Conv1D":
+        return module.get_parameter("weight").detach()
+    return module.weight.detach().T if isinstance(module, nn.Linear) else None
 
 
 def find_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -131,6 +142,13 @@ def slot_targets(
         UsageError: a name is unknown (near ones are listed), no layer that takes such a slot, given
             twice, or lies inside another target.
     """
+    linears = find_linears(model)
+    for name in names if "weight" in kinds else ():
+        if name in linears and dense_weight(linears[name]) is None:
+            raise UsageError(
+                f"target must have one float weight for a weight slot, got {name}, "
+                f"{type(linears[name]).__name__}: use slots of another kind"
+            )
     layers = _known(model, kinds)
     _check_names(list(names), list(layers), _noun(kinds))
     return tuple(Target(name, *_sizes(layers[name])) for name in sorted(names, key=str.encode))

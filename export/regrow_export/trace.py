@@ -36,9 +36,9 @@ _BATCH = 3
 Arrays = Mapping[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Traced:
-    """A traced graph, still as the exporter made it, and inputs that it can be run on.
+    """A traced graph, as the exporter made it until passes change it, and inputs to run it on.
 
     Attributes:
         graph: with its weights inside.

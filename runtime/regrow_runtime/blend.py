@@ -57,8 +57,12 @@ def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> Resi
         for slot in manifest.slots:
             if not used.isdisjoint(slot.inputs.values()):
                 feeds.update(_blended(slot, parts, base_head))
+    heads = {
+        name for slot in manifest.slots if slot.kind == "head" for name in slot.inputs.values()
+    }
     for key, array in feeds.items():
-        if not np.isfinite(array).all():
+        # In slots of fixed shapes, classes that a head does not have are -inf.
+        if not (np.isfinite(array) | (array == -np.inf if key in heads else False)).all():
             raise RegrowError(f"blend: {key} must be finite, got weights that are too large")
     return Resident(name, feeds, parts[0][0].labels)
 

@@ -307,7 +307,7 @@ class Bundle:
         check_fit(adapter, self.manifest, any_backbone=any_backbone)
         checked = time.perf_counter()
         misses = self.basis.misses
-        feeds = expand(adapter, self.manifest, self.basis)
+        feeds = expand(adapter, self.manifest, self.basis, self.folder)
         labels = adapter.head.labels if adapter.head else self.manifest.labels
         resident = Resident(name, feeds, labels, probe=adapter.probe)
         if scale != 1:
@@ -465,6 +465,11 @@ class Bundle:
         if self.manifest.mode != "swappable":
             raise UsageError(
                 f"adapters per sample need a swappable bundle, got {self.manifest.mode}"
+            )
+        if fixed := next((slot for slot in self.manifest.slots if slot.fixed), None):
+            raise UsageError(
+                "adapters per sample need slots whose n is the batch size, got fixed ones (such as "
+                f"{fixed.target}, {fixed.kind}): run the samples of each adapter by themselves"
             )
         if batch != {len(adapters)}:
             raise UsageError(

@@ -21,11 +21,13 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "Checks",
+    "ExpanderSpec",
     "FileEntry",
     "GraphSpec",
     "Manifest",
     "SeededSpec",
     "Slot",
+    "StoredWeight",
     "TensorSpec",
 ]
 
@@ -37,6 +39,8 @@ SLOT_PARTS = {
     "low_rank": ("A", "B"),
     "delta": ("D",),
     "bias": ("b",),
+    "weight": ("W",),
+    "vector": ("d", "b"),
     "head": ("weight", "bias"),
 }
 
@@ -68,14 +72,26 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class StoredWeight:
+    """Where the default of a weight slot stands: float32, little-endian, [in, out]."""
+
+    file: str
+    offset: int
+    orientation: str = "in_out"
+
+
+@dataclass(frozen=True)
 class Slot:
     """Where an adapter enters: graph inputs with a default, by part.
 
     Kinds: "low_rank", parts A [n, in, r] and B [n, r, out] with r = 0 by default; "delta", part D
     [n, r, out] on the first r inputs, r = 0 by default and in when fed; "bias", part b [n, 1, out]
-    of zeros; "head", parts weight [n, in, classes] and bias [n, 1, classes] with the backbone's
-    head by default. n is 1 or the batch size. A target may have one slot of each kind. `rank` is
-    set where a low_rank slot has a fixed one.
+    of zeros; "weight", part W [1, in, out], the layer's own by default; "vector", VeRA's d [n, 1,
+    rank] and b [n, 1, out] of zeros; "head", parts weight [n, in, classes] and bias [n, 1, classes]
+    with the backbone's head by default. n is 1 or the batch size. A target may have one slot of
+    each kind. `rank` is set where a low_rank or vector slot has a fixed one. `fixed`: every
+    dimension is, with n = 1. `weight` is where a weight slot's default stands, `seed` that of the
+    basis which a vector slot has.
     """
 
     target: str
@@ -84,14 +100,18 @@ class Slot:
     out_features: int
     inputs: Mapping[str, str]
     rank: int | None = None
+    fixed: bool = False
+    seed: str | None = None
+    weight: StoredWeight | None = None
 
 
 @dataclass(frozen=True)
 class SeededSpec:
     """How a seeded graph takes an adapter: its method, config and targets are built in.
 
-    `inputs` maps "seed" and every coefficient tensor (and "<tensor>.scale") to a graph input;
-    `storage` is "int8" where codes of 2 to 8 bits are fed as int8, else "fp32".
+    `inputs` maps "seed" and every coefficient tensor (and "<tensor>.scale") to a graph input; it is
+    empty where they are constants. `storage` is "int8" where codes of 2 to 8 bits are fed as int8,
+    else "fp32".
     """
 
     method: str
@@ -99,6 +119,22 @@ class SeededSpec:
     storage: str
     targets: tuple[str, ...]
     inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ExpanderSpec:
+    """A graph that makes slots' tensors of adapters' numbers, for one method, config and targets.
+
+    `inputs` are what a `SeededSpec` lists; `outputs` are names of slots' inputs.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    storage: str
+    targets: tuple[str, ...]
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -142,6 +178,7 @@ class Manifest:
     adapter: str | None = None  # sha256 of the adapter that is built in, if one is
     seeded: SeededSpec | None = None
     cache: CacheSpec | None = None  # of a causal language model
+    expanders: tuple[ExpanderSpec, ...] = ()
     parity: Mapping[str, float] = field(default_factory=dict)
     checks: Checks | None = None
 
@@ -212,6 +249,7 @@ def _parse(fields: Fields) -> Manifest:
         variant=fields.choice("variant", VARIANTS),
         adapter=_text_or_none(fields, "adapter"),
         seeded=None if seeded is None else _seeded(seeded),
+        expanders=tuple(_expander(part) for part in fields.objects("expanders")),
         parity=_numbers(fields, "parity"),
         checks=_checks(fields.optional("checks")),
     )
@@ -228,10 +266,20 @@ def _check_parts(manifest: Manifest, where: str) -> None:
     if not manifest.graphs:
         raise FormatError(f"{where}: graphs must name at least one")
     for graph in manifest.graphs:
-        if graph.file not in manifest.files:
-            raise FormatError(f"{where}: files must list {graph.file}")
         if not graph.outputs:
             raise FormatError(f"{where}: outputs of {graph.name} must name at least one")
+    named = [graph.file for graph in manifest.graphs] + [one.file for one in manifest.expanders]
+    for file in named:
+        if file not in manifest.files:
+            raise FormatError(f"{where}: files must list {file}")
+    for slot in manifest.slots:
+        if slot.weight is not None:
+            end = slot.weight.offset + 4 * slot.in_features * slot.out_features
+            if (
+                slot.weight.file not in manifest.files
+                or end > manifest.files[slot.weight.file].size
+            ):
+                raise FormatError(f"{where}: {slot.target}: its weight must lie in a listed file")
     if len({(slot.target, slot.kind) for slot in manifest.slots}) < len(manifest.slots):
         raise FormatError(f"{where}: slots must be of one kind once for a target")
 
@@ -315,6 +363,7 @@ def _slot(part: Fields) -> Slot:
     if set(inputs) != set(SLOT_PARTS[kind]) or not all(isinstance(v, str) for v in inputs.values()):
         raise FormatError(f"{part.where}: inputs must be {', '.join(SLOT_PARTS[kind])}")
     rank = part.number("rank", 1, _MAX_WIDTH) if part.has("rank") else None
+    weight = part.optional("weight")
     slot = Slot(
         target=part.take("target", str),
         kind=kind,
@@ -322,21 +371,55 @@ def _slot(part: Fields) -> Slot:
         out_features=part.number("out_features", 1, _MAX_WIDTH),
         inputs=inputs,
         rank=rank,
+        fixed=part.take("fixed", bool, False),
+        seed=_text_or_none(part, "seed"),
+        weight=None if weight is None else _stored(weight),
     )
     part.done()
+    whole = kind == "weight"
+    if whole != (slot.weight is not None) or (whole and not slot.fixed):
+        raise FormatError(f"{part.where}: weight must say where a fixed weight slot's default is")
+    if kind == "vector" and (rank is None or slot.seed is None):
+        raise FormatError(f"{part.where}: a vector slot must have a rank and a seed")
     return slot
+
+
+def _stored(part: Fields) -> StoredWeight:
+    stored = StoredWeight(
+        part.take("file", str),
+        part.number("offset", 0, 2**53),
+        part.choice("orientation", ("in_out",)),
+    )
+    part.done()
+    return stored
 
 
 def _seeded(part: Fields) -> SeededSpec:
     inputs = part.take("inputs", dict)
-    if "seed" not in inputs or not all(isinstance(v, str) for v in inputs.values()):
+    named = all(isinstance(v, str) for v in inputs.values())
+    if not named or (inputs and "seed" not in inputs):
         raise FormatError(f"{part.where}: inputs must name the seed's and every tensor's")
-    spec = SeededSpec(
-        method=part.take("method", str),
-        config=part.take("config", dict),
-        storage=part.choice("storage", ("int8", "fp32")),
-        targets=part.strings("targets"),
-        inputs=inputs,
+    spec = SeededSpec(**_built_in(part), inputs=inputs)
+    part.done()
+    return spec
+
+
+def _built_in(part: Fields) -> dict[str, Any]:
+    """What an expansion has built in."""
+    return {
+        "method": part.take("method", str),
+        "config": part.take("config", dict),
+        "storage": part.choice("storage", ("int8", "fp32")),
+        "targets": part.strings("targets"),
+    }
+
+
+def _expander(part: Fields) -> ExpanderSpec:
+    spec = ExpanderSpec(
+        **_built_in(part),
+        file=part.take("file", str),
+        inputs=tuple(_tensor(item) for item in part.objects("inputs")),
+        outputs=part.strings("outputs"),
     )
     part.done()
     return spec

@@ -18,15 +18,13 @@ from .basis import PHILOX_SIGN, BasisCache
 from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .files import read_bytes
 from .manifest import Manifest, SeededSpec, Slot
-from .methods import get_method
 from .philox import key_of
+from .slotkinds import Feeds, basis_mismatch, slot_feeds, slot_kind
 
 __all__ = ["HEAD_FILE", "Feeds", "Resident", "check_fit", "expand", "load_head", "stack"]
 
 HEAD_FILE = "head.safetensors"
 _MAX_HEAD_BYTES = 1 << 30
-
-Feeds = dict[str, NDArray[Any]]
 
 
 @dataclass(eq=False)
@@ -35,7 +33,8 @@ class Resident:
 
     Attributes:
         feeds: graph input name to array; low_rank A [1, in, r] and B [1, r, out], delta D
-            [1, in, out], bias b [1, 1, out], head weight [1, in, classes] and bias [1, 1, classes].
+            [1, in, out], bias b [1, 1, out], weight W [1, in, out], vector d [1, 1, r] and b
+            [1, 1, out], head weight [1, in, classes] and bias [1, 1, classes].
         labels: class names, the adapter's own or the bundle's.
         used: when it was used last, counted in uses.
         probe: what the model gives with it, if its file says so.
@@ -65,12 +64,15 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
             "bundle must be swappable to take an adapter, got a merged one, which is one adapter "
             "for good: export it with --mode swappable"
         )
+    if manifest.seeded and not manifest.seeded.inputs:
+        raise UsageError(
+            "bundle must take an adapter, got one whose adapter is built in with its seed: export "
+            "it without --constants"
+        )
     findings = []
-    slot_kind = get_method(adapter.method).slot
+    kind = slot_kind(adapter, manifest)
     if manifest.seeded is None:
-        findings += [
-            text for t in adapter.targets if (text := _target_finding(t, manifest, slot_kind))
-        ]
+        findings += [text for t in adapter.targets if (text := _target_finding(t, manifest, kind))]
     else:
         findings += _seeded_findings(adapter, manifest.seeded)
     if adapter.head is not None:
@@ -89,14 +91,16 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
             show=0,
         )
     kinds = {slot.kind for slot in manifest.slots} - {"head"}
-    if adapter.targets and manifest.seeded is None and slot_kind not in kinds:
+    if adapter.targets and manifest.seeded is None and kind not in kinds:
         raise MismatchError(
-            f"adapter does not fit this bundle: its method, {adapter.method}, needs {slot_kind} "
+            f"adapter does not fit this bundle: its method, {adapter.method}, needs {kind} "
             f"slots, got {', '.join(sorted(kinds)) or 'none'}; export it with "
             f"--for {adapter.method}",
             findings,
             show=0,
         )
+    if reason := basis_mismatch(adapter, manifest, kind):
+        raise MismatchError(reason, findings, show=0)
     if findings:
         raise MismatchError("adapter does not fit this bundle:", findings)
 
@@ -162,18 +166,23 @@ def _head_findings(head: Head, manifest: Manifest) -> list[str]:
                 f"head {layer.name} must give {slot.out_features} features, "
                 f"got {layer.weight.shape[0]}"
             )
+        if last and slot.fixed and layer.weight.shape[0] > slot.out_features:
+            findings.append(
+                f"head {layer.name} must have {slot.out_features} classes or less in a bundle of "
+                f"fixed shapes, got {layer.weight.shape[0]}"
+            )
     return findings
 
 
-def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
-    """The feeds of an adapter that fits; see `Resident.feeds`.
+def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache, folder: Path) -> Feeds:
+    """The feeds of an adapter that fits the bundle in `folder`; see `Resident.feeds`.
 
     Raises:
         RegrowError: its numbers, finite each, are not so together, or it expands to gigabytes.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # found here, by name
         feeds = (
-            _slot_feeds(adapter, manifest, basis)
+            slot_feeds(adapter, manifest, basis, folder)
             if manifest.seeded is None
             else _seeded_feeds(adapter, manifest.seeded.inputs)
         )
@@ -194,28 +203,6 @@ def _is_finite(array: NDArray[Any]) -> bool:
     return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(array).all())
 
 
-def _slot_feeds(adapter: Adapter, manifest: Manifest, basis: BasisCache) -> Feeds:
-    method, feeds = get_method(adapter.method), Feeds()
-    for name, parts in method.expand(adapter, basis).items():
-        slot = manifest.slot_of(name, method.slot)
-        if slot is None:
-            raise UsageError(f"{name} must be a slot of the bundle, got none")
-        if slot.rank is not None and slot.kind == "low_rank":
-            parts["A"], parts["B"] = _pad_rank(parts["A"], parts["B"], slot.rank, name)
-        for part, array in parts.items():
-            feeds[slot.inputs[part]] = array.reshape(1, -1, array.shape[-1])
-    return feeds
-
-
-def _pad_rank(
-    a: NDArray[np.float32], b: NDArray[np.float32], rank: int, name: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    missing = rank - a.shape[1]
-    if missing < 0:
-        raise MismatchError(f"{name} must have rank {rank} or less, got {a.shape[1]}")
-    return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
-
-
 def _seeded_feeds(adapter: Adapter, inputs: Mapping[str, str]) -> Feeds:
     feeds: Feeds = {inputs["seed"]: np.array(key_of(adapter.seed), dtype=np.uint32)}
     for name, part in adapter.coefficients.items():
@@ -228,9 +215,12 @@ def _head_feeds(layer: HeadLayer, manifest: Manifest) -> Feeds:
     slot = manifest.slot_of(layer.name, "head")
     if slot is None:
         raise UsageError(f"{layer.name} must be a head slot of the bundle, got none")
+    missing = slot.out_features - len(layer.bias) if slot.fixed else 0
+    weight = np.pad(layer.weight, ((0, missing), (0, 0)))
+    bias = np.pad(layer.bias, (0, missing), constant_values=-np.inf)
     return {
-        slot.inputs["weight"]: np.ascontiguousarray(layer.weight.T)[None],
-        slot.inputs["bias"]: layer.bias[None, None],
+        slot.inputs["weight"]: np.ascontiguousarray(weight.T)[None],
+        slot.inputs["bias"]: bias[None, None],
     }
 
 
@@ -287,7 +277,8 @@ def _row(
     if name in feeds:
         row: NDArray[Any] = feeds[name][0]
         return row
-    empty = (slot.in_features, 0) if part == "A" else (0, slot.out_features)
+    width = slot.rank or 0 if part == "d" else slot.out_features
+    empty = (slot.in_features, 0) if part == "A" else (0, width)
     return np.zeros(empty, dtype=np.float32)
 
 

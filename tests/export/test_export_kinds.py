@@ -267,7 +267,10 @@ def test_only_a_head(plain, plain_inputs, tmp_path):
     ("options", "match"),
     [
         ({"kinds": "bias"}, "kinds must be a list of kinds of slot, got the string 'bias'"),
-        ({"kinds": ["head"]}, "kinds must be among low_rank, delta, bias, got 'head'"),
+        (
+            {"kinds": ["head"]},
+            "kinds must be among low_rank, delta, bias, weight, vector, got 'head'",
+        ),
         ({"kinds": ["bias", "bias"]}, "kinds must be named once, got 'bias' twice"),
         ({"kinds": []}, "kinds must name at least one for targets to have slots, got none"),
         ({"targets": ["norm"]}, "path of a linear layer, got 'norm'"),

@@ -365,7 +365,9 @@ def test_a_fixed_rank_is_padded(bundle_copy, pixels, reference, make_adapter):
     np.testing.assert_allclose(
         _logits(bundle, pixels), reference(pixels, _expansion(adapter)), **CLOSE
     )
-    with pytest.raises(MismatchError, match="fc1 must have rank 4 or less, got 5"):
+    with pytest.raises(
+        MismatchError, match=r"must have rank 4 or less, .*, got 5: export .* --fixed-rank 5"
+    ):
         bundle.swap(make_adapter(rank=5), name="y")
     assert bundle.active == "x"
 

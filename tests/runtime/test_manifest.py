@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 
 from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.manifest import Manifest, SeededSpec, Slot
+from regrow_runtime.manifest import (
+    ExpanderSpec,
+    Manifest,
+    SeededSpec,
+    Slot,
+    StoredWeight,
+    TensorSpec,
+)
 
 
 def _change(folder, change):
@@ -25,11 +32,31 @@ def test_what_is_written_is_read_again(bundle_folder, bundle_copy):
     assert manifest.to_json() == text
     fixed = Slot("fc1", "low_rank", 16, 8, {"A": "a", "B": "b"}, rank=4)
     seeded = SeededSpec("nola", {"k": 1}, "int8", ("fc1",), {"seed": "seed", "alpha": "alpha"})
-    fuller = replace(
-        manifest, mode="seeded", variant="int8", adapter="00ff", seeded=seeded, slots=(fixed,)
+    stored = StoredWeight("backbone.onnx", 16)
+    more = (
+        Slot("fc2", "weight", 8, 8, {"W": "w"}, fixed=True, weight=stored),
+        Slot("fc1", "vector", 16, 8, {"d": "d", "b": "b"}, rank=11, seed=str(2**64 - 1)),
     )
+    inputs = (TensorSpec("seed", "uint32", (2,)), TensorSpec("alpha", "int8", (1, 1)))
+    about = {"method": "nola", "config": {"k": 1}, "storage": "int8", "targets": ("fc1",)}
+    expander = ExpanderSpec(**about, file="backbone.onnx", inputs=inputs, outputs=("a", "b"))
+    fuller = replace(
+        manifest, mode="seeded", variant="int8", adapter="00ff", seeded=seeded,
+        slots=(fixed, *more), expanders=(expander,),
+    )  # fmt: skip
     (bundle_copy / "manifest.json").write_text(fuller.to_json(), encoding="utf-8")
     assert Manifest.load(bundle_copy) == fuller
+
+
+def test_what_came_later_may_be_missing(bundle_folder, bundle_copy):
+    def drop(data):
+        del data["expanders"]
+        for slot in data["slots"]:
+            for name in ("fixed", "seed", "weight"):
+                del slot[name]
+
+    _change(bundle_copy, drop)
+    assert Manifest.load(bundle_copy) == Manifest.load(bundle_folder)
 
 
 def test_slots_are_found_by_target_and_kind(bundle_folder):
@@ -58,6 +85,14 @@ def _in(name, index=0, **fields):
 
 
 ENTRY = {"size": 1, "sha256": "00"}
+WEIGHT = {"file": "backbone.onnx", "offset": 0, "orientation": "in_out"}
+
+
+def _weight(fixed=True, **fields):
+    weight = {**WEIGHT, **fields}
+    return _in("slots", kind="weight", inputs={"W": "w"}, fixed=fixed, weight=weight)
+
+
 SEEDED = {"method": "nola", "config": {}, "storage": "int8", "targets": [], "inputs": {"seed": "s"}}
 BROKEN = {
     "version": (_set(format=2), "format must be 1, got 2"),
@@ -90,6 +125,17 @@ BROKEN = {
     "slot input": (_in("slots", inputs={"A": "x", "B": 1}), "slots[0]: inputs must be A, B"),
     "slot width": (_in("slots", in_features=0), "slots[0]: in_features must be from 1 to 16777216"),
     "slot rank": (_in("slots", rank=0), "slots[0]: rank must be from 1 to"),
+    "slot fixed": (_in("slots", fixed=1), "slots[0]: fixed must be of type bool"),
+    "slot seed": (_in("slots", seed=7), "slots[0]: seed must be of type str"),
+    "weight file": (_weight(file="x"), "fc1: its weight must lie in a listed file"),
+    "weight end": (_weight(offset=10**6), "fc1: its weight must lie in a listed file"),
+    "weight start": (_weight(offset=-1), "slots[0]: weight: offset must be from 0 to"),
+    "weight turned": (_weight(orientation="out_in"), "orientation must be one of in_out, got 'ou"),
+    "weight field": (_weight(x=1), "slots[0]: weight: unknown fields x"),
+    "weight per sample": (_weight(fixed=False), "weight must say where a fixed weight slot's"),
+    "weight of a delta": (_in("slots", 1, weight=WEIGHT), "slots[1]: weight must say where a fix"),
+    "vector rank": (_in("slots", kind="vector", inputs={"d": "d", "b": "b"}), "a rank and a seed"),
+    "expanders": (_set(expanders=[{}]), "expanders[0]: method must be of type str, got nothing"),
     "slot field": (_in("slots", 2, surprise=1), "slots[2]: unknown fields surprise"),
     "files": (_set(files=[]), "files must be of type dict"),
     "size": (_set(files={"backbone.onnx": {**ENTRY, "size": -1}}), "size must be from 0 to"),
@@ -97,7 +143,7 @@ BROKEN = {
     "file field": (_set(files={"backbone.onnx": {**ENTRY, "x": 1}}), "unknown fields x"),
     "seeded": (_set(seeded=[]), "seeded must be an object, got list"),
     "seeded storage": (_set(seeded={**SEEDED, "storage": "int4"}), "storage must be one of int8"),
-    "seeded seed": (_set(seeded={**SEEDED, "inputs": {}}), "seeded: inputs must name the seed's"),
+    "seeded seed": (_set(seeded={**SEEDED, "inputs": {"x": "a"}}), "inputs must name the seed's"),
     "seeded input": (_set(seeded={**SEEDED, "inputs": {"seed": 1}}), "seeded: inputs must name"),
     "seeded field": (_set(seeded={**SEEDED, "x": 1}), "seeded: unknown fields x"),
 }  # fmt: skip

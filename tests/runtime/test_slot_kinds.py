@@ -8,10 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from regrow_runtime import BasisCache, BasisSpec, Bundle, MismatchError, RegrowError, Target
-from regrow_runtime.manifest import SeededSpec
+from regrow_runtime import (
+    BasisCache,
+    BasisSpec,
+    Bundle,
+    MismatchError,
+    RegrowError,
+    Target,
+    UsageError,
+)
+from regrow_runtime.errors import FormatError
+from regrow_runtime.manifest import SeededSpec, Slot, StoredWeight
 from regrow_runtime.methods import METHODS, get_method
-from regrow_runtime.slots import check_fit
+from regrow_runtime.slots import check_fit, expand
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ONE = (Target("fc1", 16, 8),)
@@ -88,6 +97,81 @@ def test_numbers_that_overflow_together(bundle, make_adapter, part):
     next(iter(adapter.coefficients.values())).scale[1] = 3e38
     with pytest.raises(RegrowError, match=rf"fc2\.adapter_{part} must be finite when expanded"):
         bundle.swap(adapter, name="x")
+
+
+# -- slots that take other tensors of the same methods --------------------------------------------
+
+
+@pytest.fixture
+def whole(bundle, tmp_path):
+    """Of a bundle with weight slots: manifest, folder, and the weights [in, out] by target."""
+    weights, slots, at = {}, [], 8
+    rng = np.random.default_rng(4)
+    with (tmp_path / "weights").open("wb") as stream:
+        stream.write(bytes(at))
+        for name, wide, high in (("fc1", 16, 8), ("fc2", 8, 8)):
+            weights[name] = rng.standard_normal((wide, high)).astype("<f4")
+            stream.write(weights[name].tobytes())
+            stored = StoredWeight("weights", at)
+            slots.append(
+                Slot(name, "weight", wide, high, {"W": f"{name}.W"}, fixed=True, weight=stored)
+            )
+            at += weights[name].nbytes
+    return replace(bundle.manifest, slots=tuple(slots)), tmp_path, weights
+
+
+@pytest.mark.parametrize("method", ["nola", "vera", "lora", "fourierft"])
+def test_a_weight_slot_is_fed_the_sum(whole, make_adapter, method):
+    manifest, folder, weights = whole
+    adapter = make_adapter(method)
+    check_fit(adapter, manifest)
+    feeds = expand(adapter, manifest, BasisCache(), folder)
+    for name, parts in get_method(method).expand(adapter, BasisCache()).items():
+        change = parts["D"] if "D" in parts else parts["A"] @ parts["B"]
+        assert feeds[f"{name}.W"].shape == (1, *weights[name].shape)
+        np.testing.assert_array_equal(feeds[f"{name}.W"][0], weights[name] + change)
+    assert set(feeds) == {"fc1.W", "fc2.W"}
+
+
+def test_weights_that_are_not_there(whole, make_adapter):
+    manifest, folder, _ = whole
+    (folder / "weights").write_bytes(bytes(100))
+    with pytest.raises(FormatError, match="weights must hold the weights"):
+        expand(make_adapter("lora"), manifest, BasisCache(), folder)
+    with pytest.raises(MismatchError, match="its method, bitfit, needs bias slots, got weight"):
+        check_fit(make_adapter("bitfit"), manifest)
+
+
+def test_a_vector_slot_is_fed_numbers_times_scales(bundle, make_adapter, tmp_path):
+    adapter = make_adapter("vera")
+    slots = tuple(
+        Slot(
+            t.name, "vector", t.in_features, t.out_features,
+            {part: f"{t.name}.{part}" for part in "db"}, rank=11, seed=str(adapter.seed),
+        )
+        for t in adapter.targets
+    )  # fmt: skip
+    manifest = replace(bundle.manifest, slots=slots)
+    check_fit(adapter, manifest)
+    feeds = expand(adapter, manifest, BasisCache(), tmp_path)
+    d, b = (adapter.coefficients[name].dense() for name in ("d", "b.8"))
+    for row, name in enumerate(["fc1", "fc2"]):
+        np.testing.assert_array_equal(feeds[f"{name}.d"], d[row][None, None])
+        np.testing.assert_array_equal(feeds[f"{name}.b"], b[row][None, None])
+    with pytest.raises(MismatchError, match=r"vector slots, rank 11 and philox-sign of seed \d+"):
+        check_fit(make_adapter("vera", seed=adapter.seed + 1), manifest)
+
+
+def test_a_batch_has_one_adapter_where_shapes_are_fixed(bundle_copy, pixels, make_adapter):
+    path = bundle_copy / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for slot in data["slots"]:
+        slot["fixed"] = True
+    path.write_text(json.dumps(data), encoding="utf-8")
+    bundle = Bundle.open(bundle_copy, threads=1)
+    bundle.load(make_adapter("lora"), name="x")
+    with pytest.raises(UsageError, match=r"got fixed ones \(such as fc1, low_rank\): run the samp"):
+        bundle.run({"pixel_values": pixels}, ["x"] * len(pixels))
 
 
 # -- what does not fit -----------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def exported(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         exporting.export_backbone(backbone, tmp_path / "b", **options)
         return asked["targets"], asked["kinds"]
 
+    call.asked = asked  # type: ignore[attr-defined]
     return call
 
 
@@ -91,6 +92,31 @@ def test_an_adapter_decides_kind_and_targets(exported: Any) -> None:
     assert exported(adapter=biased) == (["layer.0.norm"], ["bias"])
 
 
+def test_slots_by_hand_instead_of_the_methods(exported: Any) -> None:
+    names = [target.name for target in LINEAR]
+    assert exported(slots=("weight",)) == (names, ["weight"])
+    assert exported(slots=("weight", "bias"), methods=["bitfit", "lora"]) == (
+        sorted(target.name for target in BIASED),
+        ["weight", "bias"],
+    )
+
+
+def test_vector_slots_take_the_basis_of_the_adapter(exported: Any) -> None:
+    adapter = _adapter("vera", {"rank": 3}, LINEAR[:1])
+    assert exported(adapter=adapter, slots=("vector",)) == (["layer.0.query"], ["vector"])
+    assert exported.asked["vera"] is adapter
+    exported(adapter=adapter)
+    assert exported.asked["vera"] is None
+
+
+def test_an_expanders_method_has_its_slots(exported: Any) -> None:
+    adapter = _adapter("fourierft", {"n": 3, "alpha": 1.0}, LINEAR[:1])
+    names = [target.name for target in LINEAR]
+    assert exported(expanders=[adapter], fixed_rank=4) == (names, ["delta"])
+    assert exported(expanders=[adapter], methods=["lora"]) == (names, ["low_rank", "delta"])
+    assert (exported.asked["expanders"], exported.asked["fixed_rank"]) == ([adapter], None)
+
+
 def test_an_adapter_with_saved_modules_is_refused_with_the_reason(exported: Any) -> None:
     adapter = _adapter("bitfit", {}, LINEAR)
     adapter = replace(adapter, extra={"layer.0.norm.bias": np.ones(4, np.float32)})
@@ -110,6 +136,18 @@ def test_requests_that_make_no_sense(exported: Any) -> None:
     [
         (["--for", "dora"], "--for must be one of nola, .*, got 'dora'"),
         (["--mode", "seeded", "--adapter", "a", "--for", "lora"], "of its own method: no --for"),
+        (
+            ["--mode", "merged", "--adapter", "a", "--fixed-rank", "4"],
+            "--fixed-rank is for --mode sw",
+        ),
+        (
+            ["--mode", "seeded", "--adapter", "a", "--slots", "weight"],
+            "--slots is for --mode swappa",
+        ),
+        (["--mode", "seeded", "--adapter", "a", "--expander", "b"], "--expander is for --mode swa"),
+        (["--constants"], "--constants is for --mode seeded, got swappable"),
+        (["--fixed-rank", "0"], "0 is not in the range"),
+        (["--slots", "hidden"], "'hidden' is not one of 'low_rank'"),
     ],
 )
 def test_the_command_checks_its_methods(options: list[str], message: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ async function bundles() {
     const empty = regrow.asTensors(ort, defaults);
     const run = async (slots) => {
       const { logits } = await session.run({ ...inputs, ...empty, ...slots });
-      return { dims: logits.dims, data: [...logits.data] };
+      return { dims: logits.dims, data: [...logits.data].map((x) => (isFinite(x) ? x : `${x}`)) };
     };
     const runs = (found[name] = { base: await run({}) });
     for (const file of adapters) {
@@ -170,7 +170,7 @@ async function bundles() {
         return error.message;
       }
     });
-    if (manifest.mode === "swappable") { // as if exported with ranks of 8, or of 1
+    if (manifest.mode === "swappable" && !manifest.slots[0].fixed) { // as if exported with ranks of 8, or of 1
       const ranks = (rank) => ({ ...manifest, slots: manifest.slots.map((s) => ({ ...s, rank })) });
       const adapter = regrow.readAdapter(load(adapters[0]));
       runs.padded = await run(regrow.asTensors(ort, regrow.feeds(adapter, ranks(8))));

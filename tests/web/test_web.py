@@ -206,11 +206,18 @@ def swapped(installed, vit, tmp_path_factory) -> Swapped:
     names = [target.name for target in nola.targets]
     export_bundle(vit, folder / "swappable", targets=names, kinds=KINDS)
     export_bundle(vit, folder / "seeded", mode="seeded", adapter=nola)
+    export_bundle(vit, folder / "constants", mode="seeded", adapter=nola, constants=True)
+    export_bundle(
+        vit, folder / "fixed", targets=names, kinds=KINDS, fixed_rank=37, expanders=[nola]
+    )
     save_file({"pixel_values": PIXELS}, folder / "inputs.safetensors")
     files = {
         "swappable": [f"{name}.safetensors" for name in adapters if name != OTHER],
         "seeded": [f"{OTHER}.safetensors", "nola-int8.safetensors"],
+        "constants": [],
     }
+    files["fixed"] = files["swappable"]
+    own = {"graph": "fixed/expand-nola.onnx", "adapter": "nola-int8.safetensors"}
     graph = {"graph": "expander.onnx", "adapter": "nola-int8.safetensors"}
     refused = ["vera-int8.safetensors", "nola-layers-int4.safetensors"]
     request = {
@@ -218,12 +225,14 @@ def swapped(installed, vit, tmp_path_factory) -> Swapped:
             "adapters": files["swappable"], "refused": ["odd.safetensors"], "expander": graph
         },
         "seeded": {"adapters": files["seeded"], "refused": refused},
+        "constants": {"adapters": [], "refused": []},
+        "fixed": {"adapters": files["fixed"], "refused": ["odd.safetensors"], "expander": own},
     }  # fmt: skip
     (folder / "bundles.json").write_text(json.dumps(request))
     return Swapped(folder, files, json.loads(_node(installed, "run.mjs", "bundles", folder)))
 
 
-@pytest.mark.parametrize("name", ["swappable", "seeded"])
+@pytest.mark.parametrize("name", ["swappable", "seeded", "constants", "fixed"])
 def test_bundles_and_swaps(swapped, name):
     logits = swapped.logits(name)
     bundle, inputs = Bundle.open(swapped.folder / name, threads=1), {"pixel_values": PIXELS}
@@ -243,6 +252,8 @@ def test_other_ways_to_the_same_feeds(swapped):
     logits = swapped.logits("swappable")
     wanted = logits["nola-int8.safetensors"]
     np.testing.assert_array_equal(logits["expander"], wanted)
+    fixed = swapped.logits("fixed")
+    np.testing.assert_array_equal(fixed["expander"], fixed["nola-int8.safetensors"])
     np.testing.assert_allclose(logits["padded"], wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -57,20 +57,20 @@ def convert(
     check_output(out, force=force)
     manifest = Manifest.load(bundle)
     loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    tensors = dense_tensors(loaded, manifest)
+    tensors = dense_tensors(loaded, manifest, Path(bundle))
     write_bytes(out, FORMATS[to](tensors, out.absolute().parent))
     return tensors
 
 
-def dense_tensors(adapter: Adapter, manifest: Manifest) -> Feeds:
-    """What `Bundle.swap` would feed; see `regrow_runtime.slots.Resident`."""
+def dense_tensors(adapter: Adapter, manifest: Manifest, folder: Path) -> Feeds:
+    """What `Bundle.swap` would feed, for the bundle in `folder`; see `regrow_runtime.slots`."""
     if manifest.mode != "swappable":
         raise UsageError(
             f"bundle must be swappable to take dense tensors, got a {manifest.mode} one: "
             "export it with --mode swappable"
         )
     check_fit(adapter, manifest)
-    return expand(adapter, manifest, BasisCache(0))
+    return expand(adapter, manifest, BasisCache(0), folder)
 
 
 def _npz(tensors: Feeds, _room: Path) -> bytes:

@@ -31,7 +31,11 @@ def export_backbone(
     mode: str = "swappable",
     targets: Sequence[str] = (),
     methods: Sequence[str] = (),
+    slots: Sequence[str] = (),
+    fixed_rank: int | None = None,
+    expanders: Sequence[Adapter] = (),
     adapter: Adapter | None = None,
+    constants: bool = False,
     precision: str = "fp32",
     inputs: Mapping[str, NDArray[Any]] | None = None,
     data: Dataset | None = None,
@@ -45,6 +49,10 @@ def export_backbone(
             method changes by default if none.
         methods: whose adapters a swappable bundle takes, and that of `adapter`; those with low-rank
             slots (nola, lora, vera) if neither is given.
+        slots: kinds of slot, instead of those that `methods` take; "vector" needs a VeRA `adapter`.
+        fixed_rank: slots of fixed shapes, low_rank ones of this rank; for a swappable bundle.
+        expanders: adapters for whose like a swappable bundle gets a graph that expands them.
+        constants: of a seeded bundle, whether the adapter's numbers are constants.
         inputs: by argument name of the model's forward, samples first: what the model is traced
             and checked with; needed for a plain module, made up for others.
         precision: fp32, fp16, int8 or int4, of the weights of linear layers in blocks.
@@ -71,18 +79,21 @@ def export_backbone(
         return export_bundle(
             source, Path(out), mode=mode, targets=list(targets), adapter=adapter,
             precision=precision, inputs=inputs, samples=samples, force=force,
+            fixed_rank=fixed_rank, expanders=expanders, constants=constants,
         )  # fmt: skip
     if adapter is not None and adapter.extra:
         raise UsageError(
             f"adapter must have no saved modules ({min(adapter.extra)}) to be swapped, since there "
             "is no slot for them: export it with mode merged"
         )
-    methods = [*methods, adapter.method] if adapter is not None else list(methods) or ["nola"]
+    given = [one.method for one in (adapter, *expanders) if one is not None]
+    methods = [*methods, *given] or ["nola"]
     names = _names(backbone, targets, methods, adapter)
-    kinds = dict.fromkeys(kind for method in methods for kind in kinds_for(method))
+    kinds = slots or dict.fromkeys(kind for method in methods for kind in kinds_for(method))
     return export_bundle(
         source, Path(out), targets=names, kinds=list(kinds), precision=precision, inputs=inputs,
-        samples=samples, force=force,
+        samples=samples, force=force, fixed_rank=fixed_rank, expanders=expanders,
+        vera=adapter if "vector" in kinds else None, constants=constants,
     )  # fmt: skip
 
 

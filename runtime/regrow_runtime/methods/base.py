@@ -49,11 +49,13 @@ class Method(ABC):
     Attributes:
         name: as it stands in adapter files and on the command line.
         slot: the kind of slot that its expansions fit, such as "low_rank"; None without targets.
+        also: further kinds that take its adapters, where a bundle has no such slot.
         bases: the kinds of basis that it takes.
     """
 
     name: ClassVar[str]
     slot: ClassVar[str | None]
+    also: ClassVar[tuple[str, ...]] = ()
     bases: ClassVar[tuple[str, ...]] = ("philox-sign",)
 
     def check_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Fourierft(Method):
 
     name = "fourierft"
     slot = "delta"
+    also = ("weight",)
     bases = ("philox-sign", "peft-mt19937", "stored")
 
     def read_config(self, fields: Fields) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Lora(Method):
 
     name = "lora"
     slot = "low_rank"
+    also = ("weight",)
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
         """rank in 1..4096, finite alpha, rslora a bool."""

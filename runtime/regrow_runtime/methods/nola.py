@@ -32,6 +32,7 @@ class Nola(Method):
 
     name = "nola"
     slot = "low_rank"
+    also = ("weight",)
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
         """k, l in 1..65536, rank in 1..4096, finite c, shared a bool."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..basis import BasisCache
 
-__all__ = ["Vera"]
+__all__ = ["Vera", "vectors"]
 
 # Matrices of floats are transposed a block at a time, 4 MiB.
 _FLOATS_AT_ONCE = 1 << 20
@@ -45,6 +45,7 @@ class Vera(Method):
 
     name = "vera"
     slot = "low_rank"
+    also = ("vector", "weight")
     bases = ("philox-sign", "peft-mt19937", "stored")
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -101,6 +102,16 @@ class Vera(Method):
         a = _scaled(matrix_a, [t.in_features for t in targets], adapter.coefficients["d"].dense())
         b = _scaled(matrix_b, [rank] * len(targets), (row[0] for row in rows))
         return {t.name: {"A": a[i], "B": b[i]} for i, t in enumerate(targets)}
+
+
+def vectors(adapter: Adapter) -> Expansion:
+    """What vector slots take: d [1, rank] and b [1, out] per target, times their scales."""
+    targets, d = adapter.targets, adapter.coefficients["d"].dense()
+    rows = unstacked(adapter, "b", [t.out_features for t in targets])
+    return {
+        t.name: {"d": d[i : i + 1], "b": b}
+        for i, (t, b) in enumerate(zip(targets, rows, strict=True))
+    }
 
 
 def _widest(targets: Sequence[Target]) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from regrow_toolchain.cli.tables import size
     show_default=True,
     help="swappable: adapters come and go. merged: one adapter folded into the weights, a plain "
     "model, larger by its rank where layers are factored. seeded: one graph that rebuilds an "
-    "adapter's basis from its seed.",
+    "adapter's basis from its seed at every run.",
 )
 @click.option(
     "--adapter",
@@ -63,6 +63,35 @@ from regrow_toolchain.cli.tables import size
     "of --adapter; repeatable. By default nola, lora and vera, whose slots are the same.",
 )
 @click.option(
+    "--slots",
+    multiple=True,
+    type=click.Choice(["low_rank", "delta", "bias", "weight", "vector"]),
+    help="Kind of slot, instead of what --for asks for; repeatable. weight: a layer's whole "
+    "weight, for any method but bitfit, one adapter a batch. vector: two vectors a layer, for VeRA "
+    "adapters of the seed and rank of --adapter.",
+)
+@click.option(
+    "--fixed-rank",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Give all slots fixed shapes, for accelerators that need them: adapters of rank R or "
+    "less, one adapter a batch, classes no more than the backbone's.",
+)
+@click.option(
+    "--expander",
+    "expanders",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="ADAPTER",
+    help="Write expand-<method>.onnx too, for apps without regrow: seed and numbers of adapters "
+    "like this file (its method, settings and layers) in, what slots take out; repeatable.",
+)
+@click.option(
+    "--constants",
+    is_flag=True,
+    help="With --mode seeded: the adapter is part of the file, which takes no other.",
+)
+@click.option(
     "--no-cache",
     is_flag=True,
     help="Leave out the key-value cache of a causal language model; without it, it makes no text.",
@@ -86,6 +115,10 @@ def export_command(
     inputs: Path | None,
     methods: tuple[str, ...],
     no_cache: bool,
+    slots: tuple[str, ...],
+    fixed_rank: int | None,
+    expanders: tuple[Path, ...],
+    constants: bool,
     targets: tuple[str, ...],
     force: bool,
     as_json: bool,
@@ -107,12 +140,14 @@ def export_command(
         raise click.UsageError(f"--mode {mode} builds one adapter in: give it with --adapter")
     if mode != "swappable" and methods:
         raise click.UsageError(f"--mode {mode} builds one adapter in, of its own method: no --for")
+    _check_options(mode, slots, fixed_rank, expanders, constants)
     if unknown := [method for method in methods if method not in METHODS]:
         raise click.UsageError(f"--for must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
     if data is not None:
         check_data(data)
     check_output(out, force=force, marker=MANIFEST)
     loaded = Adapter.load(adapter) if adapter else None
+    like = [Adapter.load(path) for path in expanders]
     from regrow_toolchain.backbone import load_backbone
     from regrow_toolchain.carried import carry, made_inputs
     from regrow_toolchain.data import load_data, load_inputs
@@ -121,6 +156,7 @@ def export_command(
     model = carry(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
     manifest = export_backbone(
         model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
+        slots=slots, fixed_rank=fixed_rank, expanders=like, constants=constants,
         precision=precision, inputs=load_inputs(inputs, model) if inputs else made_inputs(model),
         data=load_data(data, model, text=text, label=label, max_length=max_length)
         if data else None,
@@ -134,10 +170,27 @@ def export_command(
         "opset": manifest.opset,
         "slots": len(manifest.slots),
         "cache": manifest.cache is not None,
+        "expanders": [expander.file for expander in manifest.expanders],
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "parity": dict(manifest.parity),
     }
     emit(result, _lines(result), as_json=as_json)
+
+
+def _check_options(
+    mode: str,
+    slots: tuple[str, ...],
+    fixed_rank: int | None,
+    expanders: tuple[Path, ...],
+    constants: bool,
+) -> None:
+    """Options that belong to another mode."""
+    swappable = {"--slots": slots, "--fixed-rank": fixed_rank, "--expander": expanders}
+    for name, given in swappable.items():
+        if mode != "swappable" and given:
+            raise click.UsageError(f"{name} is for --mode swappable, got {mode}")
+    if constants and mode != "seeded":
+        raise click.UsageError(f"--constants is for --mode seeded, got {mode}")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -160,4 +213,5 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"wrote {result['out']}: {result['mode']}, {result['variant']}, {size(result['bytes'])}, "
         f"{result['slots']} slots, opset {result['opset']}"
         + (", key-value cache" if result["cache"] else ""),
+        *(f"wrote {result['out']}/{name}" for name in result["expanders"]),
     ]
