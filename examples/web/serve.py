@@ -33,6 +33,7 @@ TYPES = {
     ".mjs": "text/javascript; charset=utf-8",
     ".json": "application/json",
     ".wasm": "application/wasm",
+    ".wav": "audio/wav",
 }
 
 
@@ -51,9 +52,20 @@ def samples(folder: Path) -> dict[str, Any]:
             "name": adapter.stem,
             "about": about.get(adapter.stem, ""),
             "adapter": f"tour/adapters/{adapter.name}",
-            "samples": pictures(tests) if tests.is_file() else [],
+            "samples": pictures(tests) if tests.is_file() else clips(folder, adapter.stem),
         })  # fmt: skip
     return {"bundle": "tour/bundle", "users": users}
+
+
+def clips(folder: Path, user: str) -> list[dict[str, Any]]:
+    """The first of `test/USER/WORD/*.wav` for every word, as a file to ask for."""
+    words = sorted(path for path in (folder / "test" / user).glob("*") if path.is_dir())
+    firsts = [(word.name, min(word.glob("*.wav"), default=None)) for word in words]
+    return [
+        {"label": label, "wav": f"tour/{file.relative_to(folder).as_posix()}"}
+        for label, file in firsts[:SAMPLES]
+        if file
+    ]
 
 
 def pictures(path: Path) -> list[dict[str, Any]]:
@@ -81,15 +93,18 @@ def pictures(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def find(request: str, folder: Path) -> Path | None:
-    """The file for a request's path; None for all but the page, its engine and `folder`."""
+def find(request: str, folder: Path, page: Path = WEB) -> Path | None:
+    """The file for a request's path; None for all but the page, its engine and `folder`.
+
+    What another `page` lacks comes from this folder.
+    """
     path = unquote(urlsplit(request).path).lstrip("/") or "index.html"
     if path.startswith("tour/"):
         root, inside = folder, path.removeprefix("tour/")
     elif path.startswith(f"{ENGINE}/"):
         root, inside = WEB / ENGINE, path.removeprefix(f"{ENGINE}/")
     elif "/" not in path and Path(path).suffix in (".html", ".css", ".js"):
-        root, inside = WEB, path
+        root, inside = page if (page / path).is_file() else WEB, path
     else:
         return None
     if "\\" in inside or ":" in inside or "\0" in inside:
@@ -106,8 +121,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, *arguments: Any, folder: Path, **options: Any) -> None:
-        self.folder = folder
+    def __init__(self, *arguments: Any, folder: Path, page: Path = WEB, **options: Any) -> None:
+        self.folder, self.page = folder, page
         super().__init__(*arguments, **options)
 
     def handle(self) -> None:
@@ -117,7 +132,7 @@ class Handler(SimpleHTTPRequestHandler):
     def send_head(self) -> BytesIO | BinaryIO | None:
         if urlsplit(self.path).path == "/samples.json":
             return self.send_samples()
-        if find(self.path, self.folder) is None:
+        if find(self.path, self.folder, self.page) is None:
             self.send_error(HTTPStatus.NOT_FOUND, "No such file here")
             return None
         return super().send_head()
@@ -136,7 +151,7 @@ class Handler(SimpleHTTPRequestHandler):
         return BytesIO(body)
 
     def translate_path(self, path: str) -> str:
-        return str(find(path, self.folder))
+        return str(find(path, self.folder, self.page))
 
     def guess_type(self, path: Any) -> str:
         return TYPES.get(Path(path).suffix, "application/octet-stream")
@@ -163,7 +178,10 @@ def main() -> None:
         "--host", default="127.0.0.1",
         help="0.0.0.0 lets a phone in the same network see the page, and everyone else in it",
     )  # fmt: skip
+    parser.add_argument("--page", type=Path, default=WEB, help="a folder with another page")
     given = parser.parse_args()
+    if not (given.page / "index.html").is_file():
+        parser.error(f"page must be a folder with index.html, got {given.page}")
     if not (given.folder / "bundle" / "manifest.json").is_file():
         parser.error(
             f"folder must have bundle/manifest.json, got {given.folder}: "
@@ -173,7 +191,8 @@ def main() -> None:
         print(f"onnxruntime-web is missing: run `npm install` in {WEB}", file=sys.stderr)
     try:
         server = ThreadingHTTPServer(
-            (given.host, given.port), partial(Handler, folder=given.folder.resolve())
+            (given.host, given.port),
+            partial(Handler, folder=given.folder.resolve(), page=given.page.resolve()),
         )
     except OSError as error:
         parser.error(f"port must be free, got {given.port}: {error.strerror}; try --port 0")

@@ -47,17 +47,21 @@ class Profile:
         arena: let ONNX Runtime keep what a run freed for the next one; else it is given back.
         resident_bytes: how much RAM resident adapters may take. Beyond, those that were not used
             for longest are dropped, but never the active one, nor one that has just been loaded.
+        batch: samples that `run_all` gives to a run.
     """
 
     basis_cache_bytes: int
     prepack: bool
     arena: bool
     resident_bytes: int = 256 << 20
+    batch: int = 64
 
 
 PROFILES = {
     "speed": Profile(basis_cache_bytes=64 << 20, prepack=True, arena=True),
-    "memory": Profile(basis_cache_bytes=0, prepack=False, arena=False, resident_bytes=64 << 20),
+    "memory": Profile(
+        basis_cache_bytes=0, prepack=False, arena=False, resident_bytes=64 << 20, batch=4
+    ),
 }
 
 # Variants whose weights are widened to be computed with.
@@ -99,7 +103,7 @@ class Bundle:
         self._run_options = _run_options(profile, session)
         self._swap_lock = threading.Lock()
         self._residents: dict[str, Resident] = {}
-        self._resident_bytes = profile.resident_bytes
+        self._resident_bytes, self._batch = profile.resident_bytes, profile.batch
         self._uses = itertools.count()
         self._active: Resident | None = None
         self._base_head: Feeds | None = None
@@ -396,19 +400,25 @@ class Bundle:
             values: list[NDArray[Any]] = self._session.run(names, feeds, self._run_options)
         except Exception as error:
             shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
-            raise RegrowError(
-                f"model must take these inputs, got {shapes}: {_first_line(error)}"
-            ) from error
+            reason = _first_line(error)
+            if "allocate" in reason:  # as ONNX Runtime says it
+                raise RegrowError(
+                    f"memory must suffice for {shapes}, got less: run fewer samples at once, or "
+                    f'open the bundle with profile="memory" ({reason})'
+                ) from error
+            raise RegrowError(f"model must take these inputs, got {shapes}: {reason}") from error
         return values
 
     def run_all(
-        self, inputs: Mapping[str, ArrayLike], *, batch: int = 64
+        self, inputs: Mapping[str, ArrayLike], *, batch: int | None = None
     ) -> dict[str, NDArray[Any]]:
         """As `run` with the active adapter, `batch` samples at a time, so that RAM is bounded.
 
+        By default as many as the profile says: 64, or 4 for "memory".
+
         A swap meanwhile serves the next call: all samples of this one see one adapter.
         """
-        active = self._active
+        active, batch = self._active, batch or self._batch
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
         counts = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
         if len(counts) != 1 or 0 in counts:

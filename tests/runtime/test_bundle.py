@@ -539,3 +539,16 @@ def test_run_all_sees_one_adapter(bundle, make_adapter, monkeypatch):
 def test_a_moved_bundle_still_runs(bundle_folder, tmp_path, pixels, reference):
     moved = shutil.copytree(bundle_folder, tmp_path / "Ünï code folder")
     np.testing.assert_allclose(_logits(Bundle.open(moved), pixels), reference(pixels), **CLOSE)
+
+
+def test_memory_that_does_not_suffice_is_named(bundle_folder, monkeypatch):
+    opened = Bundle.open(bundle_folder, threads=1)
+
+    class Short:
+        def run(self, *_: object) -> None:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 131072")
+
+    monkeypatch.setattr(opened, "_session", Short())
+    pixels = np.ones((2, 1, 4, 4), np.float32)
+    with pytest.raises(RegrowError, match=r'memory must suffice .* profile="memory"'):
+        opened.run({"pixel_values": pixels})

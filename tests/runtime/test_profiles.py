@@ -49,6 +49,23 @@ def test_an_arena_is_given_back_where_there_is_one(bundle_folder, pixels, refere
     assert Bundle.open(bundle_folder, profile=Profile(0, False, True))._run_options is None
 
 
+def test_memory_runs_few_samples_at_once(bundle_folder, pixels, reference, monkeypatch):
+    many, sizes = np.concatenate([pixels] * 5)[:10], []
+    bundle = Bundle.open(bundle_folder, profile="memory")
+    run = bundle._run
+
+    def counted(inputs, active):
+        sizes.append(len(inputs["pixel_values"]))
+        return run(inputs, active)
+
+    monkeypatch.setattr(bundle, "_run", counted)
+    found = bundle.run_all({"pixel_values": many})["logits"]
+    assert max(sizes) == 4
+    np.testing.assert_allclose(found, reference(many), rtol=1e-5, atol=1e-5)
+    bundle.run_all({"pixel_values": many}, batch=10)
+    assert sizes[-1] == len(many)
+
+
 def test_reading_a_file_allocates_no_more_than_it_has(python, tmp_path):
     """`read(limit)` allocates `limit` bytes first, which a device may not have."""
     path = tmp_path / "small"
