@@ -222,7 +222,7 @@ class Cases:
             check_fit(adapter, self.fits)
         except RegrowError:
             return "read"
-        feeds = expand(adapter, self.fits, BasisCache())
+        feeds = expand(adapter, self.fits, BasisCache(), self.bundle)
         assert all(np.isfinite(array).all() for array in feeds.values())
         return "fits"
 
