@@ -118,7 +118,9 @@ class Room:
         from regrow_runtime import Adapter, Manifest
         from regrow_toolchain.converting import dense_tensors
 
-        return dense_tensors(Adapter.load(self.adapter(user)), Manifest.load(self.bundle()), self.bundle())
+        return dense_tensors(
+            Adapter.load(self.adapter(user)), Manifest.load(self.bundle()), self.bundle()
+        )
 
     def onnx_adapter(self, user: int) -> Path:
         """The same change for ONNX Runtime's LoraAdapter."""
