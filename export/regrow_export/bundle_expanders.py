@@ -36,7 +36,8 @@ def check_expanders(adapters: Sequence[Adapter], slots: Sequence[Slot]) -> None:
             if slot is None:
                 raise UsageError(
                     f"expander of {adapter.method} must have {kind} slots to feed, got none for "
-                    f"{target.name}: export its layers, and with --for {adapter.method}"
+                    f"{target.name}: export its layers, and with --slots {kind} (beside other "
+                    f"--slots) or --for {adapter.method}"
                 )
             if slot.rank is not None and rank > slot.rank:
                 raise UsageError(

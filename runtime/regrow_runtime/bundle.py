@@ -332,6 +332,8 @@ class Bundle:
     ) -> tuple[Resident, SwapCost]:
         if name is None:
             raise UsageError("name must be given with a blend, got None")
+        if name in weights:
+            raise UsageError(f"name of a blend must not be that of one of its adapters, got {name}")
         parts = [(self._resident(key), weight) for key, weight in weights.items()]
         head = self._head([resident for resident, _ in parts])
         resident = blend(name, parts, self.manifest, head)
@@ -406,6 +408,8 @@ class Bundle:
                     f"memory must suffice for {shapes}, got less: run fewer samples at once, or "
                     f'open the bundle with profile="memory" ({reason})'
                 ) from error
+            if "out of data bounds" in reason:
+                reason = f"ids must lie below the size of the vocabulary ({reason})"
             raise RegrowError(f"model must take these inputs, got {shapes}: {reason}") from error
         return values
 

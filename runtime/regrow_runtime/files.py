@@ -16,6 +16,9 @@ from .errors import FormatError, RegrowError, UsageError
 
 __all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "sync", "write_bytes"]
 
+# What stands in a file that marks a folder as regrow's.
+_KEYS = {"manifest.json": "backbone_id", "regrow.json": "backbone_id", "report.json": "regrow"}
+
 
 def check_output(path: Path, *, force: bool, marker: str | None = None) -> None:
     """Raise `UsageError` if `path` cannot become an output; call it before any long work.
@@ -33,13 +36,21 @@ def check_output(path: Path, *, force: bool, marker: str | None = None) -> None:
         raise UsageError(
             f"output must be a new path, got {path}, which exists (--force replaces it)"
         )
-    if marker and path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+    if marker and path.is_dir() and any(path.iterdir()) and not _is_ours(path / marker):
         raise UsageError(
-            f"output must be a new path or a folder with {marker}, got {path}: "
+            f"output must be a new path or a folder with {marker} that regrow wrote, got {path}: "
             "remove it yourself if nothing in it is needed"
         )
     if not path.absolute().parent.is_dir():
         raise UsageError(f"output must lie in an existing folder, got {path}: no such folder")
+
+
+def _is_ours(marker: Path) -> bool:
+    """Others write files of these names too: every web app has a manifest.json."""
+    if not marker.is_file():
+        return False
+    key = _KEYS.get(marker.name)
+    return key is None or f'"{key}":'.encode() in marker.read_bytes()[: 1 << 26]
 
 
 def sync(path: Path) -> None:

@@ -86,7 +86,8 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
         more = f" ({len(findings)} of its layers do not fit either)" if findings else ""
         raise MismatchError(
             f"adapter must be of the bundle's backbone, {_short(manifest.backbone_id)}, "
-            f"got one of another, {_short(adapter.backbone_id)}{more}",
+            f"got one of another, {_short(adapter.backbone_id)}{more}: train it on this backbone, "
+            "or use the bundle of its own (a compressed backbone is another than the dense one)",
             findings,
             show=0,
         )

@@ -93,7 +93,7 @@ def test_an_existing_output_needs_force(plain, plain_inputs, tmp_path):
         with pytest.raises(UsageError, match="must be a new path"):
             export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=force)
     assert (out / "mine.txt").read_text() == "keep me"
-    (out / "manifest.json").write_text("{}")
+    (out / "manifest.json").write_text('{"backbone_id": ""}')
     export_bundle(plain, out, targets=["stem"], inputs=plain_inputs, force=True)
     assert not (out / "mine.txt").exists()
     assert (out / "manifest.json").is_file()
@@ -103,7 +103,7 @@ def test_an_existing_output_needs_force(plain, plain_inputs, tmp_path):
 def test_a_failing_check_keeps_the_old_bundle(plain, plain_inputs, tmp_path, monkeypatch, error):
     out = tmp_path / "b"
     out.mkdir()
-    (out / "manifest.json").touch()
+    (out / "manifest.json").write_text('{"backbone_id": ""}')
 
     def fail(*_args):
         raise error

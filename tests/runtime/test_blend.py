@@ -208,6 +208,7 @@ def test_a_blend_of_too_high_a_rank(fixed, pixels, make_adapter):
         ({"user-0": 1}, {"scale": np.inf}, "scale must be a finite number, got inf"),
         ({"user-0": 1}, {"scale": None}, "scale must be a finite number, got None"),
         ({"user-0": 1, "headed": 1}, {}, "must have the same labels, got user-0 with 3 .ant, "),
+        ({"user-0": 1}, {"name": "user-0"}, "must not be that of one of its adapters, got user-0"),
         ({"headed": 1, "other": -1}, {}, "with heads must add up to more than 0, got 0.0"),
     ],
 )

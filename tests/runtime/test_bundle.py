@@ -313,7 +313,8 @@ def test_every_mismatch_stands_in_one_error(bundle, make_adapter):
         bundle.swap(replace(adapter, backbone_id="sha256:" + "cd" * 32), name="x")
     assert str(caught.value) == (
         "adapter must be of the bundle's backbone, sha256:abababababab…, got one of another, "
-        "sha256:cdcdcdcdcdcd… (4 of its layers do not fit either)"
+        "sha256:cdcdcdcdcdcd… (4 of its layers do not fit either): train it on this backbone, or "
+        "use the bundle of its own (a compressed backbone is another than the dense one)"
     )
     assert caught.value.findings == findings
 

@@ -30,7 +30,7 @@ def old(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     _fill(folder, "old")
-    (folder / "manifest.json").write_text("{}", encoding="utf-8")  # a folder that regrow wrote
+    (folder / "manifest.json").write_text('{"backbone_id": ""}', encoding="utf-8")  # regrow's
     return folder
 
 
@@ -224,3 +224,11 @@ def test_reading_makes_room_for_the_file_not_for_the_limit(tmp_path):
     assert read_bytes(tmp_path / "x", limit=1 << 30, what="x") == b"small"
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["{}", '{"name": "my app"}', "", '{"start_url": "backbone_id"}'])
+def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path, text):
+    """Every web app has a manifest.json."""
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"with manifest\.json that regrow wrote"):
+        check_output(tmp_path, force=True, marker="manifest.json")

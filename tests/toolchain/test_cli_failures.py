@@ -108,6 +108,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_ADAPT, data="empty"), 2, "data must be a folder with one folder per class"),
     (_with(_ADAPT, data="cut.npz"), 1, "must be an .npz of plain arrays"),
     (_with(_ADAPT, data="none.npz"), 2, "must have an array `labels`"),
+    (_with(_ADAPT, "--force", out="d.npz"), 2, "output must not be the data itself"),
     (_with(_ADAPT, data="beyond.npz"), 2, "labels must be from 0 to 2 as in the backbone, got 7"),
     (_with(_ADAPT, data="mixed.npz"), 2, "labels must be among the backbone's (left, middle"),
     (_with(_ADAPT, "--head", "new", data="one.npz"), 2, "two samples or more, of two classes"),

@@ -191,10 +191,10 @@ def test_a_step_that_fails_keeps_what_force_would_replace(
 
     monkeypatch.setattr(pipeline, "_STEPS", {"fail": fail})
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "report.json").write_text("{}")
+    (tmp_path / "out" / "report.json").write_text('{"regrow": ""}')
     with pytest.raises(RegrowError, match="no luck"):
         run_demo(tmp_path / "out", _TINY, force=True)
-    assert (tmp_path / "out" / "report.json").read_text() == "{}"
+    assert (tmp_path / "out" / "report.json").read_text() == '{"regrow": ""}'
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -140,7 +140,10 @@ def load_structure(path: str | Path) -> nn.Module:
         return made_by(match["function"])
     if not (folder / _HF_CONFIG).is_file() or (folder / CONFIG).is_file():
         raise UsageError(f"model must be a folder with {_HF_CONFIG}, or a function, got {path}")
-    return _empty_model(folder, ()).eval()
+    model = _empty_model(folder, ()).eval()
+    tied: Any = model
+    tied.tie_weights()  # each shared weight is counted once
+    return model
 
 
 def load_backbone(path: str | Path) -> Backbone:

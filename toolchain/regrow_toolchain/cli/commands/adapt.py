@@ -104,6 +104,8 @@ def adapt_command(
     from regrow_runtime.files import check_output
 
     check_data(data)
+    if out.exists() and out.samefile(data):
+        raise click.UsageError(f"output must not be the data itself, got {out}")
     if users is None:
         check_output(out, force=force)
         _check_state(out, resume)
