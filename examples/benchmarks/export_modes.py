@@ -67,8 +67,8 @@ def source(model: str, small: bool) -> Any:
 def make_adapter(found: Any, names: list[str], small: bool) -> Any:
     """NOLA's, with random numbers, in int4."""
     from regrow_export import slot_targets
+    from regrow_format.methods import get_method
     from regrow_runtime import Adapter, Coefficients
-    from regrow_runtime.methods import get_method
 
     method, targets, draw = get_method("nola"), slot_targets(found.model, names), 7
     k = 64 if small else 1000

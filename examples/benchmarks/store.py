@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Coefficients, Target
-from regrow_runtime.methods import get_method
 from regrow_runtime.store import Store
 
 FEW = 10

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients
-from regrow_runtime.methods import get_method
 
 
 def make_model(folder: Path, small: bool) -> None:

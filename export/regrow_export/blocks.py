@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 __all__ = ["BlockWeight", "block_lists", "block_weights"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.errors import UsageError
-from regrow_runtime.files import check_output, new_folder, sha256_file
-from regrow_runtime.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
+from regrow_format.adapter import Adapter
+from regrow_format.errors import UsageError
+from regrow_format.files import check_output, new_folder, sha256_file
+from regrow_format.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
 from regrow_runtime.slots import HEAD_FILE
 
 from .accuracy import Samples

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.manifest import ExpanderSpec, Manifest, Slot, TensorSpec
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter
+from regrow_format.basis import BasisCache
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.manifest import ExpanderSpec, Manifest, Slot, TensorSpec
+from regrow_format.methods import get_method
 from regrow_runtime.slotkinds import slot_feeds
 
 from .expander import adapter_inputs, build_expander, check_graph, graph_storage, input_types

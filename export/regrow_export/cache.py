@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from regrow_runtime.cache import CacheSpec, CacheTensor, positions
-from regrow_runtime.errors import RegrowError
+from regrow_format.cache import CacheSpec, CacheTensor, positions
+from regrow_format.errors import RegrowError
 
 from .graph import specs
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_format.errors import RegrowError
+from regrow_format.files import sha256_file
+from regrow_format.manifest import MANIFEST, Checks, FileEntry, Manifest
 from regrow_runtime import Bundle
 from regrow_runtime.checks import EXPECTED_FILE, KEPT, PROBE_FILE
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.files import sha256_file
-from regrow_runtime.manifest import MANIFEST, Checks, FileEntry, Manifest
 
 from .mobile import OPERATORS_FILE, partitions, required_operators
 from .parity import ATOL, INT8_SHARE, RTOL

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import STORAGE, Adapter, Target
-from regrow_runtime.basis import PHILOX_SIGN
-from regrow_runtime.errors import UsageError
-from regrow_runtime.methods import get_method
-from regrow_runtime.philox import key_of
+from regrow_format.adapter import STORAGE, Adapter, Target
+from regrow_format.basis import PHILOX_SIGN
+from regrow_format.errors import UsageError
+from regrow_format.methods import get_method
+from regrow_format.philox import key_of
 
 from .methods import get_builder
 

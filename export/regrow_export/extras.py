@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import HeadLayer, Target
-from regrow_runtime.manifest import SLOT_PARTS, Slot
-from regrow_runtime.methods.base import Expansion
+from regrow_format.adapter import HeadLayer, Target
+from regrow_format.manifest import SLOT_PARTS, Slot
+from regrow_format.methods.base import Expansion
 
 if TYPE_CHECKING:
     import torch

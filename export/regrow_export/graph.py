@@ -12,8 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.manifest import TensorSpec
+from regrow_format.errors import RegrowError
+from regrow_format.manifest import TensorSpec
 
 __all__ = [
     "INT4_OPSET",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.cache import positions
+from regrow_format.cache import positions
 
 __all__ = ["completed", "made_inputs"]
 

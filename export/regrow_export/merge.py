@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_runtime.adapter import HeadLayer
-from regrow_runtime.errors import UsageError
-from regrow_runtime.methods.base import Expansion
+from regrow_format.adapter import HeadLayer
+from regrow_format.errors import UsageError
+from regrow_format.methods.base import Expansion
 
 from .slots import shared_copy
 from .targets import layer_kinds

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_runtime.adapter import Adapter, Coefficients
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.cache import CacheSpec
-from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import SeededSpec, Slot, StoredWeight, TensorSpec
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Coefficients
+from regrow_format.basis import BasisCache
+from regrow_format.cache import CacheSpec
+from regrow_format.errors import UsageError
+from regrow_format.manifest import SeededSpec, Slot, StoredWeight, TensorSpec
+from regrow_format.methods import get_method
 
 from .accuracy import Samples, accuracies
 from .blocks import block_weights

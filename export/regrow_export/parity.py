@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.cache import CacheSpec
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.manifest import Slot
+from regrow_format.cache import CacheSpec
+from regrow_format.errors import RegrowError
+from regrow_format.manifest import Slot
 
 from .cache import decoded, padded_inputs
 from .feeds import Feeds, slot_shapes

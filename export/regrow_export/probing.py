@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_runtime.philox import philox4x32
+from regrow_format.philox import philox4x32
 
 from .trace import _by_name
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from .blocks import BlockWeight, block_weights
 from .precision import check_precision, round_weight

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.manifest import Slot
+from regrow_format.manifest import Slot
 
 from .feeds import Feeds
 from .graph import SlotTensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from regrow_runtime.adapter import Adapter, Target
-from regrow_runtime.basis import PHILOX_SIGN
-from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import Slot
-from regrow_runtime.methods.base import MAX_RANK
+from regrow_format.adapter import Adapter, Target
+from regrow_format.basis import PHILOX_SIGN
+from regrow_format.errors import UsageError
+from regrow_format.manifest import Slot
+from regrow_format.methods.base import MAX_RANK
 
 from .feeds import head_slots, target_slot
 from .source import ExportSource

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_runtime.manifest import Slot
+from regrow_format.manifest import Slot
 
 from .feeds import slot_shapes
 from .targets import dense_weight

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regrow_format.errors import UsageError
+from regrow_format.manifest import MANIFEST
 from regrow_runtime.checks import EXPECTED_FILE, PROBE_FILE
-from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import MANIFEST
 from regrow_runtime.slots import HEAD_FILE
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 __all__ = ["DATA_FILE", "GRAPH_FILE", "place_of", "save_graph"]
 

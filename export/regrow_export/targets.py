@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from regrow_runtime.adapter import Adapter, Target
-from regrow_runtime.errors import MismatchError, UsageError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Target
+from regrow_format.errors import MismatchError, UsageError
+from regrow_format.methods import get_method
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_runtime.cache import CacheSpec
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.cache import CacheSpec
+from regrow_format.errors import RegrowError, UsageError
 
 from .cache import cache_names, cache_of
 from .extras import need

@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from .blocks import BlockWeight
 from .graph import INT4_OPSET, all_graphs, drop_unread

@@ -14,9 +14,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.basis import Role, sign_bits
-from regrow_runtime.manifest import Slot
+from regrow_format.adapter import Adapter
+from regrow_format.basis import Role, sign_bits
+from regrow_format.manifest import Slot
 
 from .feeds import Feeds
 from .graph import all_graphs, take_out

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from regrow_format.errors import RegrowError, UsageError
 from regrow_runtime import Bundle
-from regrow_runtime.errors import RegrowError, UsageError
 
 __all__ = ["answer", "mean_embeddings", "softmax", "top_answers", "top_labels"]
 

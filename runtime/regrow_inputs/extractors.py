@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from regrow_runtime.errors import FormatError
-from regrow_runtime.fields import Fields, parse_json
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError
+from regrow_format.fields import Fields, parse_json
+from regrow_format.files import read_bytes
 
 from .mel import DCT_NORMS, LOGS, MEL_SCALES, MelFrontEnd
 from .pictures import PREPROCESSOR

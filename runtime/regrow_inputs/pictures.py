@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import Fields, parse_json
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.fields import Fields, parse_json
+from regrow_format.files import read_bytes
 
 from .images import eight_bits, pillow
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_format.errors import UsageError
+from regrow_format.manifest import TensorSpec
 from regrow_runtime import Bundle, Manifest
-from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import TensorSpec
 
 from .extractors import is_sound
 from .images import read_image

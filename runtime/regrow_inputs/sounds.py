@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .mel import MelFrontEnd
 from .wav import MAX_SECONDS, RATES, resample

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.fields import Fields, parse_json
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.fields import Fields, parse_json
+from regrow_format.files import read_bytes
 
 __all__ = ["TOKENIZER", "TextPreprocessor"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 
 __all__ = ["MAX_SECONDS", "RATES", "WAV_ENDINGS", "read_wav", "resample"]
 

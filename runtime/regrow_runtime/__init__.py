@@ -7,13 +7,14 @@ Open a bundle, swap personal adapters without reloading the model, run it:
     logits = bundle.run({"pixel_values": x})["logits"]
 """
 
-from .adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target, Validated
-from .basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
+from regrow_format.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target, Validated
+from regrow_format.basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
+from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
+from regrow_format.manifest import Manifest, Slot
+
 from .bundle import PROFILES, Bundle, Profile, SwapCost
 from .checks import Check
-from .errors import FormatError, MismatchError, RegrowError, UsageError
 from .generate import Generated, Generation
-from .manifest import Manifest, Slot
 
 __all__ = [
     "PROFILES",

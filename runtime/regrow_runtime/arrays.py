@@ -9,7 +9,7 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 
 __all__ = ["read_arrays"]
 

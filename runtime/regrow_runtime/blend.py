@@ -15,8 +15,9 @@ from numbers import Real
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MismatchError, RegrowError, UsageError
-from .manifest import Manifest, Slot
+from regrow_format.errors import MismatchError, RegrowError, UsageError
+from regrow_format.manifest import Manifest, Slot
+
 from .slots import Feeds, Resident
 
 __all__ = ["as_weight", "blend"]

@@ -19,15 +19,16 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-from .adapter import Adapter
-from .basis import BasisCache
+from regrow_format.adapter import Adapter
+from regrow_format.basis import BasisCache
+from regrow_format.cache import CacheSpec
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
+
 from .blend import as_weight, blend
-from .cache import CacheSpec
 from .checks import Check, Prober
-from .errors import FormatError, RegrowError, UsageError
 from .generate import Generated, Generation, Ids, Settings
 from .health import History, recorded, report
-from .manifest import GraphSpec, Manifest, TensorSpec
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
 __all__ = ["PROFILES", "Bundle", "Profile", "SwapCost", "session_options"]

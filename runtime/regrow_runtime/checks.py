@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from .adapter import Probe
-from .errors import FormatError, MismatchError
-from .files import read_bytes
-from .manifest import Manifest
+from regrow_format.adapter import Probe
+from regrow_format.errors import FormatError, MismatchError
+from regrow_format.files import read_bytes
+from regrow_format.manifest import Manifest
+
 from .slots import Feeds, Resident
 
 __all__ = ["EXPECTED_FILE", "KEPT", "PROBE_FILE", "Check", "Prober", "load_tensors"]

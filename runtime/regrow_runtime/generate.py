@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .basis import Role
-from .cache import positions
-from .errors import RegrowError, UsageError
-from .philox import check_seed, key_of, philox_words
+from regrow_format.basis import Role
+from regrow_format.cache import positions
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.philox import check_seed, key_of, philox_words
 
 if TYPE_CHECKING:
     from .bundle import Bundle

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import onnxruntime as ort
 
-from .errors import RegrowError
+from regrow_format.errors import RegrowError
+
 from .slots import Resident
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError, RegrowError, UsageError
-from .files import sync
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.files import sync
 
 __all__ = ["Index", "Installed", "clean"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter
-from .basis import PHILOX_SIGN, BasisCache
-from .errors import FormatError, UsageError
-from .manifest import Manifest, Slot
-from .methods import get_method
-from .methods.vera import vectors
+from regrow_format.adapter import Adapter
+from regrow_format.basis import PHILOX_SIGN, BasisCache
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.manifest import Manifest, Slot
+from regrow_format.methods import get_method
+from regrow_format.methods.vera import vectors
 
 __all__ = ["Feeds", "basis_mismatch", "slot_feeds", "slot_kind"]
 

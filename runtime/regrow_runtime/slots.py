@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from .adapter import Adapter, Head, HeadLayer, Probe, Target
-from .basis import PHILOX_SIGN, BasisCache
-from .errors import FormatError, MismatchError, RegrowError, UsageError
-from .files import read_bytes
-from .manifest import Manifest, SeededSpec, Slot
-from .philox import key_of
+from regrow_format.adapter import Adapter, Head, HeadLayer, Probe, Target
+from regrow_format.basis import PHILOX_SIGN, BasisCache
+from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
+from regrow_format.files import read_bytes
+from regrow_format.manifest import Manifest, SeededSpec, Slot
+from regrow_format.philox import key_of
+
 from .slotkinds import Feeds, basis_mismatch, slot_feeds, slot_kind
 
 __all__ = ["HEAD_FILE", "Feeds", "Resident", "check_fit", "expand", "load_head", "stack"]

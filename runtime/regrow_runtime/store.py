@@ -19,11 +19,12 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
-from .adapter import MAX_FILE_BYTES, Adapter
-from .errors import FormatError, RegrowError, UsageError
-from .files import read_bytes, sync, write_bytes
+from regrow_format.adapter import MAX_FILE_BYTES, Adapter
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.files import read_bytes, sync, write_bytes
+from regrow_format.manifest import Manifest
+
 from .index import Index, Installed, clean
-from .manifest import Manifest
 from .slots import check_fit
 
 if TYPE_CHECKING:

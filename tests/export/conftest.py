@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from regrow_export import ExportSource, kinds_for, slot_targets
-from regrow_runtime.adapter import Adapter, Coefficients, Head, HeadLayer, Target
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Coefficients, Head, HeadLayer, Target
+from regrow_format.methods import get_method
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BACKBONE = "sha256:" + "ab" * 32

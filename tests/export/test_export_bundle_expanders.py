@@ -11,9 +11,9 @@ from onnx.reference import ReferenceEvaluator
 
 from regrow_export import export_bundle
 from regrow_export.expander import adapter_inputs
+from regrow_format.errors import FormatError, RegrowError
+from regrow_format.manifest import Manifest
 from regrow_runtime import BasisCache, BasisSpec, UsageError
-from regrow_runtime.errors import FormatError, RegrowError
-from regrow_runtime.manifest import Manifest
 from regrow_runtime.slots import expand
 
 LAYER = "vit.encoder.layer.2."

@@ -16,9 +16,9 @@ from regrow_export.feeds import expansion_feeds, target_slot
 from regrow_export.rounding import rounded_weights
 from regrow_export.slots import set_slots, with_slots
 from regrow_export.targets import find_linears
+from regrow_format.basis import BasisCache
+from regrow_format.methods import get_method
 from regrow_runtime import Bundle, RegrowError, UsageError
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.methods import get_method
 
 BACKBONE = "sha256:" + "ab" * 32
 PROMPTS = [[5, 9, 3, 17, 2, 8, 4], [11, 6, 30], [7]]

@@ -15,9 +15,9 @@ from torch import nn
 
 from regrow_export import ExportSource, export_bundle
 from regrow_export.mobile import partitions, required_operators
+from regrow_format.errors import RegrowError
+from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.manifest import Manifest
 
 NAMES = [
     f"vit.encoder.layer.{i}.attention.attention.{part}"

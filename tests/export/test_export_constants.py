@@ -9,8 +9,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from regrow_export import export_bundle
+from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Bundle, UsageError
-from regrow_runtime.methods import get_method
 
 LAYER = "vit.encoder.layer.2."
 NAMES = [f"{LAYER}attention.attention.query", f"{LAYER}intermediate.dense"]

@@ -12,10 +12,10 @@ from regrow_export.expander import adapter_inputs
 from regrow_export.feeds import expansion_feeds
 from regrow_export.methods import BUILDERS
 from regrow_export.methods.fourierft import _draws
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import BasisCache, Role, sign_bits
-from regrow_runtime.errors import UsageError
-from regrow_runtime.methods import METHODS, get_method
+from regrow_format.adapter import Target
+from regrow_format.basis import BasisCache, Role, sign_bits
+from regrow_format.errors import UsageError
+from regrow_format.methods import METHODS, get_method
 
 # Sizes that share a group, sizes that do not, and none that fills its last block.
 TARGETS = (

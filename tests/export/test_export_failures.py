@@ -13,8 +13,8 @@ import torch
 
 import regrow_export.parity
 from regrow_export import ExportSource, export_bundle, slot_targets
-from regrow_runtime.adapter import Target
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
+from regrow_format.adapter import Target
+from regrow_format.errors import MismatchError, RegrowError, UsageError
 
 
 @pytest.fixture

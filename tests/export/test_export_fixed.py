@@ -11,10 +11,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from regrow_export import ExportSource, export_bundle
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 from regrow_inputs.answers import top_labels
 from regrow_runtime import BasisCache, BasisSpec, Bundle, MismatchError, UsageError
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
 
 BLOCK = "vit.encoder.layer.1."
 VIT = [f"{BLOCK}attention.attention.query", f"{BLOCK}intermediate.dense", f"{BLOCK}output.dense"]

@@ -9,11 +9,11 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from regrow_export import ExportSource, export_bundle, find_biased, kinds_for
+from regrow_format.basis import BasisCache
+from regrow_format.errors import MismatchError, RegrowError, UsageError
+from regrow_format.manifest import SLOT_PARTS, Manifest
+from regrow_format.methods import get_method
 from regrow_runtime import Bundle
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
-from regrow_runtime.manifest import SLOT_PARTS, Manifest
-from regrow_runtime.methods import get_method
 
 KINDS = ("low_rank", "delta", "bias")
 QUERY = "vit.encoder.layer.0.attention.attention.query"

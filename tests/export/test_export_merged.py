@@ -9,10 +9,10 @@ import torch
 
 from regrow_export import export_bundle, slot_targets
 from regrow_export.merge import merged_model
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
+from regrow_format.basis import BasisCache
+from regrow_format.errors import UsageError
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 
 NAMES = [
     "vit.encoder.layer.0.attention.attention.query",

@@ -13,12 +13,12 @@ from onnx.reference import ReferenceEvaluator
 from regrow_export import ExportSource, export_bundle, slot_targets
 from regrow_export.expander import adapter_inputs
 from regrow_export.merge import merged_model
+from regrow_format.adapter import Coefficients
+from regrow_format.basis import BasisCache, BasisSpec
+from regrow_format.errors import MismatchError, UsageError
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 from regrow_runtime import Bundle
-from regrow_runtime.adapter import Coefficients
-from regrow_runtime.basis import BasisCache, BasisSpec
-from regrow_runtime.errors import MismatchError, UsageError
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
 
 METHODS = ("lora", "vera", "fourierft", "bitfit")
 LAYER = "vit.encoder.layer.1."

@@ -21,7 +21,7 @@ from regrow_export.precision import (
     int8_channels,
     round_weight,
 )
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 
 Weight = NDArray[np.float32]
 

@@ -8,9 +8,9 @@ import pytest
 
 from regrow_export import export_bundle, find_linears
 from regrow_export.expander import adapter_inputs
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
+from regrow_format.basis import BasisCache
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 
 
 def _names(source) -> list[str]:

@@ -11,10 +11,10 @@ import torch
 from safetensors.numpy import load_file
 
 from regrow_export import ExportSource, export_bundle, find_linears
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
+from regrow_format.basis import BasisCache
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 
 QUERY = "vit.encoder.layer.0.attention.attention.query"
 DOWN = "vit.encoder.layer.3.output.dense"

@@ -22,10 +22,10 @@ from regrow_export.precision import round_weight
 from regrow_export.rounding import rounded_weights
 from regrow_export.trace import run_torch
 from regrow_export.variants import check_slot_inputs
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
+from regrow_format.basis import BasisCache
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 
 LOW = ("fp16", "int8", "int4")
 QUERY = "vit.encoder.layer.0.attention.attention.query"

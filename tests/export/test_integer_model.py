@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from regrow_runtime.integers import _MODEL
+from regrow_format.integers import _MODEL
 
 
 def test_the_model_is_a_transposed_product():

@@ -16,8 +16,8 @@ import pytest
 
 from regrow_export import build_expander, export_bundle, slot_targets
 from regrow_export.expander import adapter_inputs
+from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Bundle
-from regrow_runtime.methods import get_method
 
 ROOT = Path(__file__).parents[2]
 OLD = "1.20.1"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regrow_format.manifest import FileEntry, GraphSpec, Manifest, TensorSpec
 from regrow_inputs import InputReader
 from regrow_runtime import RegrowError, UsageError
-from regrow_runtime.manifest import FileEntry, GraphSpec, Manifest, TensorSpec
 
 SOUNDS = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 2000}
 PICTURES = {"do_resize": False, "do_rescale": False}

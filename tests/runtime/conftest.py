@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Target
-from regrow_runtime.cache import CacheSpec, CacheTensor
-from regrow_runtime.manifest import (
+from regrow_format.cache import CacheSpec, CacheTensor
+from regrow_format.manifest import (
     SLOT_PARTS,
     Checks,
     FileEntry,
@@ -29,7 +28,8 @@ from regrow_runtime.manifest import (
     Slot,
     TensorSpec,
 )
-from regrow_runtime.methods import get_method
+from regrow_format.methods import get_method
+from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Target
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[2]

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from regrow_format.basis import BasisCache
 from regrow_inputs import InputReader
 from regrow_runtime import Adapter, Bundle, Manifest, RegrowError
-from regrow_runtime.basis import BasisCache
 from regrow_runtime.slots import HEAD_FILE, check_fit, expand, load_head
 
 MAX_GROWTH = 48 << 20  # bytes of RAM over what good files take

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Coefficients, Probe, Target
-from regrow_runtime.basis import BasisCache, BasisSpec, signs
-from regrow_runtime.errors import FormatError, RegrowError
-from regrow_runtime.methods import METHODS, get_method
+from regrow_format.adapter import Adapter, Coefficients, Probe, Target
+from regrow_format.basis import BasisCache, BasisSpec, signs
+from regrow_format.errors import FormatError, RegrowError
+from regrow_format.methods import METHODS, get_method
 
 EXTRA = {
     "norm.bias": np.array([[0.5, -2.0]], np.float32),

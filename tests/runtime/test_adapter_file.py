@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regrow_runtime.adapter import (
+from regrow_format.adapter import (
     FORMAT,
     STORAGE,
     Adapter,
@@ -22,8 +22,8 @@ from regrow_runtime.adapter import (
     Target,
     Validated,
 )
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.methods import METHODS
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.methods import METHODS
 
 # The smallest file: NOLA with k = l = rank = 1 on one layer of 1 x 1. docs/adapter-format.md walks
 # through it byte by byte.
@@ -220,7 +220,7 @@ def test_a_message_names_the_file(tmp_path, good):
 
 
 def test_a_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch, good):
-    from regrow_runtime import adapter
+    from regrow_format import adapter
 
     monkeypatch.setattr(adapter, "MAX_FILE_BYTES", len(good) - 1)
     path = tmp_path / "large"

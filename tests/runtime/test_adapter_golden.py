@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target
-from regrow_runtime.basis import BasisSpec
-from regrow_runtime.errors import RegrowError
+from regrow_format.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target
+from regrow_format.basis import BasisSpec
+from regrow_format.errors import RegrowError
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapter-format.md"
 CODE = Coefficients(np.array([[127]], np.int8), np.array([0.5], np.float32))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target
-from regrow_runtime.basis import BasisSpec
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target
+from regrow_format.basis import BasisSpec
+from regrow_format.methods import get_method
 
 BACKBONE = "sha256:" + "ab" * 32
 

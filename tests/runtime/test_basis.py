@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow_runtime import basis
-from regrow_runtime.basis import (
+from regrow_format import basis
+from regrow_format.basis import (
     BasisCache,
     Role,
     combine,
@@ -20,7 +20,7 @@ from regrow_runtime.basis import (
     sign_rows,
     signs,
 )
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 # seed, role, vector, layer, the first signs, the sum of the first 10,000
 VECTORS = [
@@ -49,7 +49,7 @@ def test_locations():
 
 def test_locations_come_in_the_order_of_the_words():
     """As the definition has it: one word at a time, repeats dropped."""
-    from regrow_runtime.philox import key_of, philox4x32
+    from regrow_format.philox import key_of, philox4x32
 
     words = philox4x32(np.arange(400), 0, Role.FOURIER_LOCATIONS, 3, key_of(9)).reshape(-1)
     expected = list(dict.fromkeys(int(w) * 77 >> 32 for w in words))

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from regrow_format.manifest import SeededSpec
+from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Bundle, MismatchError, RegrowError, Target, UsageError
-from regrow_runtime.manifest import SeededSpec
-from regrow_runtime.methods import get_method
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LINEAR = ("nola", "vera", "lora", "fourierft")

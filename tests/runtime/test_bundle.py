@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from regrow_format.methods import get_method
 from regrow_runtime import (
     PROFILES,
     BasisCache,
@@ -21,7 +22,6 @@ from regrow_runtime import (
     Target,
     UsageError,
 )
-from regrow_runtime.methods import get_method
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from regrow_format.files import write_bytes
 from regrow_runtime import Bundle, Profile, RegrowError, UsageError
-from regrow_runtime.files import write_bytes
 from regrow_runtime.store import Store
 
 OPERATIONS = 20_000

@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
+from regrow_format.cache import positions
+from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle, FormatError
-from regrow_runtime.cache import positions
-from regrow_runtime.manifest import Manifest
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from regrow_format.manifest import Checks, Manifest
+from regrow_format.methods import get_method
 from regrow_runtime import (
     BasisCache,
     Bundle,
@@ -20,8 +22,6 @@ from regrow_runtime import (
     UsageError,
 )
 from regrow_runtime.checks import Prober
-from regrow_runtime.manifest import Checks, Manifest
-from regrow_runtime.methods import get_method
 from regrow_runtime.slots import Resident
 
 KNOWN = "0123456789abcdef"

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Coefficients, Probe, Target
-from regrow_runtime.methods import get_method
 
 MAIN = "from regrow_toolchain.cli import main; main()"
 EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL")

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regrow_runtime.basis import locations, signs
-from regrow_runtime.methods.fourierft import _delta
-from regrow_runtime.mt19937 import permutation_head, uniform_kaiming
-from regrow_runtime.philox import philox4x32
+from regrow_format.basis import locations, signs
+from regrow_format.methods.fourierft import _delta
+from regrow_format.mt19937 import permutation_head, uniform_kaiming
+from regrow_format.philox import philox4x32
 
 DOCS = Path(__file__).parents[2] / "docs"
 BASIS = (DOCS / "basis.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ MEASURE = """
 import sys
 import numpy as np
 from regrow_runtime import Adapter, BasisCache, Coefficients, Target
-from regrow_runtime.methods import get_method
+from regrow_format.methods import get_method
 
 def rss(kind):
     for line in open('/proc/self/status'):

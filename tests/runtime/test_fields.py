@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow_runtime.errors import FormatError
-from regrow_runtime.fields import Fields, dump_json, parse_json
+from regrow_format.errors import FormatError
+from regrow_format.fields import Fields, dump_json, parse_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

@@ -10,9 +10,9 @@ import tracemalloc
 import pytest
 from safetensors import SafetensorError
 
-from regrow_runtime import files
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.files import check_output, new_folder, read_bytes, sha256_file, write_bytes
+from regrow_format import files
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.files import check_output, new_folder, read_bytes, sha256_file, write_bytes
 
 
 def _fill(folder, text="new"):

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Target
-from regrow_runtime.basis import BasisCache, BasisSpec, locations
-from regrow_runtime.errors import FormatError, RegrowError
-from regrow_runtime.methods import fourierft, get_method
-from regrow_runtime.mt19937 import permutation_head
+from regrow_format.adapter import Adapter, Target
+from regrow_format.basis import BasisCache, BasisSpec, locations
+from regrow_format.errors import FormatError, RegrowError
+from regrow_format.methods import fourierft, get_method
+from regrow_format.mt19937 import permutation_head
 
 # Two shapes, both widths odd or even once; in file order.
 TARGETS = (Target("a", 9, 6), Target("b", 8, 5), Target("c", 9, 6))

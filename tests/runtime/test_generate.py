@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regrow_format.basis import BasisCache
+from regrow_format.methods import get_method
+from regrow_format.philox import philox4x32
 from regrow_runtime import RegrowError, Target, UsageError
-from regrow_runtime.basis import BasisCache
 from regrow_runtime.generate import choose
-from regrow_runtime.methods import get_method
-from regrow_runtime.philox import philox4x32
 
 LM_TARGETS = (Target("value", 8, 8),)
 PROMPTS = ([3, 1, 4], [1, 5, 9, 2, 6], [7])

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regrow_format.errors import FormatError, MismatchError
 from regrow_runtime import Probe, RegrowError, Validated
-from regrow_runtime.errors import FormatError, MismatchError
 from regrow_runtime.store import Store
 
 SCRIPT = Path(__file__).parent / "hostile_files.py"

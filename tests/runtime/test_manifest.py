@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.manifest import (
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.manifest import (
     ExpanderSpec,
     Manifest,
     SeededSpec,

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Coefficients, Target
-from regrow_runtime.basis import BasisCache, signs
-from regrow_runtime.errors import FormatError, RegrowError
-from regrow_runtime.methods import METHODS, get_method
+from regrow_format.adapter import Adapter, Coefficients, Target
+from regrow_format.basis import BasisCache, signs
+from regrow_format.errors import FormatError, RegrowError
+from regrow_format.methods import METHODS, get_method
 
 INTEGERS = ["int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 

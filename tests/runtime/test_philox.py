@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow_runtime.errors import UsageError
-from regrow_runtime.philox import check_seed, key_of, philox4x32
+from regrow_format.errors import UsageError
+from regrow_format.philox import check_seed, key_of, philox4x32
 
 ONES = 0xFFFFFFFF
 

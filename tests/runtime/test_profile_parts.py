@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_runtime import UsageError
-from regrow_runtime.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_toolchain.config import ProfileConfig
 from regrow_toolchain.measure import EnergyMeter, read_governor, read_load
 from regrow_toolchain.profiling.cases.operators import group, module_of

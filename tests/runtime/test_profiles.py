@@ -73,7 +73,7 @@ def test_reading_a_file_allocates_no_more_than_it_has(python, tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from regrow_runtime.files import read_bytes
+from regrow_format.files import read_bytes
 resource.setrlimit(resource.RLIMIT_DATA, (512 << 20, 512 << 20))
 print(len(read_bytes(Path(sys.argv[1]), limit=1 << 30, what="a file")))
 """

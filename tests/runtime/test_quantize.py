@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from regrow_runtime.adapter import Coefficients
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.quantize import pack, packed_width, quantize, unpack
+from regrow_format.adapter import Coefficients
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.quantize import pack, packed_width, quantize, unpack
 
 SHAPES = npst.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=20)
 

@@ -8,6 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from regrow_format.errors import FormatError
+from regrow_format.manifest import SeededSpec, Slot, StoredWeight
+from regrow_format.methods import METHODS, get_method
 from regrow_runtime import (
     BasisCache,
     BasisSpec,
@@ -17,9 +20,6 @@ from regrow_runtime import (
     Target,
     UsageError,
 )
-from regrow_runtime.errors import FormatError
-from regrow_runtime.manifest import SeededSpec, Slot, StoredWeight
-from regrow_runtime.methods import METHODS, get_method
 from regrow_runtime.slots import check_fit, expand
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

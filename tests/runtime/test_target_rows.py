@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow_runtime.errors import FormatError
-from regrow_runtime.target_rows import Target, target_rows, targets_of
+from regrow_format.errors import FormatError
+from regrow_format.target_rows import Target, target_rows, targets_of
 
 PARTS = st.sampled_from(["0", "1", "2", "9", "10", "11", "007", "h", "q", "猫", "*", "1²", "٣", ""])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)

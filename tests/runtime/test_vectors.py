@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from regrow_format.methods import METHODS, get_method
+from regrow_format.mt19937 import permutation_head, uniform_kaiming
+from regrow_format.philox import philox4x32
+from regrow_format.quantize import pack, unpack
 from regrow_runtime import Adapter, BasisCache, locations, sign_bits, signs
-from regrow_runtime.methods import METHODS, get_method
-from regrow_runtime.mt19937 import permutation_head, uniform_kaiming
-from regrow_runtime.philox import philox4x32
-from regrow_runtime.quantize import pack, unpack
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter, Coefficients, Target
-from regrow_runtime.basis import BasisCache, BasisSpec, signs
-from regrow_runtime.errors import FormatError, RegrowError
-from regrow_runtime.methods import get_method, vera
-from regrow_runtime.mt19937 import uniform_kaiming
+from regrow_format.adapter import Adapter, Coefficients, Target
+from regrow_format.basis import BasisCache, BasisSpec, signs
+from regrow_format.errors import FormatError, RegrowError
+from regrow_format.methods import get_method, vera
+from regrow_format.mt19937 import uniform_kaiming
 
 # Widths that differ both ways, none a multiple of 8; in file order.
 TARGETS = (Target("a", 13, 9), Target("b", 10, 21), Target("c", 30, 9))

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regrow_runtime.adapter import STORAGE, Adapter, HeadLayer
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import MismatchError, UsageError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import STORAGE, Adapter, HeadLayer
+from regrow_format.basis import BasisCache
+from regrow_format.errors import MismatchError, UsageError
+from regrow_format.methods import get_method
 from regrow_toolchain.adapting import adapt
 from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone, load_backbone

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from regrow_runtime.adapter import Adapter, Coefficients
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Coefficients
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.methods import get_method
 from regrow_toolchain.adapting import Adapted, TrainingStopped, adapt, adapt_users
 from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone, load_backbone

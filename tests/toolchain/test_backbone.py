@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
+from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone, quiet_transformers, save_backbone
 from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig

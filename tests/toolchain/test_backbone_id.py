@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from regrow_runtime.errors import FormatError
+from regrow_format.errors import FormatError
 from regrow_toolchain.backbone_id import backbone_id, stored_tensors
 
 # As in docs/backbone-id.md.

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_runtime import Bundle
-from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_toolchain.adapting import adapt
 from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
 from regrow_toolchain.backbone_id import backbone_id

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.manifest import Manifest
 from regrow_inputs import InputReader, TextPreprocessor
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.manifest import Manifest
 from regrow_toolchain.backbone import load_backbone, save_backbone
 from regrow_toolchain.carried import carry, for_device, made_inputs, read_labels
 from regrow_toolchain.compressing import compress

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter
+from regrow_format.adapter import Adapter
 from regrow_toolchain.adapting import adapt
 from regrow_toolchain.backbone import load_backbone
 from regrow_toolchain.config import AdaptConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.compressing import Compressed, compress
 from regrow_toolchain.config import CompressConfig

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 from regrow_toolchain.adapting import adapt
 from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
 from regrow_toolchain.compressing import compress

@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 
 from regrow_export import ExportSource, export_bundle
+from regrow_format.errors import MismatchError, RegrowError, UsageError
+from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Manifest, Target
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
-from regrow_runtime.methods import get_method
 from regrow_toolchain import converting
 from regrow_toolchain.backbone import load_backbone
 from regrow_toolchain.converting import FORMATS, convert
@@ -205,7 +205,7 @@ def test_a_disk_that_is_full(
         raise OSError(28, "No space left on device")
 
     (tmp_path / "a").write_bytes(b"old")
-    monkeypatch.setattr("regrow_runtime.files.os.replace", full)
+    monkeypatch.setattr("regrow_format.files.os.replace", full)
     with pytest.raises(RegrowError, match="could not be written: No space left on device"):
         convert(_adapter("lora", bundle), bundle, tmp_path / "a", to=to, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

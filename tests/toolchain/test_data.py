@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
+from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.data import (
     Dataset,

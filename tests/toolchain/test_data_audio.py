@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_inputs import InputReader
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.carried import carry, made_inputs
 from regrow_toolchain.data import by_user, load_data

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
+from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.data import Dataset, load_data
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
+from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.data import Dataset, by_user, load_data
 from regrow_toolchain.training import logits_of

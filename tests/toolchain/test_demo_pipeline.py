@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from regrow_format.adapter import Adapter
+from regrow_format.errors import RegrowError, UsageError
 from regrow_inputs import InputReader
 from regrow_runtime import Bundle
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.errors import RegrowError, UsageError
 from regrow_toolchain.backbone import load_backbone
 from regrow_toolchain.config import AdaptConfig, CompressConfig
 from regrow_toolchain.demo import pipeline

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig

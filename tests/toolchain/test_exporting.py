@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from torch import nn
 
 import regrow_toolchain.exporting as exporting
-from regrow_runtime.adapter import Adapter, Coefficients, Target
-from regrow_runtime.errors import UsageError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Coefficients, Target
+from regrow_format.errors import UsageError
+from regrow_format.methods import get_method
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.cli.commands.export import export_command
 

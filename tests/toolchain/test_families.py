@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients, UsageError
-from regrow_runtime.methods import get_method
 from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import (
     Backbone,

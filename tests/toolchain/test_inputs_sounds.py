@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from regrow_format.errors import FormatError
 from regrow_inputs import SoundPreprocessor
-from regrow_runtime.errors import FormatError
 from regrow_toolchain.backbone import quiet_transformers
 
 with quiet_transformers():

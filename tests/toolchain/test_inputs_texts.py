@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from regrow_format.errors import FormatError, UsageError
 from regrow_inputs import TextPreprocessor
-from regrow_runtime.errors import FormatError, UsageError
 from regrow_toolchain.backbone import quiet_transformers
 
 with quiet_transformers():

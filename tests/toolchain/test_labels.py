@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.labels import fit_labels
 

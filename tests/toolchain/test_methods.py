@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_runtime.adapter import STORAGE, Adapter, Coefficients, Head, HeadLayer, Target
-from regrow_runtime.basis import BasisCache, Role, locations, sign_bits, signs
-from regrow_runtime.errors import UsageError
-from regrow_runtime.methods import get_method
-from regrow_runtime.quantize import quantize
+from regrow_format.adapter import STORAGE, Adapter, Coefficients, Head, HeadLayer, Target
+from regrow_format.basis import BasisCache, Role, locations, sign_bits, signs
+from regrow_format.errors import UsageError
+from regrow_format.methods import get_method
+from regrow_format.quantize import quantize
 from regrow_toolchain.methods import METHODS, Trained, combine, get_trainable
 from regrow_toolchain.methods.base import fake_quantize
 from regrow_toolchain.methods.combine import combine_signs, ready_signs
@@ -345,7 +345,7 @@ def test_more_layers_of_a_shared_basis_keep_no_more_of_it() -> None:
 
 _ONE_STEP = """
 import resource, sys, torch
-from regrow_runtime.adapter import Target
+from regrow_format.adapter import Target
 from regrow_toolchain.methods import get_trainable
 torch.set_num_threads(1)
 targets = tuple(Target(f"x{i}", 768, 768) for i in range(4))

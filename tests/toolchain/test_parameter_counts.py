@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import nn
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.errors import FormatError
+from regrow_format.adapter import Target
+from regrow_format.errors import FormatError
 from regrow_toolchain.counting import count_numbers
 from regrow_toolchain.targets import find_targets
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from regrow_export import ExportSource, export_bundle, slot_targets
 from regrow_export.probing import completed, fingerprint, standard_inputs
+from regrow_format.adapter import Adapter
+from regrow_format.methods import get_method
+from regrow_format.philox import philox4x32
 from regrow_runtime import Bundle, Coefficients, MismatchError
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.methods import get_method
-from regrow_runtime.philox import philox4x32
 from regrow_toolchain.adapting import adapt, adapt_users
 from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone

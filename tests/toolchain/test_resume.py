@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from regrow_export.precision import round_weight
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 from regrow_toolchain import adapting
 from regrow_toolchain.adapting import Adapted, TrainingStopped, adapt, adapt_each, adapt_users
 from regrow_toolchain.applying import applied

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow_export.precision import round_weight
 from regrow_export.rounding import rounded_weights
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.compressing import Compressed
 

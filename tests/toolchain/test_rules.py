@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_backbone
 from regrow_toolchain.calibration import first_tensor
 from regrow_toolchain.compressing import compress

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain import factoring, kernels
 from regrow_toolchain.allocation import allocate
 from regrow_toolchain.backbone import Backbone

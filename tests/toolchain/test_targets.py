@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.adapter import Target
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.compressing import Compressed
 from regrow_toolchain.structure import block_lists

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.adapting import Adapted, adapt, adapt_users
 from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone

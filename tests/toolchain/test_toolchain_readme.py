@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.manifest import Manifest
+from regrow_format.adapter import Adapter
+from regrow_format.manifest import Manifest
 
 _README = Path(__file__).parents[2] / "toolchain" / "README.md"
 

@@ -14,17 +14,19 @@ import regrow_toolchain
 
 _TOP = Path(__file__).parents[2]
 _PACKAGES = {
+    "regrow_format": _TOP / "runtime" / "regrow_format",
     "regrow_runtime": _TOP / "runtime" / "regrow_runtime",
     "regrow_inputs": _TOP / "runtime" / "regrow_inputs",
     "regrow_export": _TOP / "export" / "regrow_export",
     "regrow_toolchain": _TOP / "toolchain" / "regrow_toolchain",
 }
-# The arrow: toolchain -> export -> inputs -> runtime, never back.
+# The arrow: toolchain -> export -> inputs -> runtime -> format, never back.
 _MAY_IMPORT = {
-    "regrow_runtime": set(),
-    "regrow_inputs": {"regrow_runtime"},
-    "regrow_export": {"regrow_runtime", "regrow_inputs"},
-    "regrow_toolchain": {"regrow_runtime", "regrow_inputs", "regrow_export"},
+    "regrow_format": set(),
+    "regrow_runtime": {"regrow_format"},
+    "regrow_inputs": {"regrow_format", "regrow_runtime"},
+    "regrow_export": {"regrow_format", "regrow_runtime", "regrow_inputs"},
+    "regrow_toolchain": {"regrow_format", "regrow_runtime", "regrow_inputs", "regrow_export"},
 }
 _HEAVY = ("torch", "onnx", "transformers", "numpy", "onnxruntime", "safetensors", "rich", "PIL")
 

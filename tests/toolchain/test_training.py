@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 from regrow_toolchain import training
 from regrow_toolchain.cohort import Augmentation, Cohort
 from regrow_toolchain.data import Dataset

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.adapter import Adapter
+from regrow_format.errors import FormatError, UsageError
 from regrow_toolchain.fitting import Fitting
 from regrow_toolchain.userfiles import SUMMARY, UserFolder, file_name
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.adapting import Adapted, TrainingStopped, adapt, adapt_each, adapt_users
 from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.cohort import Batch

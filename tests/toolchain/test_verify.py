@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regrow_runtime.manifest import Manifest
+from regrow_format.manifest import Manifest
 from regrow_toolchain.adapting import adapt
 from regrow_toolchain.backbone import load_backbone
 from regrow_toolchain.config import AdaptConfig
@@ -79,7 +79,7 @@ def test_a_built_in_adapter_must_be_given_to_be_compared(
 def test_merged_and_another_adapter(room: Path, cli: Callable[..., Any], tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from regrow_runtime.adapter import Adapter
+    from regrow_format.adapter import Adapter
 
     other = replace(Adapter.load(room / "user.safetensors"), user={"name": "other"})
     other.save(tmp_path / "other.safetensors")
@@ -94,7 +94,7 @@ def test_torch_finds_weights_that_were_changed_with_their_hashes(
     """Somebody who changes weights and the manifest too: the outputs at export tell."""
     import json
 
-    from regrow_runtime.files import sha256_file
+    from regrow_format.files import sha256_file
 
     folder = Path(shutil.copytree(room / "fp32", tmp_path / "b"))
     data = np.fromfile(folder / "backbone.onnx.data", np.uint8)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from regrow_runtime.adapter import (
+from regrow_format.adapter import (
     STORAGE,
     Adapter,
     Coefficients,
@@ -30,8 +30,8 @@ from regrow_runtime.adapter import (
     Target,
     Validated,
 )
-from regrow_runtime.basis import PHILOX_SIGN, BasisSpec
-from regrow_runtime.methods import get_method
+from regrow_format.basis import PHILOX_SIGN, BasisSpec
+from regrow_format.methods import get_method
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-6

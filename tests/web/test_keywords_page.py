@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from regrow_export import ExportSource, export_bundle, slot_targets
+from regrow_format.methods import get_method
 from regrow_inputs import SoundPreprocessor, read_wav
 from regrow_runtime import Adapter, Coefficients
-from regrow_runtime.methods import get_method
 
 pytestmark = pytest.mark.slow
 

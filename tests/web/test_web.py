@@ -21,8 +21,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from regrow_export import ExportSource, build_expander, export_bundle, slot_targets
+from regrow_format.methods import get_method
 from regrow_runtime import Adapter, BasisCache, Bundle, Coefficients, Head, HeadLayer, Target
-from regrow_runtime.methods import get_method
 
 pytestmark = pytest.mark.slow
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

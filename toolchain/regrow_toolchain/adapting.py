@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_export.rounding import rounded_weights
-from regrow_runtime.adapter import STORAGE, Adapter, Coefficients, Target, Validated
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.methods import get_method
-from regrow_runtime.philox import check_seed
+from regrow_format.adapter import STORAGE, Adapter, Coefficients, Target, Validated
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.methods import get_method
+from regrow_format.philox import check_seed
 
 from .applying import applied
 from .backbone import Backbone

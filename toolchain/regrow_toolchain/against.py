@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from regrow_export.parity import INT8_SHARE, compare
 from regrow_export.rounding import rounded_weights
 from regrow_export.trace import run_torch
+from regrow_format.adapter import Adapter
+from regrow_format.errors import RegrowError
 from regrow_runtime import Bundle
-from regrow_runtime.adapter import Adapter
 from regrow_runtime.checks import PROBE_FILE, load_tensors
-from regrow_runtime.errors import RegrowError
 
 from .applying import applied
 from .backbone import Backbone, load_backbone

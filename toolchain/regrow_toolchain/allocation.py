@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .rules import Layer
 from .spectrum import Spectrum

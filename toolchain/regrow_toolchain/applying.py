@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_export.targets import widths
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import MismatchError, RegrowError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter
+from regrow_format.basis import BasisCache
+from regrow_format.errors import MismatchError, RegrowError
+from regrow_format.methods import get_method
 
 from .methods import Change, Changes
 from .methods.low_rank import low_rank
@@ -168,7 +168,7 @@ def _replace(
 
 
 def _change(parts: Mapping[str, NDArray[np.float32]], device: torch.device) -> Change:
-    """What a slot with these tensors adds; see `regrow_runtime.methods.base.Expansion`."""
+    """What a slot with these tensors adds; see `regrow_format.methods.base.Expansion`."""
     tensors = {part: torch.from_numpy(np.array(v)).to(device)[None] for part, v in parts.items()}
     if "A" in tensors:
         return partial(low_rank, a=tensors["A"], b=tensors["B"])

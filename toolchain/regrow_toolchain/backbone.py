@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
+from regrow_format.fields import Fields, dump_json, parse_json
+from regrow_format.files import new_folder, read_bytes
+from regrow_format.manifest import MANIFEST
 from regrow_inputs import PREPROCESSOR, ImagePreprocessor
-from regrow_runtime.errors import FormatError, MismatchError, RegrowError, UsageError
-from regrow_runtime.fields import Fields, dump_json, parse_json
-from regrow_runtime.files import new_folder, read_bytes
-from regrow_runtime.manifest import MANIFEST
 
 from .backbone_id import INDEX, backbone_id, memory_id
 from .lowrank import Plan, apply_plan

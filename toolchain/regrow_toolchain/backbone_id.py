@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .data import Dataset
 from .rules import Layer

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.fields import dump_json
+from regrow_format.files import read_bytes
 from regrow_inputs import PREPROCESSOR, ImagePreprocessor, SoundPreprocessor
 from regrow_inputs.extractors import is_sound
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import dump_json
-from regrow_runtime.files import read_bytes
 
 from .backbone import COMPANIONS, Backbone
 from .data.source import arguments

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from regrow_runtime.errors import UsageError
-from regrow_runtime.files import write_bytes
+from regrow_format.errors import UsageError
+from regrow_format.files import write_bytes
 
 __all__ = ["Checkpoint"]
 

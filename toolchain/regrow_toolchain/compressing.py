@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .backbone import Backbone
 from .checkpoint import Checkpoint

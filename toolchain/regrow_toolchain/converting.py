@@ -15,13 +15,13 @@ from zipfile import ZIP_STORED, ZipFile
 import numpy as np
 import onnxruntime
 
-from regrow_runtime import adapter as adapter_file
-from regrow_runtime import manifest as manifest_file
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.basis import BasisCache
-from regrow_runtime.errors import RegrowError, UsageError
-from regrow_runtime.files import check_output, write_bytes
-from regrow_runtime.manifest import Manifest
+from regrow_format import adapter as adapter_file
+from regrow_format import manifest as manifest_file
+from regrow_format.adapter import Adapter
+from regrow_format.basis import BasisCache
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.files import check_output, write_bytes
+from regrow_format.manifest import Manifest
 from regrow_runtime.slots import Feeds, check_fit, expand
 
 __all__ = ["FORMATS", "convert", "dense_tensors"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Target
+from regrow_format.methods import get_method
 
 __all__ = ["count_numbers"]
 

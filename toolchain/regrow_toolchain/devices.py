@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 if TYPE_CHECKING:
     from .config import AdaptConfig, CompressConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .lowrank import LowRankLinear
 from .structure import block_lists

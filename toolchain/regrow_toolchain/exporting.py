@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from regrow_export import ExportSource, Samples, export_bundle, kinds_for
 from regrow_export.targets import check_adapter
-from regrow_runtime.adapter import Adapter, Target
-from regrow_runtime.errors import UsageError
-from regrow_runtime.manifest import Manifest
+from regrow_format.adapter import Adapter, Target
+from regrow_format.errors import UsageError
+from regrow_format.manifest import Manifest
 
 from .backbone import Backbone
 from .carried import for_device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 __all__ = ["need"]
 

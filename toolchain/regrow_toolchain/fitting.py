@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from .applying import Hooks
 from .checkpoint import Checkpoint, State

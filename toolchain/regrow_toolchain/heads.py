@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.adapter import Head, HeadLayer
-from regrow_runtime.errors import RegrowError
+from regrow_format.adapter import Head, HeadLayer
+from regrow_format.errors import RegrowError
 
 from .backbone import Backbone
 

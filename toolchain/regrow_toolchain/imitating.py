@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .backbone import Backbone
 from .config import AdaptConfig, CompressConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .data import Dataset
 

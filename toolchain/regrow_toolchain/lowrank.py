@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from .structure import replace_module
 

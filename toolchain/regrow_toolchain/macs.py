@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 __all__ = ["count_macs", "example_inputs"]
 

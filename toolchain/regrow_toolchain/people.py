@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .backbone import Backbone
 from .config import AdaptConfig

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 
 __all__ = [
     "FUNCTION",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import Probe
+from regrow_format.adapter import Probe
 
 __all__ = ["probe_of"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_export.probing import fingerprint, first_output, standard_inputs
-from regrow_runtime.adapter import Probe
+from regrow_format.adapter import Probe
 
 from .probes import probe_of
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.fields import dump_json
+from regrow_format.errors import RegrowError
+from regrow_format.fields import dump_json
 
 from .backbone import WEIGHTS, Backbone
 from .compressing import Compressed

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 
 from .lowrank import LowRankLinear, Plan, dense_weight, rank_for
 from .structure import block_lists

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import Fields, parse_json
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.fields import Fields, parse_json
+from regrow_format.files import read_bytes
 
 __all__ = ["Pooling", "read_pooling", "with_pooling", "write_pooling"]
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 __all__ = ["check_settings"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from .lowrank import LowRankLinear, finite_weight, pair_of
 

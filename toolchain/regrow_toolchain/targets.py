@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from regrow_export.targets import find_linears, widths
-from regrow_runtime.adapter import Target
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.adapter import Target
+from regrow_format.errors import RegrowError, UsageError
 
 from .layer_names import FUSED, PROJECTIONS, SETS, fused_in, role_of
 from .structure import block_lists, find_head

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from .data import Dataset
 

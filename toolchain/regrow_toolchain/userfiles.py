@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import Fields, dump_json, parse_json
-from regrow_runtime.files import check_output, new_folder, read_bytes, write_bytes
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.fields import Fields, dump_json, parse_json
+from regrow_format.files import check_output, new_folder, read_bytes, write_bytes
 
 from .adapting import Adapted
 

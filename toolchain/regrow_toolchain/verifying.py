@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from regrow_format.adapter import Adapter
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.manifest import MANIFEST, Manifest
 from regrow_runtime import Bundle
-from regrow_runtime.adapter import Adapter
 from regrow_runtime.checks import Check
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.manifest import MANIFEST, Manifest
 
 __all__ = ["Finding", "verify"]
 

@@ -24,14 +24,14 @@ def bandwidth(count: int) -> dict[str, Any]:
 
 
 def signs_in_numpy(vectors: int, entries: int, repeat: int) -> dict[str, float]:
-    from regrow_runtime.basis import sign_bits
+    from regrow_format.basis import sign_bits
 
     return times(lambda: sign_bits(7, 0, vectors, entries), repeat)
 
 
 def expansion_in_numpy(vectors: int, layers: int, width: int, repeat: int) -> dict[str, float]:
-    from regrow_runtime.basis import BasisCache
-    from regrow_runtime.methods import get_method
+    from regrow_format.basis import BasisCache
+    from regrow_format.methods import get_method
 
     adapter = _adapter(vectors, layers, width)
     return times(lambda: get_method("nola").expand(adapter, BasisCache(0)), repeat)
@@ -54,8 +54,8 @@ def expansion_in_onnx(vectors: int, layers: int, width: int, repeat: int) -> dic
 
 
 def _adapter(vectors: int, layers: int, width: int) -> Any:
+    from regrow_format.methods import get_method
     from regrow_runtime import Adapter, Coefficients, Target
-    from regrow_runtime.methods import get_method
 
     targets = tuple(Target(f"layer.{number:02}", width, width) for number in range(layers))
     config = {"k": vectors, "l": vectors, "rank": 8, "c": 1.0, "shared": True}

@@ -153,8 +153,8 @@ class Room:
 
 def adapter_of(backbone: Any, seed: int, k: int) -> Any:
     """NOLA with coefficients drawn at random."""
+    from regrow_format.methods import get_method
     from regrow_runtime import Adapter, Coefficients
-    from regrow_runtime.methods import get_method
     from regrow_toolchain.targets import find_targets
 
     method, draw = get_method("nola"), np.random.default_rng(seed)

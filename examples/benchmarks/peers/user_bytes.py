@@ -72,8 +72,8 @@ def ours(model: Any, name: str, settings: dict[str, Any], patterns: list[str], s
 
 
 def made(model: Any, name: str, settings: dict[str, Any], patterns: list[str], storage: str) -> Any:
+    from regrow_format.methods import get_method
     from regrow_runtime import Adapter, Coefficients
-    from regrow_runtime.methods import get_method
     from regrow_toolchain.targets import find_targets
 
     method, draw = get_method(name), np.random.default_rng(0)
@@ -122,8 +122,8 @@ def peft_file(model: Any, name: str, settings: dict[str, Any], patterns: list[st
 
 def onnx_adapter(model: Any, name: str, settings: dict[str, Any], patterns: list[str]) -> int:
     """Size of ONNX Runtime's own form: the factors, expanded."""
-    from regrow_runtime.basis import BasisCache
-    from regrow_runtime.methods import get_method
+    from regrow_format.basis import BasisCache
+    from regrow_format.methods import get_method
     from regrow_toolchain.converting import FORMATS
 
     adapter = made(model, name, settings, patterns, "fp32")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .base import GraphMethod
 from .bitfit import BitfitGraph

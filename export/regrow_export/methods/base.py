@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from regrow_runtime.adapter import Target
+    from regrow_format.adapter import Target
 
     from ..builder import GraphBuilder
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .rows import scaled_rows
 
 if TYPE_CHECKING:
-    from regrow_runtime.adapter import Target
+    from regrow_format.adapter import Target
 
     from ..builder import GraphBuilder
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regrow_runtime.basis import Role
-from regrow_runtime.errors import UsageError
+from regrow_format.basis import Role
+from regrow_format.errors import UsageError
 
 from .rows import scaled
 from .signs import logical_high, round_keys, words
 
 if TYPE_CHECKING:
-    from regrow_runtime.adapter import Target
+    from regrow_format.adapter import Target
 
     from ..builder import GraphBuilder
 

@@ -1,4 +1,4 @@
-"""NOLA inside a graph; `regrow_runtime.methods.nola` has the definition and the same order of work.
+"""NOLA inside a graph; `regrow_format.methods.nola` has the definition and the same order of work.
 
 With integer codes a factor is 2 (bits x codes) - sum(codes), in exact integers, converted once and
 multiplied once by its scale: the same bits as NumPy's.
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regrow_runtime.basis import Role
+from regrow_format.basis import Role
 
 from .signs import head_rows, round_keys, sign_bits
 
 if TYPE_CHECKING:
-    from regrow_runtime.adapter import Target
+    from regrow_format.adapter import Target
 
     from ..builder import GraphBuilder
 

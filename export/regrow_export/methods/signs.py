@@ -1,4 +1,4 @@
-"""The seeded sign basis in ONNX operators, equal to the bit to `regrow_runtime.basis`.
+"""The seeded sign basis in ONNX operators, equal to the bit to `regrow_format.basis`.
 
 Philox needs unsigned 32 x 32 -> 64 bit products. ONNX Runtime 1.20 multiplies no unsigned integers,
 so products are int64, which wrap to the same bits; only the shift by 32, which must not repeat the

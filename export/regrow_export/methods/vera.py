@@ -1,4 +1,4 @@
-"""VeRA inside a graph; `regrow_runtime.methods.vera` has the definition and the same order of work.
+"""VeRA inside a graph; `regrow_format.methods.vera` has the definition and the same order of work.
 
 A factor is a sign times (a code times its scale): one rounding, then a sign, so the same bits as
 NumPy's.
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from regrow_runtime.basis import Role
+from regrow_format.basis import Role
 
 from .rows import scaled, scaled_rows
 from .signs import head_rows, round_keys, sign_bits
 
 if TYPE_CHECKING:
-    from regrow_runtime.adapter import Target
+    from regrow_format.adapter import Target
 
     from ..builder import GraphBuilder
 

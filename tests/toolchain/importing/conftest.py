@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from regrow_format.errors import RegrowError
+from regrow_format.manifest import FileEntry, GraphSpec, TensorSpec
 from regrow_runtime import Manifest, Slot
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.manifest import FileEntry, GraphSpec, TensorSpec
 from regrow_toolchain.importing import import_peft
 
 ID = "sha256:" + "ab" * 32

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from regrow_format.adapter import STORAGE
 from regrow_runtime import Adapter
-from regrow_runtime.adapter import STORAGE
 from regrow_toolchain.config import ImportConfig
 from regrow_toolchain.importing import import_peft
 

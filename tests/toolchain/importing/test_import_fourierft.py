@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from regrow_format.methods import get_method
+from regrow_format.mt19937 import permutation_head
 from regrow_runtime import Adapter, BasisCache
-from regrow_runtime.methods import get_method
-from regrow_runtime.mt19937 import permutation_head
 from regrow_toolchain.importing import import_peft
 
 Room = Any  # see conftest.py

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 
+from regrow_format.adapter import Adapter
 from regrow_runtime import Bundle, Coefficients, MismatchError
-from regrow_runtime.adapter import Adapter
 from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_backbone
 from regrow_toolchain.exporting import export_backbone
 from regrow_toolchain.importing import import_peft

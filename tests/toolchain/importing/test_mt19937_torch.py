@@ -1,4 +1,4 @@
-"""Every number that `regrow_runtime.mt19937` draws is torch's, to the bit."""
+"""Every number that `regrow_format.mt19937` draws is torch's, to the bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.tuners.vera.model import _kaiming_init
 
-from regrow_runtime.mt19937 import DTYPES, LONG, permutation_head, uniform_kaiming
+from regrow_format.mt19937 import DTYPES, LONG, permutation_head, uniform_kaiming
 
 _SEEDS = [0, 1, 777, 2**31, 2**32 + 5, 2**63 + 12345, 2**64 - 1]
 

@@ -99,7 +99,7 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except Exception as error:
-        from regrow_runtime.errors import RegrowError  # not above: importing it takes a while
+        from regrow_format.errors import RegrowError  # not above: importing it takes a while
 
         if not isinstance(error, RegrowError):
             raise

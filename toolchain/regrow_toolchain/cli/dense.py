@@ -51,7 +51,7 @@ def inspect_dense(
 
 
 def _macs(model: Any, tokens: int) -> int | None:
-    from regrow_runtime.errors import RegrowError
+    from regrow_format.errors import RegrowError
     from regrow_toolchain.macs import count_macs, example_inputs
 
     inputs = example_inputs(model, tokens)

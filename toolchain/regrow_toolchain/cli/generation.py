@@ -39,7 +39,7 @@ def goes_on(bundle: Bundle, out: Path | None) -> bool:
     Raises:
         UsageError: it has none, and nobody asked for its logits.
     """
-    from regrow_runtime.errors import UsageError
+    from regrow_format.errors import UsageError
 
     cached = getattr(bundle.manifest, "cache", None) is not None
     if bundle.manifest.task == "text-generation" and not cached and out is None:

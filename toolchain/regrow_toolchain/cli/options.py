@@ -90,7 +90,7 @@ class _FiniteRange(click.FloatRange):
 
 def check_data(path: Path) -> None:
     """Raise `UsageError` if no data is at `path`: at once, before packages take seconds to load."""
-    from regrow_runtime.errors import UsageError
+    from regrow_format.errors import UsageError
 
     if not path.exists():
         raise UsageError(f"data must be {DATA}; got {path}: no such file")

@@ -174,7 +174,7 @@ def _files(
 
 def _below(path: Path, endings: tuple[str, ...], what: str) -> list[Path]:
     """The file at `path`, or those in and below the folder `path`, sorted."""
-    from regrow_runtime.errors import UsageError
+    from regrow_format.errors import UsageError
 
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)

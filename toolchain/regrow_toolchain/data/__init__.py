@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from ..forms import DATA
 from .dataset import Dataset, by_user, check_samples, split

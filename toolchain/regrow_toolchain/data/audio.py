@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_format.errors import UsageError
 from regrow_inputs import PREPROCESSOR, SoundPreprocessor, read_wav
 from regrow_inputs.extractors import is_sound
 from regrow_inputs.sounds import SOUND_INPUTS, sound_input
-from regrow_runtime.errors import UsageError
 
 from .source import Source
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 
 from .dataset import Dataset
 from .labelling import Labels, labels_of_cells, no_labels

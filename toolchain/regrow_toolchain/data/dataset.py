@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 __all__ = ["Dataset", "by_user", "check_samples", "split"]
 

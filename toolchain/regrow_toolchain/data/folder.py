@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_format.errors import UsageError
 from regrow_inputs import IMAGE_ENDINGS, WAV_ENDINGS, read_image
-from regrow_runtime.errors import UsageError
 
 from .audio import read_sounds
 from .dataset import Dataset

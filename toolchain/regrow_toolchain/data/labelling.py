@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 
 __all__ = ["IGNORED", "Labels", "as_words", "labels_of_array", "labels_of_cells", "no_labels"]
 

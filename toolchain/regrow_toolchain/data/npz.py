@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_format.errors import UsageError
 from regrow_inputs import as_pictures
 from regrow_runtime.arrays import read_arrays
-from regrow_runtime.errors import UsageError
 
 from .dataset import Dataset
 from .labelling import IGNORED, Labels, as_words, labels_of_array, no_labels

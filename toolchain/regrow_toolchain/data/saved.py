@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
+from regrow_format.errors import FormatError, RegrowError, UsageError
 
 from .columns import MAX_ROWS, Table, table_data
 from .dataset import Dataset

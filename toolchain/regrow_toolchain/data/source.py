@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 if TYPE_CHECKING:
     from ..backbone import Backbone

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 
 from .columns import MAX_ROWS, Table, table_data
 from .dataset import Dataset

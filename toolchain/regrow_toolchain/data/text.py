@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.files import read_bytes
 
 from .dataset import Dataset
 from .labelling import IGNORED, no_labels

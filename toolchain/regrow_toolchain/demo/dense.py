@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regrow_format.fields import dump_json
 from regrow_inputs import PREPROCESSOR
-from regrow_runtime.fields import dump_json
 
 from ..backbone import quiet_transformers
 from ..data import Dataset

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.files import check_output, new_folder
-from regrow_runtime.philox import check_seed
+from regrow_format.adapter import Adapter
+from regrow_format.errors import RegrowError
+from regrow_format.files import check_output, new_folder
+from regrow_format.philox import check_seed
 
 from ..adapting import adapt
 from ..applying import applied

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regrow_runtime.adapter import Adapter, Coefficients
-from regrow_runtime.manifest import Manifest
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Adapter, Coefficients
+from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 
 from ..backbone import WEIGHTS
 from ..measure import read_cpu

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.fields import parse_json
-from regrow_runtime.files import read_bytes
-from regrow_runtime.manifest import MANIFEST, Manifest
-from regrow_runtime.methods import get_method
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.fields import parse_json
+from regrow_format.files import read_bytes
+from regrow_format.manifest import MANIFEST, Manifest
+from regrow_format.methods import get_method
 from regrow_toolchain.backbone_id import stored_tensors
 
 if TYPE_CHECKING:

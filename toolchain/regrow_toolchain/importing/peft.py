@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from regrow_runtime.adapter import STORAGE, Adapter, Coefficients, Target
-from regrow_runtime.errors import MismatchError, RegrowError, UsageError
-from regrow_runtime.methods import get_method
-from regrow_runtime.methods.base import Layout
-from regrow_runtime.mt19937 import DTYPES
+from regrow_format.adapter import STORAGE, Adapter, Coefficients, Target
+from regrow_format.errors import MismatchError, RegrowError, UsageError
+from regrow_format.methods import get_method
+from regrow_format.methods.base import Layout
+from regrow_format.mt19937 import DTYPES
 
 from .base import Base, read_base
 from .peft_config import read_config

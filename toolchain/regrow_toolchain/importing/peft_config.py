@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import Fields, parse_json
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.fields import Fields, parse_json
+from regrow_format.files import read_bytes
 
 from .peft_kind import PeftKind
 

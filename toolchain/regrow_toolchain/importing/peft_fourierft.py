@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import BasisSpec
-from regrow_runtime.fields import Fields
-from regrow_runtime.mt19937 import LONG, permutation_head
+from regrow_format.adapter import Target
+from regrow_format.basis import BasisSpec
+from regrow_format.fields import Fields
+from regrow_format.mt19937 import LONG, permutation_head
 
 from .base import Base, Widths
 from .peft_config import Patterns, flag, patterns

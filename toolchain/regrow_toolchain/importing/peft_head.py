@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import Head, HeadLayer
+from regrow_format.adapter import Head, HeadLayer
 from regrow_toolchain.backbone_id import StoredTensor
 
 from .base import Base

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import PHILOX_SIGN, BasisSpec
-from regrow_runtime.fields import Fields
+from regrow_format.adapter import Target
+from regrow_format.basis import PHILOX_SIGN, BasisSpec
+from regrow_format.fields import Fields
 from regrow_toolchain.backbone_id import StoredTensor
 
 from .base import Base, Widths

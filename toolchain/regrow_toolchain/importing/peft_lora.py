@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.errors import FormatError
-from regrow_runtime.fields import Fields
+from regrow_format.adapter import Target
+from regrow_format.errors import FormatError
+from regrow_format.fields import Fields
 
 from .base import Base, Widths
 from .peft_config import MERGE, Patterns, flag, patterns, take_any

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow_runtime.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, UsageError
 from regrow_toolchain.backbone_id import StoredTensor, stored_tensors
 
 from .peft_config import MERGE

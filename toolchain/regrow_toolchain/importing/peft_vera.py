@@ -3,7 +3,7 @@
 PEFT computes W x + lambda_b * (B (lambda_d * (A x))); A [r, widest in] and B [widest out, r] are
 shared, each layer takes their first columns and rows (`peft.tuners.vera`). They are drawn from
 `projection_prng_key`, and saved along or not. What was saved and is what is drawn need not be
-stored: `regrow_runtime.mt19937` draws it again.
+stored: `regrow_format.mt19937` draws it again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import BasisSpec
-from regrow_runtime.errors import FormatError
-from regrow_runtime.fields import Fields
-from regrow_runtime.mt19937 import DTYPES, uniform_kaiming
+from regrow_format.adapter import Target
+from regrow_format.basis import BasisSpec
+from regrow_format.errors import FormatError
+from regrow_format.fields import Fields
+from regrow_format.mt19937 import DTYPES, uniform_kaiming
 
 from .base import Base, Widths
 from .peft_config import flag

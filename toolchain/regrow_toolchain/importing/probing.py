@@ -6,9 +6,9 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from regrow_runtime.adapter import Adapter
-from regrow_runtime.errors import RegrowError
-from regrow_runtime.manifest import MANIFEST
+from regrow_format.adapter import Adapter
+from regrow_format.errors import RegrowError
+from regrow_format.manifest import MANIFEST
 
 from ..probes import probe_of
 from .base import Base

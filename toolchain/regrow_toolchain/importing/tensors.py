@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_runtime.errors import FormatError
+from regrow_format.errors import FormatError
 from regrow_toolchain.backbone_id import StoredTensor
 
 __all__ = ["check_stored", "read_float32"]

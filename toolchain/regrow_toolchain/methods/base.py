@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regrow_runtime.adapter import STORAGE, Target
-from regrow_runtime.basis import BasisSpec
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import STORAGE, Target
+from regrow_format.basis import BasisSpec
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.methods import get_method
 
 __all__ = ["Change", "Changes", "TrainableMethod", "Trained", "fake_quantize", "parse_settings"]
 
@@ -113,7 +113,7 @@ class TrainableMethod(Protocol):
 
 
 def fake_quantize(values: Tensor, storage: str, group: int = 0) -> Tensor:
-    """Round the last dimension as `regrow_runtime.quantize` does; gradients pass straight through.
+    """Round the last dimension as `regrow_format.quantize` does; gradients pass straight through.
 
     The masters stay in full precision (NOLA, arXiv 2310.02556, section 3.3).
     """

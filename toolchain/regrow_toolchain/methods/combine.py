@@ -32,7 +32,7 @@ def combine_signs(coefficients: Tensor, bits: Tensor, entries: int) -> Tensor:
 
     Args:
         coefficients: float [users, targets, k].
-        bits: uint8 [k, ceil(entries / 8)], as `regrow_runtime.basis.sign_bits` gives them, or what
+        bits: uint8 [k, ceil(entries / 8)], as `regrow_format.basis.sign_bits` gives them, or what
             `ready_signs` made of them.
         entries: how many signs of each vector to use.
     """

@@ -1,4 +1,4 @@
-"""FourierFT in training (arXiv 2405.03003); see `regrow_runtime.methods.fourierft`."""
+"""FourierFT in training (arXiv 2405.03003); see `regrow_format.methods.fourierft`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import BasisSpec, locations
-from regrow_runtime.errors import UsageError
+from regrow_format.adapter import Target
+from regrow_format.basis import BasisSpec, locations
+from regrow_format.errors import UsageError
 
 from .base import Changes, Trained, parse_settings
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from regrow_runtime.adapter import Target
+from regrow_format.adapter import Target
 
 from .base import Changes, Trained, parse_settings
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Target
+from regrow_format.methods import get_method
 
 from .base import Changes, Trained, parse_settings
 from .low_rank import check_rank, low_rank

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.errors import UsageError
+from regrow_format.adapter import Target
+from regrow_format.errors import UsageError
 
 __all__ = ["check_rank", "low_rank"]
 

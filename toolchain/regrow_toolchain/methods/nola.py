@@ -1,4 +1,4 @@
-"""NOLA in training (arXiv 2310.02556); the definition stands in `regrow_runtime.methods.nola`."""
+"""NOLA in training (arXiv 2310.02556); the definition stands in `regrow_format.methods.nola`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import Role, sign_bits
-from regrow_runtime.methods.nola import Nola as OnDevice
+from regrow_format.adapter import Target
+from regrow_format.basis import Role, sign_bits
+from regrow_format.methods.nola import Nola as OnDevice
 
 from .base import Changes, Trained, parse_settings
 from .combine import combine_signs, ready_signs

@@ -1,4 +1,4 @@
-"""VeRA in training (arXiv 2310.11454); the definition stands in `regrow_runtime.methods.vera`."""
+"""VeRA in training (arXiv 2310.11454); the definition stands in `regrow_format.methods.vera`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regrow_runtime.adapter import Target
-from regrow_runtime.basis import Role, sign_bits
-from regrow_runtime.errors import UsageError
-from regrow_runtime.methods import get_method
+from regrow_format.adapter import Target
+from regrow_format.basis import Role, sign_bits
+from regrow_format.errors import UsageError
+from regrow_format.methods import get_method
 
 from .base import Changes, Trained, parse_settings
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from regrow_runtime.errors import FormatError, UsageError
-from regrow_runtime.fields import parse_json
-from regrow_runtime.files import read_bytes
+from regrow_format.errors import FormatError, UsageError
+from regrow_format.fields import parse_json
+from regrow_format.files import read_bytes
 
 from .noise import FLOOR, LOUD, judge
 from .record import FORMAT

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from regrow_runtime.errors import FormatError, RegrowError, UsageError
-from regrow_runtime.fields import parse_json
-from regrow_runtime.files import read_bytes
-from regrow_runtime.manifest import Manifest, TensorSpec
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.fields import parse_json
+from regrow_format.files import read_bytes
+from regrow_format.manifest import Manifest, TensorSpec
 
 __all__ = ["Feeds", "has_length", "make_feeds", "probe_length"]
 

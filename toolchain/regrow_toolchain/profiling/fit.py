@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from ..pages.words import GAP, size
 from .limits import memory_limit

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 __all__ = ["Limit", "memory_limit"]
 

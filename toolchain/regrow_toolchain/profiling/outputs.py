@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow_runtime.fields import dump_json
-from regrow_runtime.files import new_folder
+from regrow_format.fields import dump_json
+from regrow_format.files import new_folder
 
 from .page import comparison_page, profile_page
 from .text import comparison_markdown, record_markdown

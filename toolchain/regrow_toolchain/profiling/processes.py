@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import regrow_runtime
-from regrow_runtime.errors import RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 
 __all__ = ["Outcome", "run_case"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from ..config import ProfileConfig
 from ..measure import read_cpu

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from .base import Inputs, Task
 from .classification import Classification

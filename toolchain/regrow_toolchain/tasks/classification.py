@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from ..training import logits_of
 from .base import Inputs

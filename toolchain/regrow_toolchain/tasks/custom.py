@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_runtime.errors import UsageError
+from regrow_format.errors import UsageError
 
 from ..training import outputs_of
 from .base import Inputs

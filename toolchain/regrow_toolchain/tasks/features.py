@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from ..training import features_of
 from .base import Inputs

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_runtime.errors import RegrowError
+from regrow_format.errors import RegrowError
 
 from ..training import logits_of
 from .base import Inputs

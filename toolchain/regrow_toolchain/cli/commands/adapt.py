@@ -101,7 +101,7 @@ def adapt_command(
 
     settings["method_settings"] = parse_pairs(pairs, "--set")
     need("export", "regrow adapt")
-    from regrow_runtime.files import check_output
+    from regrow_format.files import check_output
 
     check_data(data)
     if out.exists() and out.samefile(data):
@@ -146,7 +146,7 @@ def _one(
     keep_anyway: bool,
     resume: bool,
 ) -> dict[str, Any]:
-    from regrow_runtime.errors import RegrowError
+    from regrow_format.errors import RegrowError
     from regrow_toolchain.adapting import adapt
 
     state = _state(out)
@@ -178,7 +178,7 @@ def _state(out: Path) -> Path:
 
 def _check_state(out: Path, resume: bool) -> None:
     """Raise `UsageError` if a state lies there that nobody asked to go on with."""
-    from regrow_runtime.errors import UsageError
+    from regrow_format.errors import UsageError
 
     if _state(out).exists() and not resume:
         raise UsageError(
@@ -191,7 +191,7 @@ def _check_state(out: Path, resume: bool) -> None:
 @contextmanager
 def _last_good(out: Path, keep_anyway: bool) -> Iterator[None]:
     """Write what was good before the loss stopped being a number, and say where."""
-    from regrow_runtime.errors import RegrowError
+    from regrow_format.errors import RegrowError
     from regrow_toolchain.adapting import TrainingStopped
 
     try:

@@ -60,7 +60,7 @@ def compress_command(
     from regrow_toolchain.extras import need
 
     need("export", "regrow compress")
-    from regrow_runtime.files import check_output
+    from regrow_format.files import check_output
 
     check_output(out, force=force, marker="regrow.json")
     state = out.with_name(f"{out.name}.resume")
@@ -103,7 +103,7 @@ def compress_command(
 
 def check_state(state: Path, resume: bool) -> None:
     """Raise `UsageError` if a state lies there that nobody asked to go on with."""
-    from regrow_runtime.errors import UsageError
+    from regrow_format.errors import UsageError
 
     if state.exists() and not resume:
         raise UsageError(

@@ -131,10 +131,10 @@ def export_command(
     from regrow_toolchain.extras import need
 
     need("export", "regrow export")
-    from regrow_runtime.adapter import Adapter
-    from regrow_runtime.files import check_output
-    from regrow_runtime.manifest import MANIFEST
-    from regrow_runtime.methods import METHODS
+    from regrow_format.adapter import Adapter
+    from regrow_format.files import check_output
+    from regrow_format.manifest import MANIFEST
+    from regrow_format.methods import METHODS
 
     if mode != "swappable" and adapter is None:
         raise click.UsageError(f"--mode {mode} builds one adapter in: give it with --adapter")

@@ -40,7 +40,7 @@ def import_command(
     Its layers are compared to the backbone's, and nothing is left out in silence: what regrow
     cannot compute is refused. A classifier in modules_to_save becomes the adapter's head.
     """
-    from regrow_runtime.files import check_output
+    from regrow_format.files import check_output
     from regrow_toolchain.importing import import_peft
 
     check_output(out, force=force)

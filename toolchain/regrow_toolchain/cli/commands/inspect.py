@@ -11,8 +11,8 @@ from regrow_toolchain.cli.options import emit, json_option, layers_options, path
 from regrow_toolchain.cli.tables import score, size, table
 
 if TYPE_CHECKING:
-    from regrow_runtime.adapter import Adapter
-    from regrow_runtime.manifest import Manifest
+    from regrow_format.adapter import Adapter
+    from regrow_format.manifest import Manifest
 
 _SHOWN = 12
 
@@ -40,9 +40,9 @@ def inspect_command(
     """Tell what PATH holds: an adapter file, a bundle, a compressed backbone; or of a dense model
     what `regrow compress` would do to each layer, for which its config.json is enough.
     """
-    from regrow_runtime.adapter import Adapter
-    from regrow_runtime.errors import UsageError
-    from regrow_runtime.manifest import MANIFEST, Manifest
+    from regrow_format.adapter import Adapter
+    from regrow_format.errors import UsageError
+    from regrow_format.manifest import MANIFEST, Manifest
 
     if path.is_file():
         result = _adapter(Adapter.load(path), path)
@@ -110,8 +110,8 @@ def _bundle(manifest: Manifest) -> dict[str, Any]:
 
 
 def _backbone(path: Path) -> dict[str, Any]:
-    from regrow_runtime.fields import parse_json
-    from regrow_runtime.files import read_bytes
+    from regrow_format.fields import parse_json
+    from regrow_format.files import read_bytes
 
     fields = parse_json(
         read_bytes(path / "regrow.json", limit=64 << 20, what="a backbone"), f"{path}/regrow.json"

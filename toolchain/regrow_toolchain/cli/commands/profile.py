@@ -82,8 +82,8 @@ def _profile(
     force: bool,
     as_json: bool,
 ) -> None:
-    from regrow_runtime.files import check_output
-    from regrow_runtime.manifest import Manifest
+    from regrow_format.files import check_output
+    from regrow_format.manifest import Manifest
     from regrow_toolchain.profiling.outputs import write_profile
     from regrow_toolchain.profiling.record import measure_bundle
     from regrow_toolchain.profiling.text import record_lines
@@ -101,7 +101,7 @@ def _profile(
 
 
 def _compare(profiles: tuple[Path, Path], out: Path | None, force: bool, as_json: bool) -> None:
-    from regrow_runtime.files import check_output
+    from regrow_format.files import check_output
     from regrow_toolchain.profiling.compare import compare, read_profile
     from regrow_toolchain.profiling.outputs import write_comparison
     from regrow_toolchain.profiling.text import comparison_lines

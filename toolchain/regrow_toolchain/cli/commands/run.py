@@ -107,8 +107,8 @@ def run_command(
     """
     images, wavs = with_more(images, wavs, more)
     check_choice(arrays, images, wavs, texts, pairs)
+    from regrow_format.files import check_output
     from regrow_runtime import Bundle
-    from regrow_runtime.files import check_output
 
     if out is not None:
         check_output(out, force=force)
@@ -133,7 +133,7 @@ def _write(out: Path, outputs: dict[str, NDArray[Any]]) -> None:
 
     import numpy as np
 
-    from regrow_runtime.files import write_bytes
+    from regrow_format.files import write_bytes
 
     buffer = BytesIO()
     np.savez(buffer, **outputs)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def _accuracy(
 
 
 def _check_labels(labels: NDArray[Any], count: int) -> None:
-    from regrow_runtime.errors import UsageError
+    from regrow_format.errors import UsageError
 
     if labels.shape != (count,):
         raise UsageError(

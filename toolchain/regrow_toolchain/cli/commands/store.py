@@ -174,7 +174,7 @@ def _verify(store: Path, as_json: bool) -> None:
 
     Exits with 1 if one is broken or missing.
     """
-    from regrow_runtime.errors import MismatchError
+    from regrow_format.errors import MismatchError
     from regrow_runtime.store import Store
 
     with Store(store, create=False) as opened:

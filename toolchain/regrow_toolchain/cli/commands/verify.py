@@ -39,7 +39,7 @@ def verify_command(
         from regrow_toolchain.extras import need
 
         need("export", "regrow verify --against")
-    from regrow_runtime.errors import RegrowError
+    from regrow_format.errors import RegrowError
     from regrow_toolchain.verifying import verify
 
     findings = verify(bundle, adapters, against)

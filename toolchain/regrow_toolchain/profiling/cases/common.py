@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
 from regrow_runtime.bundle import PROFILES, Profile
-from regrow_runtime.manifest import Manifest
 
 from ..feeds import Feeds, make_feeds
 

@@ -7,6 +7,7 @@ reads them with it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -54,8 +55,11 @@ def integer_product(
 @cache
 def _session() -> Any:
     """One for the process, made at first use; any number of threads may run it."""
-    import onnxruntime as ort  # not above: whoever imports this module sets its telemetry first
-
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime as ort  # not above: formats are read where it is not installed, too
+    except ImportError:
+        return None
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
