@@ -7,15 +7,15 @@ model), "seeded" (the basis is rebuilt inside the graph). Every bundle is run ag
 it is kept. Importing this module loads neither torch nor onnx; exporting does.
 """
 
-from .accuracy import Samples
 from .bundle import export_bundle
 from .expander import build_expander
+from .measure import Measure
 from .source import ExportSource
 from .targets import find_biased, find_linears, kinds_for, slot_targets
 
 __all__ = [
     "ExportSource",
-    "Samples",
+    "Measure",
     "build_expander",
     "export_bundle",
     "find_biased",

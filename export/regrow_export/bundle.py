@@ -19,14 +19,14 @@ from regrow_format.files import check_output, new_folder, sha256_file
 from regrow_format.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
 from regrow_runtime.slots import HEAD_FILE
 
-from .accuracy import Samples
 from .bundle_expanders import write_expanders
 from .expander import check_graph
 from .extras import quiet, require_export, steady_torch
+from .measure import Measure
 from .precision import check_precision
 from .slot_plan import SlotPlan
 from .source import ExportSource
-from .targets import TARGET_KINDS, check_adapter, head_widths, slot_targets
+from .targets import TARGET_KINDS, check_adapter, head_widths
 
 if TYPE_CHECKING:
     from .modes import Draft
@@ -48,7 +48,7 @@ def export_bundle(
     constants: bool = False,
     precision: str = "fp32",
     inputs: Mapping[str, NDArray[Any]] | None = None,
-    samples: Samples | None = None,
+    measure: Measure | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write a bundle and check it against torch; nothing is left behind if any of it fails.
@@ -70,7 +70,7 @@ def export_bundle(
             those layers' inputs too, as it runs) or "int4"; slots and the rest are fp32.
         inputs: by argument name of `forward`, batch first: what the bundle is checked with.
             Needed for models that optimum does not know, made up for others.
-        samples: inputs with their classes, to measure what `precision` costs in accuracy.
+        measure: how good a model is on samples, to say what `precision` costs.
 
     Raises:
         UsageError: the request makes no sense: unknown targets, an adapter too many or missing.
@@ -87,7 +87,7 @@ def export_bundle(
     require_export()
     source.check()
     if adapter is None:
-        slot_targets(source.model, targets, kinds)
+        plan.target_slots(source, targets)
     else:
         check_adapter(source, adapter)
         if mode == "seeded":
@@ -98,7 +98,7 @@ def export_bundle(
         steady_torch(source.model),
         new_folder(out, marker=MANIFEST, force=force) as folder,
     ):
-        return _export(source, folder, mode, targets, plan, adapter, inputs, precision, samples)
+        return _export(source, folder, mode, targets, plan, adapter, inputs, precision, measure)
 
 
 def _check_request(
@@ -141,16 +141,16 @@ def _export(
     adapter: Adapter | None,
     inputs: Mapping[str, NDArray[Any]] | None,
     precision: str,
-    samples: Samples | None,
+    measure: Measure | None,
 ) -> Manifest:
     from .checking import with_checks
     from .modes import merged, seeded, swappable
 
     if adapter is None:
-        draft = swappable(source, folder, targets, plan, inputs, precision, samples)
+        draft = swappable(source, folder, targets, plan, inputs, precision, measure)
     else:
         make = merged if mode == "merged" else partial(seeded, constants=plan.constants)
-        draft = make(source, folder, adapter, inputs, precision, samples)
+        draft = make(source, folder, adapter, inputs, precision, measure)
     if mode == "swappable" and source.head:
         _write_head(folder, source)
     for path in source.files:
@@ -222,4 +222,5 @@ def _manifest(
         seeded=draft.seeded,
         cache=draft.cache,
         parity=draft.parity,
+        score=draft.score,
     )

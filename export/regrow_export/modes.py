@@ -17,19 +17,20 @@ from regrow_format.adapter import Adapter, Coefficients
 from regrow_format.basis import BasisCache
 from regrow_format.cache import CacheSpec
 from regrow_format.errors import UsageError
-from regrow_format.manifest import SeededSpec, Slot, StoredWeight, TensorSpec
+from regrow_format.manifest import Score, SeededSpec, Slot, StoredWeight, TensorSpec
 from regrow_format.methods import get_method
 
-from .accuracy import Samples, accuracies
 from .blocks import block_weights
 from .bundle_expanders import check_expanders
 from .cache import cache_names
 from .expander import adapter_inputs, graph_storage, splice
 from .feeds import Feeds, expansion_feeds, head_feeds, head_slots, model_head, target_slot
 from .graph import describe, free_deltas, open_slots, opset_of, specs
+from .measure import Measure
 from .merge import merged_model, with_extra
 from .parity import Checker, check_adapter, check_folded, check_slots
 from .rounding import rounded_weights
+from .scoring import scored
 from .slot_inputs import head_tensors, target_tensors
 from .slot_plan import SlotPlan
 from .slots import set_slots, shared_copy, with_slots
@@ -58,6 +59,7 @@ class Draft:
     slots: tuple[Slot, ...] = ()
     seeded: SeededSpec | None = None
     parity: Mapping[str, float] = field(default_factory=dict)
+    score: Score | None = None
     cache: CacheSpec | None = None
 
 
@@ -68,7 +70,7 @@ def swappable(
     plan: SlotPlan,
     inputs: Arrays | None,
     precision: str = "fp32",
-    samples: Samples | None = None,
+    measure: Measure | None = None,
 ) -> Draft:
     """Slots around every target and every layer of the head; nothing fed is the base."""
     own, heads = plan.target_slots(source, targets), plan.head_slots(source, targets)
@@ -91,8 +93,7 @@ def swappable(
         base = partial(run_torch, shared_copy(source.model))
         parity = checker.base(base)
         parity |= check_slots(checker, slotted, slots)
-    parity |= accuracies(checker.deployed, shared_copy(source.model), samples)
-    return _draft(traced, slots, parity)
+    return _draft(traced, slots, parity, _score(checker, source.model, measure))
 
 
 def merged(
@@ -101,7 +102,7 @@ def merged(
     adapter: Adapter,
     inputs: Arrays | None,
     precision: str = "fp32",
-    samples: Samples | None = None,
+    measure: Measure | None = None,
 ) -> Draft:
     """The adapter folded into the weights: a plain graph, compared to the same in slots.
 
@@ -126,8 +127,7 @@ def merged(
             found = checker.against(partial(run_torch, folded), {}, "the adapter")
         effect = check_folded(checker.inputs, base, slotted, folded, feeds)
         parity = {"adapter_max_abs": found, **effect}
-    parity |= accuracies(checker.deployed, folded, samples)
-    return _draft(traced, (), parity)
+    return _draft(traced, (), parity, _score(checker, folded, measure))
 
 
 def seeded(
@@ -136,7 +136,7 @@ def seeded(
     adapter: Adapter,
     inputs: Arrays | None,
     precision: str = "fp32",
-    samples: Samples | None = None,
+    measure: Measure | None = None,
     *,
     constants: bool = False,
 ) -> Draft:
@@ -164,7 +164,7 @@ def seeded(
                 partial(run_torch, slotted), adapter_inputs(other), "another adapter, fed"
             )
     set_slots(slotted, _tensors(adapter, head))
-    parity |= accuracies(checker.deployed, slotted, samples)
+    score = _score(checker, slotted, measure)
     spec = SeededSpec(
         method=adapter.method,
         config=dict(adapter.config),
@@ -172,7 +172,7 @@ def seeded(
         targets=tuple(target.name for target in adapter.targets),
         inputs={name: name for name in fed},
     )
-    return _draft(traced, heads, parity, spec, fed)
+    return _draft(traced, heads, parity, score, spec, fed)
 
 
 def _trace(model: nn.Module, source: ExportSource, folder: Path, inputs: Arrays | None) -> Traced:
@@ -250,6 +250,12 @@ def _another(adapter: Adapter) -> Adapter:
     return replace(adapter, seed=adapter.seed ^ (2**63 + 1), coefficients=coefficients)
 
 
+def _score(checker: Checker, exact: nn.Module, measure: Measure | None) -> Score | None:
+    """What the bundle loses on samples, beside `exact` in fp32."""
+    exact = shared_copy(exact)
+    return scored(checker.deployed, checker.outputs, checker.cache, exact, measure)
+
+
 def _with_sizes(spec: TensorSpec, sizes: Sequence[int]) -> TensorSpec:
     """`spec` with the dimensions after the batch that may not vary as numbers."""
     kept = spec.shape[1 + len(sizes) :]
@@ -260,6 +266,7 @@ def _draft(
     traced: Traced,
     slots: tuple[Slot, ...],
     parity: Mapping[str, float],
+    score: Score | None,
     spec: SeededSpec | None = None,
     fed: Sequence[str] = (),
 ) -> Draft:
@@ -277,5 +284,6 @@ def _draft(
         slots=slots,
         seeded=spec,
         parity=parity,
+        score=score,
         cache=traced.cache,
     )

@@ -25,6 +25,7 @@ __all__ = [
     "FileEntry",
     "GraphSpec",
     "Manifest",
+    "Score",
     "SeededSpec",
     "Slot",
     "StoredWeight",
@@ -162,6 +163,17 @@ class Checks:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What the variant costs on samples: `fp32` is torch's score, `variant` the bundle's."""
+
+    metric: str
+    higher_is_better: bool
+    samples: int
+    fp32: float
+    variant: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`manifest.json`. `parity` holds what was measured against torch at export, by name."""
 
@@ -180,6 +192,7 @@ class Manifest:
     cache: CacheSpec | None = None  # of a causal language model
     expanders: tuple[ExpanderSpec, ...] = ()
     parity: Mapping[str, float] = field(default_factory=dict)
+    score: Score | None = None
     checks: Checks | None = None
 
     def to_json(self) -> str:
@@ -251,6 +264,7 @@ def _parse(fields: Fields) -> Manifest:
         seeded=None if seeded is None else _seeded(seeded),
         expanders=tuple(_expander(part) for part in fields.objects("expanders")),
         parity=_numbers(fields, "parity"),
+        score=_score(fields.optional("score")),
         checks=_checks(fields.optional("checks")),
     )
     fields.done()
@@ -282,6 +296,20 @@ def _check_parts(manifest: Manifest, where: str) -> None:
                 raise FormatError(f"{where}: {slot.target}: its weight must lie in a listed file")
     if len({(slot.target, slot.kind) for slot in manifest.slots}) < len(manifest.slots):
         raise FormatError(f"{where}: slots must be of one kind once for a target")
+
+
+def _score(part: Fields | None) -> Score | None:
+    if part is None:
+        return None
+    score = Score(
+        metric=part.take("metric", str),
+        higher_is_better=part.take("higher_is_better", bool),
+        samples=part.number("samples", 1, 2**53),
+        fp32=part.take("fp32", float),
+        variant=part.take("variant", float),
+    )
+    part.done()
+    return score
 
 
 def _checks(part: Fields | None) -> Checks | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from regrow_export import ExportSource, Samples, export_bundle, find_linears
+from regrow_export import ExportSource, export_bundle, find_linears
 from regrow_export.blocks import block_weights
 from regrow_export.merge import merged_model
 from regrow_export.parity import INT8_SHARE
@@ -387,49 +385,6 @@ def test_the_model_is_not_changed(vit, precision, tmp_path):
     before = {name: value.clone() for name, value in vit.model.state_dict().items()}
     export_bundle(vit, tmp_path / "b", targets=[QUERY], precision=precision)
     assert all(torch.equal(value, before[n]) for n, value in vit.model.state_dict().items())
-
-
-# -- accuracy ------------------------------------------------------------------------------------
-
-
-def test_accuracy_stands_in_the_manifest(vit, precision, tmp_path, run, pixels):
-    rng = np.random.default_rng(8)
-    inputs = {"pixel_values": rng.standard_normal((21, 1, 28, 28)).astype(np.float32)}
-    labels = run_torch(vit.model, inputs)["logits"].argmax(-1)
-    labels[:7] = (labels[:7] + 1) % 10
-    folder = tmp_path / "b"
-    samples = Samples(inputs, labels)
-    export_bundle(vit, folder, targets=[QUERY], precision=precision, samples=samples)
-    parity = json.loads((folder / "manifest.json").read_text())["parity"]
-    assert parity["accuracy_fp32"] == pytest.approx(14 / 21)
-    found = [run(folder, samples.rows(i, 1))["logits"].argmax() for i in range(21)]
-    assert parity["accuracy_variant"] == pytest.approx((np.array(found) == labels).mean())
-
-
-@pytest.mark.parametrize("labels", [np.zeros(2, int), np.zeros((3, 1), int)])
-def test_samples_must_have_a_class_each(labels):
-    with pytest.raises(UsageError, match="samples must be one class per row of every input"):
-        Samples(_X, labels)
-
-
-def test_accuracy_is_of_classes(plain, plain_inputs, tmp_path):
-    inputs = {name: plain_inputs[name] for name in ("x", "gate")}
-    source = replace(plain, model=_Tokens(plain.model).eval(), head=())
-    with pytest.raises(UsageError, match="samples must be left out for a model that gives output"):
-        export_bundle(
-            source, tmp_path / "b", targets=["inner.stem"], inputs=inputs,
-            samples=Samples(inputs, np.zeros(2, int)),
-        )  # fmt: skip
-    assert not (tmp_path / "b").exists()
-
-
-class _Tokens(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self.inner(x, gate)["features"]
 
 
 # -- refused -------------------------------------------------------------------------------------

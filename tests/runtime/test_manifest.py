@@ -94,6 +94,7 @@ def _weight(fixed=True, **fields):
 
 
 SEEDED = {"method": "nola", "config": {}, "storage": "int8", "targets": [], "inputs": {"seed": "s"}}
+SCORE = {"metric": "rmse", "higher_is_better": False, "samples": 9, "fp32": 0.5, "variant": 0.6}
 BROKEN = {
     "version": (_set(format=2), "format must be 1, got 2"),
     "unknown field": (_set(surprise=1), "unknown fields surprise"),
@@ -105,6 +106,10 @@ BROKEN = {
     "labels": (_set(labels=[1]), "labels must be a list of strings"),
     "adapter": (_set(adapter=1), "adapter must be of type str"),
     "parity": (_set(parity={"x": "small"}), "parity: x must be of type float"),
+    "score": (_set(score={"metric": "rmse"}), "score: higher_is_better must be of type bool"),
+    "score number": (_set(score={**SCORE, "fp32": "1"}), "score: fp32 must be of type float, got"),
+    "score samples": (_set(score={**SCORE, "samples": 0}), "samples must be from 1 to"),
+    "score field": (_set(score={**SCORE, "seed": 1}), "score: unknown fields seed"),
     "no graphs": (_set(graphs=[]), "graphs must name at least one"),
     "graph not listed": (_in("graphs", file="other.onnx"), "files must list other.onnx"),
     "graph field": (_in("graphs", surprise=1), "graphs[0]: unknown fields surprise"),

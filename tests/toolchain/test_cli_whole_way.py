@@ -74,13 +74,14 @@ def test_export_in_another_precision(
     manifest = json.loads((out / "manifest.json").read_text())
     assert said["variant"] == manifest["variant"] == precision
     assert said["backbone_id"] == workshop.said["export"].json["backbone_id"]
-    parity = manifest["parity"]
+    score = manifest["score"]
+    assert (score["metric"], score["higher_is_better"]) == ("accuracy", True)
     before = run("run", room / "bundle", "--input", room / "test.npz", "--json").json
-    assert parity["accuracy_fp32"] == pytest.approx(before["accuracy"])
-    assert abs(parity["accuracy_variant"] - parity["accuracy_fp32"]) < 0.1
+    assert score["fp32"] == pytest.approx(before["accuracy"])
+    assert abs(score["variant"] - score["fp32"]) < 0.1
     arguments = ("run", out, "--input", room / "test.npz", "--json", "--adapter")
     after = run(*arguments, room / "mine.safetensors").json
-    assert after["accuracy"] > parity["accuracy_variant"] + 0.2
+    assert after["accuracy"] > score["variant"] + 0.2
 
 
 def test_run_on_arrays_with_labels(workshop: Any, run: Run, tmp_path: Path) -> None:

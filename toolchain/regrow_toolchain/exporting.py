@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from regrow_export import ExportSource, Samples, export_bundle, kinds_for
+from regrow_export import ExportSource, export_bundle, kinds_for
 from regrow_export.targets import check_adapter
 from regrow_format.adapter import Adapter, Target
 from regrow_format.errors import UsageError
@@ -17,8 +17,7 @@ from regrow_format.manifest import Manifest
 from .backbone import Backbone
 from .carried import for_device
 from .data import Dataset
-from .data.dataset import check_samples
-from .labels import fit_labels
+from .scoring import measure_of
 from .targets import find_targets
 
 __all__ = ["export_backbone"]
@@ -56,8 +55,8 @@ def export_backbone(
         inputs: by argument name of the model's forward, samples first: what the model is traced
             and checked with; needed for a plain module, made up for others.
         precision: fp32, fp16, int8 or int4, of the weights of linear layers in blocks.
-        data: samples with the labels of the model (or of the head that is built in), to measure
-            what `precision` costs in accuracy.
+        data: samples to measure what `precision` costs, in the score of their task; classes are
+            those of the model, or of the head that is built in.
         cache: give a causal language model a key-value cache.
     """
     backbone = for_device(backbone)
@@ -72,13 +71,15 @@ def export_backbone(
     )
     if adapter is not None:
         check_adapter(source, adapter)
-    samples = None if data is None else _samples(backbone, adapter, mode, data)
+    built_in = adapter.head if adapter is not None and mode != "swappable" else None
+    labels = built_in.labels if built_in else backbone.labels
+    measure = None if data is None else measure_of(backbone, data, labels)
     if mode != "swappable":
         if methods:
             raise UsageError(f"methods must be left out for mode {mode}: the adapter has its own")
         return export_bundle(
             source, Path(out), mode=mode, targets=list(targets), adapter=adapter,
-            precision=precision, inputs=inputs, samples=samples, force=force,
+            precision=precision, inputs=inputs, measure=measure, force=force,
             fixed_rank=fixed_rank, expanders=expanders, constants=constants,
         )  # fmt: skip
     if adapter is not None and adapter.extra:
@@ -92,20 +93,9 @@ def export_backbone(
     kinds = slots or dict.fromkeys(kind for method in methods for kind in kinds_for(method))
     return export_bundle(
         source, Path(out), targets=names, kinds=list(kinds), precision=precision, inputs=inputs,
-        samples=samples, force=force, fixed_rank=fixed_rank, expanders=expanders,
+        measure=measure, force=force, fixed_rank=fixed_rank, expanders=expanders,
         vera=adapter if "vector" in kinds else None, constants=constants,
     )  # fmt: skip
-
-
-def _samples(backbone: Backbone, adapter: Adapter | None, mode: str, data: Dataset) -> Samples:
-    """The data with labels as outputs of what is exported."""
-    check_samples(data)
-    if data.kind != "classes":
-        raise UsageError(f"data must have classes to measure accuracy, got {data.kind}")
-    built_in = adapter.head if adapter is not None and mode != "swappable" else None
-    labels = built_in.labels if built_in else backbone.labels
-    data, _ = fit_labels(data, labels, "keep", way_out="give other data, or none")
-    return Samples(data.inputs, data.labels)
 
 
 def _names(

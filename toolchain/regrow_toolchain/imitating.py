@@ -21,7 +21,7 @@ from .tasks.features import Distillation
 from .tasks.regression import Regression
 from .training import measured
 
-__all__ = ["Agreement", "compression_task", "imitated", "imitates"]
+__all__ = ["Agreement", "compression_task", "imitated", "imitates", "imitation"]
 
 _FEATURES = "feature-extraction"
 
@@ -64,14 +64,15 @@ def compression_task(config: CompressConfig, data: Dataset, backbone: Backbone) 
     """
     embeds = backbone.task == _FEATURES
     if config.task == "imitation" or (config.task == "auto" and (data.unlabelled or embeds)):
-        return _imitation(backbone)
+        return imitation(backbone)
     if data.unlabelled:
         raise UsageError(f"data must have labels for task {config.task}, got none")
     wanted = AdaptConfig(task=config.task, label_smoothing=config.label_smoothing)
     return choose_task(wanted, data, backbone.task)
 
 
-def _imitation(backbone: Backbone) -> Task:
+def imitation(backbone: Backbone) -> Task:
+    """To give what the model itself gives: its classes, values or embeddings."""
     if backbone.task == "text-generation":
         raise UsageError("task must be causal-lm for a language model, got imitation")
     if backbone.task == _FEATURES or not backbone.labels:

@@ -195,13 +195,15 @@ def check_loss(loss: Tensor, step: int) -> None:
 
 
 @torch.no_grad()
-def measured(model: nn.Module, task: Task, data: Dataset) -> NDArray[np.float32]:
+def measured(
+    model: nn.Module, task: Task, data: Dataset, batch: int = _PREDICT_BATCH
+) -> NDArray[np.float32]:
     """[samples, m]: what a task's score needs of each sample; on the model's device."""
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = []
-    for start in range(0, len(data), _PREDICT_BATCH):
-        rows = slice(start, start + _PREDICT_BATCH)
+    for start in range(0, len(data), batch):
+        rows = slice(start, start + batch)
         inputs = {name: torch.from_numpy(a[rows]).to(device) for name, a in data.inputs.items()}
         labels = torch.from_numpy(data.labels[rows]).to(device)
         parts.append(task.measure(task.outputs(model, inputs), labels))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["percent", "score", "size", "table"]
+__all__ = ["cost", "percent", "score", "size", "table"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -40,3 +41,12 @@ def score(value: float | None, metric: str) -> str:
     if value is None or math.isnan(value):
         return "no score"
     return percent(value) if "accuracy" in metric else f"{value:.4g}"
+
+
+def cost(found: Mapping[str, Any]) -> str:
+    """What a bundle's precision costs (`score` of its manifest), in words."""
+    better = "higher" if found["higher_is_better"] else "lower"
+    return (
+        f"{found['metric']} ({better} is better): {found['variant']:.6g} of the bundle, "
+        f"{found['fp32']:.6g} of torch in fp32, on {found['samples']} samples"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from regrow_toolchain.cli.options import (
     path_argument,
     targets_option,
 )
-from regrow_toolchain.cli.tables import size
+from regrow_toolchain.cli.tables import cost, size
 
 
 @click.command("export")
@@ -47,7 +48,10 @@ from regrow_toolchain.cli.tables import size
     help="Of the weights of the blocks' linear layers; adapters and the head stay fp32. int8 also "
     "rounds those layers' inputs as it runs.",
 )
-@data_options("Samples with the model's own labels, to measure what --precision costs")
+@data_options(
+    "Samples to measure what --precision costs, in the score of their task: with the model's own "
+    "labels, a language model's texts, or without labels, by the answers in fp32"
+)
 @click.option(
     "--inputs",
     type=click.Path(path_type=Path),
@@ -75,7 +79,8 @@ from regrow_toolchain.cli.tables import size
     type=click.IntRange(min=1),
     metavar="R",
     help="Give all slots fixed shapes, for accelerators that need them: adapters of rank R or "
-    "less, one adapter a batch, classes no more than the backbone's.",
+    "less, one adapter a batch, classes no more than the backbone's. No more than the narrowest "
+    "layer's width.",
 )
 @click.option(
     "--expander",
@@ -158,8 +163,8 @@ def export_command(
         model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
         slots=slots, fixed_rank=fixed_rank, expanders=like, constants=constants,
         precision=precision, inputs=load_inputs(inputs, model) if inputs else made_inputs(model),
-        data=load_data(data, model, text=text, label=label, max_length=max_length)
-        if data else None,
+        data=load_data(data, model, text=text, label=label, max_length=max_length,
+                       labels="optional") if data else None,
         cache=not no_cache, force=force,
     )  # fmt: skip
     result = {
@@ -173,6 +178,7 @@ def export_command(
         "expanders": [expander.file for expander in manifest.expanders],
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "parity": dict(manifest.parity),
+        "score": asdict(manifest.score) if manifest.score else None,
     }
     emit(result, _lines(result), as_json=as_json)
 
@@ -203,12 +209,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
         for name, value in result["parity"].items()
         if name.endswith("_max_abs")
     )
-    cost = []
-    if "accuracy_fp32" in (parity := result["parity"]):
-        exact, found = parity["accuracy_fp32"], parity["accuracy_variant"]
-        cost = [f"accuracy: {found:.3f} of the bundle, {exact:.3f} of torch in fp32"]
     return [
-        *cost,
+        *([cost(result["score"])] if result["score"] else []),
         f"largest difference to torch: {largest}",
         f"wrote {result['out']}: {result['mode']}, {result['variant']}, {size(result['bytes'])}, "
         f"{result['slots']} slots, opset {result['opset']}"

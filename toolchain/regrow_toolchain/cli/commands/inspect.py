@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from regrow_toolchain.cli.options import emit, json_option, layers_options, path_argument
-from regrow_toolchain.cli.tables import score, size, table
+from regrow_toolchain.cli.tables import cost, score, size, table
 
 if TYPE_CHECKING:
     from regrow_format.adapter import Adapter
@@ -103,6 +104,7 @@ def _bundle(manifest: Manifest) -> dict[str, Any]:
         "inputs": {s.name: list(s.shape) for g in manifest.graphs for s in g.inputs},
         "outputs": {s.name: list(s.shape) for g in manifest.graphs for s in g.outputs},
         "parity": dict(manifest.parity),
+        "score": asdict(manifest.score) if manifest.score else None,
         "partitions": dict(manifest.checks.partitions) if manifest.checks else {},
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "targets": [[s.target, s.in_features, s.out_features, s.kind] for s in manifest.slots],
@@ -134,6 +136,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
     for name, value in result.items():
         if name == "bytes":
             lines.append(f"{name:13} {value} ({size(value)})")
+        elif name == "score" and value:
+            lines.append(f"{name:13} {cost(value)}")
         elif name == "validated" and value:
             lines += [
                 f"{name:13} {v['metric']} {score(v['before'], v['metric'])} -> "
