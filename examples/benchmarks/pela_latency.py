@@ -1,12 +1,15 @@
 """How much faster a factored ViT-Base is in ONNX Runtime, in fp32 and in int8.
 
-    python examples/benchmarks/pela_latency.py [--threads 2] [--repeat 60] [--small]
+    python examples/benchmarks/pela_latency.py [--threads 2] [--repeat 60] [--keep FOLDER] [--small]
 
 ViT-Base's sizes with random weights, 197 tokens, batch 1. Variants: dense; factored at ratio 2 and
 3 with the paper's ranks and with ranks that suit kernels; dense and ratio 2 in int8, as regrow
-exports it and as ONNX Runtime's `quantize_dynamic` does. Every model is exported once and timed in
-a process of its own, several times in turns; a variant's latency is the least of its medians, which
-a busy machine disturbs least. Ends in one line of JSON.
+exports it and as ONNX Runtime's `quantize_dynamic` does; and some with a slot at every layer, to
+which nothing is fed. Every model is exported once and timed in a process of its own, several times
+in turns; a variant's latency is the least of its medians, which a busy machine disturbs least.
+`--without-amx` measures a server's processor as one whose int8 products are those of smaller
+machines: the kernel refuses the tiles of AMX to the process, so that ONNX Runtime takes AVX-512's
+or AVX2's products (Linux on x86-64). Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -30,17 +33,38 @@ from regrow_toolchain.exporting import export_backbone
 
 SMALL = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 128}  # fmt: skip
+# Name, ratio, ranks, precision, and whether every layer has a slot.
 VARIANTS = (
-    ("dense", 1.0, "", "fp32"),
-    ("2, paper's ranks", 2.0, "paper", "fp32"),
-    ("2, kernels", 2.0, "kernels", "fp32"),
-    ("3, paper's ranks", 3.0, "paper", "fp32"),
-    ("3, kernels", 3.0, "kernels", "fp32"),
-    ("dense, int8", 1.0, "", "int8"),
-    ("2, kernels, int8", 2.0, "kernels", "int8"),
-    ("dense, quantize_dynamic", 1.0, "", "stock"),
-    ("2, kernels, quantize_dynamic", 2.0, "kernels", "stock"),
+    ("dense", 1.0, "", "fp32", False),
+    ("2, paper's ranks", 2.0, "paper", "fp32", False),
+    ("2, kernels", 2.0, "kernels", "fp32", False),
+    ("3, paper's ranks", 3.0, "paper", "fp32", False),
+    ("3, kernels", 3.0, "kernels", "fp32", False),
+    ("dense, int8", 1.0, "", "int8", False),
+    ("2, kernels, int8", 2.0, "kernels", "int8", False),
+    ("dense, quantize_dynamic", 1.0, "", "stock", False),
+    ("2, kernels, quantize_dynamic", 2.0, "kernels", "stock", False),
+    ("dense, slots", 1.0, "", "fp32", True),
+    ("2, paper's ranks, slots", 2.0, "paper", "fp32", True),
+    ("dense, int8, slots", 1.0, "", "int8", True),
+    ("2, kernels, int8, slots", 2.0, "kernels", "int8", True),
 )
+
+# Refuses AMX (arch_prctl 158, ARCH_REQ_XCOMP_PERM) by a filter of system calls.
+WITHOUT_AMX = """
+import ctypes, errno, struct
+def step(code, yes, no, value): return struct.pack("HBBI", code, yes, no, value)
+program = (step(0x20, 0, 0, 0) + step(0x15, 0, 3, 158) + step(0x20, 0, 0, 16)
+           + step(0x15, 0, 1, 0x1023) + step(0x06, 0, 0, 0x50000 | errno.EPERM)
+           + step(0x06, 0, 0, 0x7fff0000))
+steps = ctypes.create_string_buffer(program, len(program))
+class Program(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(
+        22, 2, ctypes.byref(Program(len(program) // 8, ctypes.addressof(steps))), 0, 0):
+    raise SystemExit("--without-amx needs Linux with filters of system calls")
+"""
 
 
 # A process with nothing but ONNX Runtime in it: median milliseconds, and memory.
@@ -73,19 +97,24 @@ def write_dense(folder: Path, small: bool) -> Path:
     return folder
 
 
-def export(backbone: Backbone, out: Path, precision: str, side: int) -> Path:
-    """The bundle's graph; for `quantize_dynamic`, which fails on empty slots, one without them."""
+def export(backbone: Backbone, out: Path, precision: str, side: int, slots: bool) -> Path:
+    """The graph, made once; `quantize_dynamic` fails on empty slots, and its graph has none."""
     if precision != "stock":
-        export_backbone(backbone, out, precision=precision)
+        if not out.exists():
+            mode = "swappable" if slots else "merged"
+            export_backbone(backbone, out, precision=precision, mode=mode)
         return out / "backbone.onnx"
+    if (out / "stock.onnx").is_file():
+        return out / "stock.onnx"
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     plain, graph = out / "plain.onnx", out / "stock.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Logits(backbone.model), (torch.zeros(1, 3, side, side),), plain, opset_version=18,
+            Logits(backbone.model).eval(), (torch.zeros(1, 3, side, side),), plain,
+            opset_version=18,
             input_names=["pixel_values"], output_names=["logits"], dynamo=False,
         )  # fmt: skip
     kinds = ["MatMul", "Gemm"]
@@ -109,7 +138,8 @@ class Logits(torch.nn.Module):
 
 def in_own_process(graph: Path, args: argparse.Namespace, side: int) -> dict[str, float]:
     numbers = [str(number) for number in (args.threads, args.repeat, side)]
-    command = [sys.executable, "-c", TIMED, str(graph), *numbers]
+    code = WITHOUT_AMX + TIMED if args.without_amx else TIMED
+    command = [sys.executable, "-c", code, str(graph), *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -121,29 +151,29 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--repeat", type=int, default=60, help="runs of a process")
     options.add_argument("--turns", type=int, default=3, help="processes of a variant")
+    options.add_argument("--without-amx", action="store_true", help="products of smaller machines")
+    options.add_argument("--keep", type=Path, help="where exported models are, or will be")
     options.add_argument("--side", type=int, default=224, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.small:
         args.repeat, args.turns, args.side = 3, 1, 32
     with tempfile.TemporaryDirectory() as room:
-        rows = compare(args, Path(room))
+        rows = compare(args, args.keep or Path(room))
     for row in rows:
         print(row)
-    print(json.dumps({"task": "latency", "threads": args.threads, "rows": rows,
-                      "ratios": ratios(rows)}))  # fmt: skip
+    print(json.dumps({"task": "latency", "threads": args.threads, "amx": not args.without_amx,
+                      "rows": rows, "ratios": ratios(rows)}))  # fmt: skip
 
 
 def compare(args: argparse.Namespace, room: Path) -> list[dict[str, Any]]:
     dense = load_backbone(write_dense(room / "dense", args.small))
     made: dict[tuple[float, str], Backbone] = {(1.0, ""): dense}
     rows, graphs = [], []
-    for number, (name, ratio, ranks, precision) in enumerate(VARIANTS):
+    for number, (name, ratio, ranks, precision, slots) in enumerate(VARIANTS):
         if (ratio, ranks) not in made:
-            config = CompressConfig(ratio=ratio, ranks=ranks)
-            small = compress(dense, config=config).backbone
-            made[ratio, ranks] = save_backbone(small, room / f"{ratio:g}-{ranks}")
+            made[ratio, ranks] = factored(dense, room / f"{ratio:g}-{ranks}", ratio, ranks)
         backbone = made[ratio, ranks]
-        graph = export(backbone, room / str(number), precision, args.side)
+        graph = export(backbone, room / str(number), precision, args.side, slots)
         files = [graph, graph.with_name(f"{graph.name}.data")]
         size = sum(f.stat().st_size for f in files if f.is_file())
         graphs.append(graph)
@@ -157,14 +187,20 @@ def compare(args: argparse.Namespace, room: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def factored(dense: Backbone, folder: Path, ratio: float, ranks: str) -> Backbone:
+    if not folder.exists():
+        small = compress(dense, config=CompressConfig(ratio=ratio, ranks=ranks)).backbone
+        save_backbone(small, folder)
+    return load_backbone(folder)
+
+
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Each against its own dense model: fp32, int8 as exported, int8 by quantize_dynamic."""
+    """Each against the dense model of its kind."""
     by = {row["row"]: row for row in rows}
     found = {}
     for name, row in by.items():
-        against = "dense"
-        for ending in (", int8", ", quantize_dynamic"):
-            against = f"dense{ending}" if name.endswith(ending) else against
+        endings = [part for part in ("int8", "quantize_dynamic", "slots") if part in name]
+        against = ", ".join(["dense", *endings])
         if name != against:
             found[name] = {
                 "against": against,

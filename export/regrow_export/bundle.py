@@ -64,7 +64,7 @@ def export_bundle(
             ones; for "swappable" only.
         vera: the adapter whose seed and rank vector slots have.
         expanders: adapters for whose like `expand-<method>.onnx` is written; for "swappable" only.
-        adapter: what is built in; for "merged" and "seeded" only.
+        adapter: what is built in; for "merged", where none is the backbone as it is, and "seeded".
         constants: the seed and the coefficients are no inputs; for "seeded" only.
         precision: of the weights of linear layers in blocks: "fp32", "fp16", "int8" (which rounds
             those layers' inputs too, as it runs) or "int4"; slots and the rest are fp32.
@@ -86,9 +86,9 @@ def export_bundle(
     check_output(out.absolute(), force=force, marker=MANIFEST)
     require_export()
     source.check()
-    if adapter is None:
+    if mode == "swappable":
         plan.target_slots(source, targets)
-    else:
+    elif adapter is not None:
         check_adapter(source, adapter)
         if mode == "seeded":
             check_graph(adapter)
@@ -116,7 +116,11 @@ def _check_request(
             raise UsageError("adapter must be left out for mode swappable; swap it on the device")
         return
     if adapter is None:
-        raise UsageError(f"adapter must be given for mode {mode}, got none")
+        if mode == "seeded":
+            raise UsageError("adapter must be given for mode seeded, got none")
+        if targets:
+            raise UsageError(f"targets must be left out for mode {mode} without an adapter")
+        return
     named = [target.name for target in adapter.targets]
     if targets and sorted(targets) != sorted(named):
         raise UsageError(f"targets must be the adapter's for mode {mode}: leave them out")
@@ -144,10 +148,12 @@ def _export(
     measure: Measure | None,
 ) -> Manifest:
     from .checking import with_checks
-    from .modes import merged, seeded, swappable
+    from .modes import merged, plain, seeded, swappable
 
-    if adapter is None:
+    if mode == "swappable":
         draft = swappable(source, folder, targets, plan, inputs, precision, measure)
+    elif adapter is None:
+        draft = plain(source, folder, inputs, precision, measure)
     else:
         make = merged if mode == "merged" else partial(seeded, constants=plan.constants)
         draft = make(source, folder, adapter, inputs, precision, measure)

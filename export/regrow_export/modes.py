@@ -41,7 +41,7 @@ from .trace import Traced, called_modules, run_torch, trace
 from .variants import check_slot_inputs, store_weights
 from .vera_slots import basis_feeds, share_basis
 
-__all__ = ["Draft", "merged", "seeded", "swappable"]
+__all__ = ["Draft", "merged", "plain", "seeded", "swappable"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -128,6 +128,22 @@ def merged(
         effect = check_folded(checker.inputs, base, slotted, folded, feeds)
         parity = {"adapter_max_abs": found, **effect}
     return _draft(traced, (), parity, _score(checker, folded, measure))
+
+
+def plain(
+    source: ExportSource,
+    folder: Path,
+    inputs: Arrays | None,
+    precision: str = "fp32",
+    measure: Measure | None = None,
+) -> Draft:
+    """The backbone as it is: a plain graph without a slot, compared to torch."""
+    traced = _trace(source.model, source, folder, inputs)
+    _store(source.model, traced, precision)
+    checker = _write(source, folder, "merged", traced, (), precision)
+    with rounded_weights(source.model, precision):
+        parity = checker.base(partial(run_torch, shared_copy(source.model)))
+    return _draft(traced, (), parity, _score(checker, source.model, measure))
 
 
 def seeded(

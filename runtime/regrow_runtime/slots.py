@@ -62,7 +62,7 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
     """
     if manifest.mode == "merged":
         raise UsageError(
-            "bundle must be swappable to take an adapter, got a merged one, which is one adapter "
+            "bundle must be swappable to take an adapter, got a merged one, which is one model "
             "for good: export it with --mode swappable"
         )
     if manifest.seeded and not manifest.seeded.inputs:

@@ -50,7 +50,8 @@ def test_targets_that_cannot_be(refused, names, match):
 def test_requests_that_make_no_sense(refused, plain, adapter_for):
     adapter = adapter_for(plain, ["stem"])
     refused("mode must be one of swappable, merged, seeded, got 'fast'", mode="fast")
-    refused("adapter must be given for mode merged, got none", mode="merged")
+    refused("adapter must be given for mode seeded, got none", mode="seeded")
+    refused("targets must be left out for mode merged", mode="merged", targets=["stem"])
     refused("adapter must be left out for mode swappable", adapter=adapter)
     refused("targets must be the adapter's", mode="merged", adapter=adapter, targets=["pair"])
     refused("targets must name at least one layer", source=replace(plain, head=()))

@@ -13,6 +13,7 @@ from regrow_format.basis import BasisCache
 from regrow_format.errors import UsageError
 from regrow_format.manifest import Manifest
 from regrow_format.methods import get_method
+from regrow_runtime import Bundle
 
 NAMES = [
     "vit.encoder.layer.0.attention.attention.query",
@@ -47,6 +48,24 @@ def test_the_graph_is_a_plain_one(vit, tmp_path, adapter_for):
     model = onnx.load(str(tmp_path / "b" / "backbone.onnx"))
     assert [value.name for value in model.graph.input] == ["pixel_values"]
     assert not any("adapter" in tensor.name for tensor in model.graph.initializer)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_without_an_adapter_it_is_the_backbone(vit, run, tmp_path, adapter_for, precision):
+    manifest = export_bundle(vit, tmp_path / "b", mode="merged", precision=precision)
+    assert (manifest.mode, manifest.adapter, manifest.slots) == ("merged", None, ())
+    assert Manifest.load(tmp_path / "b") == manifest
+    model = onnx.load(str(tmp_path / "b" / "backbone.onnx"))
+    assert [value.name for value in model.graph.input] == ["pixel_values"]
+    x = np.random.default_rng(5).standard_normal((2, 1, 28, 28)).astype(np.float32)
+    with torch.inference_mode():
+        want = vit.model(pixel_values=torch.from_numpy(x)).logits.numpy()
+    share = 1e-5 if precision == "fp32" else 0.2
+    got = run(tmp_path / "b", {"pixel_values": x})["logits"]
+    assert np.abs(got - want).max() < share * np.abs(want).max()
+    bundle = Bundle.open(tmp_path / "b")
+    with pytest.raises(UsageError, match="must be swappable to take an adapter"):
+        bundle.swap(adapter_for(vit, NAMES), name="a")
 
 
 def test_the_adapters_head_replaces_the_models(vit, run, tmp_path, adapter_for, with_head):

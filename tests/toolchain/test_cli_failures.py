@@ -154,7 +154,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (("demo", "-o", "{room}/there"), 2, "(--force replaces it)"),
     (("demo", "-o", "{room}/new", "--seed", str(2**64)), 2, "seed must be"),
     # adapters
-    (_with(_EXPORT, "--mode", "merged"), 2, "--mode merged builds one adapter in"),
+    (_with(_EXPORT, "--mode", "seeded"), 2, "--mode seeded builds one adapter in"),
     (_with(_EXPORT, "--adapter", "{room}/nowhere"), 2, "no such file"),
     (_with(_EXPORT, "--adapter", "{room}/cut.safetensors"), 1, "must be a whole safetensors file"),
     (_with(_EXPORT, "--adapter", "{room}/d.npz"), 1, "must be a whole safetensors file"),
@@ -172,7 +172,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_EXPORT, "--precision", "int2"), 2, "'int2' is not one of 'fp32', 'fp16', 'int8'"),
     (_with(_EXPORT, "--data", "{room}/nowhere.npz"), 2, "no such file"),
     (_with(_EXPORT, "--data", "{room}/beyond.npz"), 2, "labels must be from 0 to 2 as in the"),
-    (_with(_EXPORT, "--data", "{room}/wide.npz"), 1, "samples must be what the model takes, got"),
+    (_with(_EXPORT, "--data", "{room}/wide.npz"), 1, "model must take the data's inputs, got"),
     # looking
     (("inspect", "{room}/nowhere"), 2, "no such file or folder"),
     (("inspect", "{room}/empty"), 2, "a folder with neither"),

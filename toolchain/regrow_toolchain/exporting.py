@@ -76,7 +76,7 @@ def export_backbone(
     measure = None if data is None else measure_of(backbone, data, labels)
     if mode != "swappable":
         if methods:
-            raise UsageError(f"methods must be left out for mode {mode}: the adapter has its own")
+            raise UsageError(f"methods must be left out for mode {mode}, which has no slots")
         return export_bundle(
             source, Path(out), mode=mode, targets=list(targets), adapter=adapter,
             precision=precision, inputs=inputs, measure=measure, force=force,

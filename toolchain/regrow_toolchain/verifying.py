@@ -116,7 +116,8 @@ def _adapter(bundle: Bundle, path: Path) -> Finding:
     if manifest.mode == "merged":
         if adapter.digest() == manifest.adapter:
             return Finding(path.name, "ok", "the adapter that is built in")
-        return Finding(path.name, "failed", "the adapter that is built in must be this one")
+        there = "the adapter that is built in must be this one"
+        return Finding(path.name, "failed", there if manifest.adapter else "none is built in")
     bundle.load(adapter, name=path.name)
     found = bundle.check(path.name)
     bundle.forget(path.name)

@@ -30,9 +30,9 @@ from regrow_toolchain.cli.tables import cost, size
     type=click.Choice(["swappable", "merged", "seeded"]),
     default="swappable",
     show_default=True,
-    help="swappable: adapters come and go. merged: one adapter folded into the weights, a plain "
-    "model, larger by its rank where layers are factored. seeded: one graph that rebuilds an "
-    "adapter's basis from its seed at every run.",
+    help="swappable: adapters come and go. merged: a plain model without slots, one adapter (or "
+    "none) folded into its weights; an adapter makes factored layers larger by its rank. seeded: "
+    "one graph that rebuilds an adapter's basis from its seed at every run.",
 )
 @click.option(
     "--adapter",
@@ -141,8 +141,8 @@ def export_command(
     from regrow_format.manifest import MANIFEST
     from regrow_format.methods import METHODS
 
-    if mode != "swappable" and adapter is None:
-        raise click.UsageError(f"--mode {mode} builds one adapter in: give it with --adapter")
+    if mode == "seeded" and adapter is None:
+        raise click.UsageError("--mode seeded builds one adapter in: give it with --adapter")
     if mode != "swappable" and methods:
         raise click.UsageError(f"--mode {mode} builds one adapter in, of its own method: no --for")
     _check_options(mode, slots, fixed_rank, expanders, constants)
