@@ -54,7 +54,7 @@ def check_flow(run: Callable[[Arrays], object], inputs: Arrays) -> None:
     with _Numbers() as numbers:
         run(inputs)
     for size in (-0.7, 1.9):
-        others = {name: _other(value, size) for name, value in inputs.items()}
+        others = {name: _other(name, value, size) for name, value in inputs.items()}
         with _Numbers() as again:
             try:
                 run(others)
@@ -70,7 +70,14 @@ def check_flow(run: Callable[[Arrays], object], inputs: Arrays) -> None:
             )
 
 
-def _other(value: NDArray[Any], size: float) -> NDArray[Any]:
-    """Other values of the same kind, in reverse order; floats are multiplied by `size`."""
+def _other(name: str, value: NDArray[Any], size: float) -> NDArray[Any]:
+    """Other values of the same kind, in reverse order.
+
+    Floats are multiplied by `size`; where it is above 1, integers but those of masks are halved:
+    smaller ones are tokens and counts too.
+    """
     turned = np.ascontiguousarray(np.flip(value))
-    return (size * turned).astype(value.dtype) if value.dtype.kind == "f" else turned
+    if value.dtype.kind == "f":
+        return (size * turned).astype(value.dtype)
+    halved = value.dtype.kind in "iu" and size > 1 and "mask" not in name
+    return turned // 2 if halved else turned

@@ -83,7 +83,7 @@ def take_out(model: onnx.ModelProto, names: Sequence[str], keep: Collection[str]
         targets = sorted({name.rpartition(".")[0] for name in lost})
         raise RegrowError(
             "targets must be reached by the model's forward pass, got no trace of "
-            f"{', '.join(targets)}; drop them from the targets"
+            f"{', '.join(targets)}; drop them from the targets, or name the head that is used"
         )
     gone = set(names).difference(keep)
     for index in reversed(range(len(graph.initializer))):  # in place: a new list copies weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+
+from regrow_format.errors import RegrowError
 
 from .graph import all_graphs
 
@@ -38,6 +41,9 @@ def partitions(path: Path, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]
 
     Inputs have the sizes of the first sample of `inputs`; slots stay as they are. Empty where this
     ONNX Runtime has no such checker.
+
+    Raises:
+        RegrowError: the disk is full.
     """
     try:
         from onnxruntime.tools.mobile_helpers import usability_checker as checker
@@ -73,8 +79,14 @@ def _fixed(path: Path, inputs: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
             ("disable_prepacking", "1"),
         ):
             options.add_session_config_entry(f"session.{name}", value)
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        try:
+            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        except Exception as error:  # it has opened the graph before: what fails is writing a copy
+            raise RegrowError(
+                "disk must have room for the weights once more while the graph is examined, got "
+                f"{shutil.disk_usage(room).free} bytes free: free space, or write elsewhere"
+            ) from error
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 

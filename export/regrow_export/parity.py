@@ -117,8 +117,9 @@ class Checker:
             together = self.run(self.rows(0, count), feeds, what)
         except RegrowError as error:
             raise RegrowError(
-                f"{error}\n  targets must see the samples of the batch first; a model that puts "
-                "something else first can be exported merged"
+                "targets must see the samples of the batch first to have an adapter each, got a "
+                "model that puts something else first: export it with a fixed rank, which is one "
+                "adapter a batch (--fixed-rank on the command line), or merged"
             ) from error
         worst = 0.0
         for row in range(count):
@@ -214,7 +215,7 @@ def _compare_mean(delta: NDArray[np.float64], want: NDArray[Any], share: float, 
     if not found <= max(share * size, ATOL):  # not so for NaN either
         raise RegrowError(
             f"{what}: ONNX Runtime and torch must agree within {share:g} of the outputs' size, "
-            f"{size:.3g}, got a difference of {found:.3g} (roots of mean squares)"
+            f"{size:.3g}, got a difference of {found:.3g} (roots of mean squares): try fp16 or int4"
         )
 
 

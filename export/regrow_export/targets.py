@@ -189,7 +189,8 @@ def check_adapter(source: ExportSource, adapter: Adapter) -> None:
     if adapter.backbone_id != source.backbone_id:
         raise MismatchError(
             f"adapter must be of this backbone, {source.backbone_id:.19}…, "
-            f"got one of another, {adapter.backbone_id:.19}…"
+            f"got one of another, {adapter.backbone_id:.19}…: export the backbone that it was "
+            "trained on, or train one for this"
         )
     kinds = kinds_for(adapter.method)
     layers = _known(source.model, kinds)

@@ -86,7 +86,7 @@ def trace(
         else:
             traced = _trace_plain(copied, made, path)
         return replace(traced, fixed=_fixed_sizes(model, traced.inputs))
-    except RegrowError:
+    except (RegrowError, OSError):  # the latter: files could not be written
         raise
     except Exception as error:  # exporters raise whatever comes up inside the model
         raise _untraced(model, error) from error
@@ -100,7 +100,10 @@ def _untraced(model: nn.Module, error: Exception) -> RegrowError:
             f"{getattr(own, 'model_type', 'one')}, which has both: give package.module:function "
             f"that returns one of them ({_first_line(error)})"
         )
-    return RegrowError(f"the model could not be traced: {_first_line(error)}")
+    return RegrowError(
+        f"model must be one that torch.onnx can trace, got {_first_line(error)}: give "
+        "package.module:function that returns it without what cannot be traced"
+    )
 
 
 def _fixed_sizes(model: nn.Module, made: Arrays) -> dict[str, tuple[int, ...]]:
@@ -247,7 +250,12 @@ def _trace_plain(model: nn.Module, made: Arrays, path: Path) -> Traced:
         opset_version=OPSET, dynamo=False,
     )  # fmt: skip
     graph = onnx.load(str(path))
-    _check_inputs({value.name: made[value.name] for value in graph.graph.input}, names)
+    taken = {value.name for value in graph.graph.input}
+    if unread := [name for name in names if name not in taken]:
+        raise UsageError(
+            f"inputs must be what the outputs depend on, got {', '.join(unread)}, which the traced "
+            "graph does not read: leave it out, or the model decides by its values"
+        )
     return Traced(graph, dict(made), outputs)
 
 

@@ -5,6 +5,7 @@ What only writing needs is imported there: loading it takes longer than loading 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from .errors import FormatError, RegrowError, UsageError
 
 __all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "sync", "write_bytes"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What stands in a file that marks a folder as regrow's.
 _KEYS = {"manifest.json": "backbone_id", "regrow.json": "backbone_id", "report.json": "regrow"}
 
@@ -116,7 +118,10 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
 
     path = Path(path).absolute()
     check_output(path, force=force, marker=marker)
-    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise RegrowError(f"{path} could not be written: {error.strerror or error}") from error
     try:
         fresh = room / "new"
         fresh.mkdir()
@@ -128,6 +133,12 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
         _exchange(fresh, path, room / "old")
     except SafetensorError as error:  # how its writer says that the disk is full
         raise RegrowError(f"{path} could not be written: {error}") from error
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RegrowError(
+            f"{path} could not be written: {error.strerror}: free space, or write elsewhere"
+        ) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
 

@@ -207,6 +207,19 @@ def test_sha256_of_a_file_in_pieces(tmp_path):
     assert sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
+def test_a_full_disk_is_one_error_with_a_way_out(old):
+    with (
+        pytest.raises(RegrowError) as caught,
+        new_folder(old, force=True, marker="manifest.json") as folder,
+    ):
+        _fill_and_raise(folder, OSError(28, "No space left on device"))
+    assert str(caught.value) == (
+        f"{old} could not be written: No space left on device: free space, or write elsewhere"
+    )
+    assert _text(old) == "old"
+    assert os.listdir(old.parent) == ["out"]
+
+
 def test_weights_that_the_disk_does_not_take_are_one_error(old):
     """safetensors' own writer reports a full disk as an error of its own kind."""
     with (
