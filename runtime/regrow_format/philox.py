@@ -59,8 +59,12 @@ def philox_words(
     k0, k1 = key
     for _ in range(_ROUNDS):
         p0, p1 = x0 * _M0, x2 * _M1
-        x0 = (p1 >> _SHIFT) ^ x1 ^ np.uint64(k0)
-        x2 = (p0 >> _SHIFT) ^ x3 ^ np.uint64(k1)
-        x1, x3 = p1 & _LOW, p0 & _LOW
+        x0, x2 = (p1 >> _SHIFT) ^ x1, (p0 >> _SHIFT) ^ x3
+        # In place where the array is new: what is fetched from memory costs more than what is done.
+        x0 ^= np.uint64(k0)
+        x2 ^= np.uint64(k1)
+        p0 &= _LOW
+        p1 &= _LOW
+        x1, x3 = p1, p0
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
     return x0, x1, x2, x3

@@ -81,6 +81,13 @@ def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
 def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int8]:
     """The inverse of `pack`: uint8 [rows, ceil(count * bits / 8)] to int8 [rows, count]."""
     _check_bits(bits)
+    if bits == 4:  # the usual one, in a third of the time
+        pairs = np.empty((*packed.shape, 2), dtype=np.uint8)
+        np.left_shift(packed, 4, out=pairs[..., 0])
+        pairs[..., 1] = packed
+        signed = pairs.view(np.int8).reshape(len(packed), 2 * packed.shape[1])
+        signed >>= 4  # extends signs
+        return np.ascontiguousarray(signed[:, :count])
     codes = np.empty((len(packed), count), dtype=np.int8)
     groups = -(-count // 8)  # eight codes take `bits` bytes, which fit one word
     # Shifts bring a code to the top of a word and back down, which extends its sign.
