@@ -188,18 +188,28 @@ def expand(adapter: Adapter, manifest: Manifest, basis: BasisCache, folder: Path
             if manifest.seeded is None
             else _seeded_feeds(adapter, manifest.seeded.inputs)
         )
-        for name, array in feeds.items():
-            if array.dtype.kind == "f" and not _is_finite(array):
-                raise RegrowError(
-                    f"adapter: {name} must be finite when expanded, its scale is too large"
-                )
+        # Targets are views of few arrays: these are looked at first, and by name only to blame one.
+        wholes = {id(whole): whole for whole in map(_whole, feeds.values())}
+        if not all(map(_is_finite, wholes.values())):
+            for name, array in feeds.items():
+                if not _is_finite(array):
+                    raise RegrowError(
+                        f"adapter: {name} must be finite when expanded, its scale is too large"
+                    )
     if adapter.head is not None:
         for layer in adapter.head.layers:
             feeds.update(_head_feeds(layer, manifest))
     return feeds
 
 
+def _whole(array: NDArray[Any]) -> NDArray[Any]:
+    whole = array.base
+    return whole if isinstance(whole, np.ndarray) and whole.dtype == array.dtype else array
+
+
 def _is_finite(array: NDArray[Any]) -> bool:
+    if array.dtype.kind != "f":
+        return True
     # A finite sum of squares has finite parts only, and takes no array of flags. It may overflow.
     flat = array.reshape(-1)
     return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(array).all())
