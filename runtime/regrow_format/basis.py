@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
-from .integers import integer_product
+from .errors import RegrowError, UsageError
+from .integers import PackedSigns, integer_product
 from .philox import key_of, philox4x32, philox_words
 
 __all__ = [
@@ -40,6 +40,8 @@ _BLOCK_BITS = 128
 _COUNTERS_AT_ONCE = 8192
 # Bytes are widened to float32 a block at a time, 4 MiB.
 _FLOATS_AT_ONCE = 1 << 20
+# Below, to multiply from bits takes less than what to pack them takes.
+_LEAST_PACKED = 1 << 20
 _BITS = (1 << np.arange(8)).astype(np.uint8)[:, None]
 
 
@@ -82,8 +84,8 @@ def _planes(key: tuple[int, int], role: int, layer: int, vectors: int, blocks: r
         for number, word in enumerate(philox_words(block, index, role, layer, key)):
             halved = word.astype(np.uint32)
             for byte in range(4):
-                part = planes[:, number, byte, start : start + index.size]
-                part[:] = halved >> np.uint32(8 * byte)
+                planes[:, number, byte, start : start + index.size] = halved  # its lowest byte
+                halved >>= np.uint32(8)
     return planes.reshape(-1, vectors)
 
 
@@ -155,7 +157,7 @@ def plus_minus(rows: Bits) -> NDArray[np.float32]:
 
 def combine(
     values: NDArray[Any],
-    rows: Iterable[Bits],
+    rows: Iterable[Bits] | PackedSigns,
     entries: int,
     scale: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
@@ -166,20 +168,45 @@ def combine(
 
     Args:
         values: [targets, k], int8 codes or float32.
-        rows: blocks of [some entries, k] as from `sign_rows`.
+        rows: blocks of [some entries, k] as from `sign_rows`; for codes also packed signs.
         entries: how many signs of each vector to use; the blocks may hold more.
         scale: float32 [targets]; 1 if None.
 
     Returns:
         float32 [targets, entries].
     """
+    if isinstance(rows, PackedSigns):
+        return _combine_packed(values, rows, entries, scale)
     total = np.empty((len(values), entries), dtype=np.float32)
+    _sum_blocks(values, rows, total)
+    # Halved, so that the factor of 2, which rounds nothing, joins the scale.
+    total -= values.sum(axis=1, keepdims=True, dtype=np.float32) / 2
+    total *= np.float32(2) if scale is None else 2 * scale[:, None]
+    return total
+
+
+def _combine_packed(
+    values: NDArray[np.int8], signs: PackedSigns, entries: int, scale: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    scale = np.ones(len(values), dtype=np.float32) if scale is None else scale
+    step = max(1, _FLOATS_AT_ONCE // signs.entries)
+    if len(values) <= step and entries == signs.entries:
+        return signs.combine(values, scale)
+    total = np.empty((len(values), entries), dtype=np.float32)
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        total[part] = signs.combine(values[part], scale[part])[:, :entries]
+    return total
+
+
+def _sum_blocks(values: NDArray[Any], rows: Iterable[Bits], total: NDArray[np.float32]) -> None:
+    """Fill `total` [targets, entries] with the sums of values where a bit is 1."""
     product: Callable[[Bits], NDArray[Any]] | None = None
     if values.dtype == np.int8:
         product = integer_product(values)
     if product is None:
         product = _float_product(values.astype(np.float32, copy=False))
-    step = max(128, _FLOATS_AT_ONCE // max(len(values), 1))
+    step, entries = max(128, _FLOATS_AT_ONCE // max(len(values), 1)), total.shape[1]
     start = 0
     for block in rows:
         for first in range(0, len(block), step):
@@ -188,10 +215,6 @@ def combine(
             start += len(part)
         if start == entries:
             break
-    # Halved, so that the factor of 2, which rounds nothing, joins the scale.
-    total -= values.sum(axis=1, keepdims=True, dtype=np.float32) / 2
-    total *= np.float32(2) if scale is None else 2 * scale[:, None]
-    return total
 
 
 def _float_product(values: NDArray[np.float32]) -> Callable[[Bits], NDArray[np.float32]]:
@@ -247,7 +270,7 @@ class BasisCache:
 
     def __init__(self, max_bytes: int = 64 << 20) -> None:
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[Hashable, tuple[NDArray[Any], ...]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()
         self.misses = 0
 
@@ -258,12 +281,13 @@ class BasisCache:
             return self._size()
 
     def _size(self) -> int:
-        return sum(array.nbytes for arrays in self._kept.values() for array in arrays)
+        return sum(part.nbytes for parts in self._kept.values() for part in parts)
 
-    def keep(
-        self, key: Hashable, make: Callable[[], tuple[NDArray[Any], ...]]
-    ) -> tuple[NDArray[Any], ...]:
-        """What `make` gives, from memory if it was made under this key before."""
+    def keep(self, key: Hashable, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `make` gives, from memory if it was made under this key before.
+
+        It is parts that know their `nbytes`: arrays, or packed signs.
+        """
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -280,34 +304,51 @@ class BasisCache:
         """As `sign_bits`, from memory if it is there; its transpose is C-contiguous."""
         key = ("philox-sign", seed, int(role), vectors, entries, layer)
         planes = _all_planes(seed, role, vectors, entries, layer)
-        return self.keep(key, lambda: (_joined(planes, vectors, -(-entries // 8)).T,))[0]
+        bits: Bits = self.keep(key, lambda: (_joined(planes, vectors, -(-entries // 8)).T,))[0]
+        return bits
 
     def rows(
         self, seed: int, role: int, vectors: int, entries: int, *, layer: int = 0
     ) -> Iterator[Bits]:
-        """As `sign_rows`, from memory if it is there.
-
-        Kept is a byte per sign, if that takes a quarter of the cache at most: widening bits takes
-        longer than multiplying. Else it is a bit, if that takes half of the cache at most. Layers
-        with a basis each are many, so theirs are bits.
-        """
-        size = vectors * entries
-        key = ("philox-rows", seed, int(role), vectors, entries, layer)
-        step = max(_BLOCK_BITS, (_COUNTERS_AT_ONCE * _BLOCK_BITS) // max(vectors, 1))
-        if 4 * size <= self.max_bytes and not layer:
-            made = sign_rows(seed, role, vectors, entries, layer=layer)
-            rows = self.keep(key, lambda: (_joined(made, vectors, entries),))[0]
-            step *= 4  # nothing is widened: fewer blocks, fewer calls
-            yield from (rows[start : start + step] for start in range(0, entries, step))
-        elif size <= 4 * self.max_bytes:
-            planes = self.bits(seed, role, vectors, entries, layer=layer).T
-            step //= 8
-            starts = range(0, len(planes), step)
-            yield from (_widened(planes[start : start + step]) for start in starts)
-        else:
+        """As `sign_rows`, from memory if it is there: a bit per sign, if half of it has room."""
+        if vectors * entries > 4 * self.max_bytes:
             with self._lock:
                 self.misses += 1
             yield from sign_rows(seed, role, vectors, entries, layer=layer)
+            return
+        planes = self.bits(seed, role, vectors, entries, layer=layer).T
+        step = max(16, _COUNTERS_AT_ONCE * 16 // max(vectors, 1))
+        for start in range(0, len(planes), step):
+            yield _widened(planes[start : start + step])
+
+    def packed(self, seed: int, role: int, vectors: int, entries: int) -> PackedSigns | None:
+        """The signs ready to be multiplied with codes, a byte per sign, from their second use on.
+
+        To pack them takes as long as to make them, and many bases serve one adapter only. One that
+        serves another is packed then, and is a miss again; from the third use on, a swap is cheap.
+
+        Returns:
+            None at the first use, where ONNX Runtime cannot, and where it does not pay: below a
+            million signs, and above an eighth of what may be kept (to pack takes thrice as much).
+        """
+        key: Hashable = ("philox-packed", seed, int(role), vectors, entries)
+        bits = ("philox-sign", seed, int(role), vectors, entries, 0)
+        with self._lock:
+            again = key in self._kept or bits in self._kept
+        if not again or not _LEAST_PACKED <= vectors * entries <= self.max_bytes // 8:
+            return None
+
+        def pack() -> tuple[PackedSigns, ...]:
+            bits = np.ascontiguousarray(self.bits(seed, role, vectors, entries))
+            signs = np.unpackbits(bits, axis=1, count=entries, bitorder="little").view(np.int8)
+            signs += signs
+            signs -= 1
+            try:
+                return (PackedSigns(signs),)
+            except RegrowError:
+                return ()
+
+        return next(iter(self.keep(key, pack)), None)
 
     def clear(self) -> None:
         """Forget everything: the next use is a cold one."""

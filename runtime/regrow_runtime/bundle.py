@@ -74,8 +74,8 @@ class SwapCost:
     """What a swap cost, in milliseconds and bytes.
 
     `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
-    basis that was in RAM, or without one), "cold" (the basis was rebuilt) or "blend" (made of
-    residents).
+    basis that was in RAM, or without one), "cold" (the basis was rebuilt, or a large one was used
+    for the second time and made ready for further swaps) or "blend" (made of residents).
     """
 
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -272,10 +273,8 @@ def test_threads_share_a_cache():
     assert cache.nbytes <= 60
 
 
-@pytest.mark.parametrize(
-    ("max_bytes", "kept"), [(4 * 12 * 300, 12 * 300), (4 * 12 * 300 - 1, 12 * 38), (899, 0), (0, 0)]
-)
-def test_rows_are_kept_as_bytes_or_as_bits_or_not(max_bytes, kept):
+@pytest.mark.parametrize(("max_bytes", "kept"), [(900, 12 * 38), (899, 0), (0, 0)])
+def test_rows_are_kept_as_bits_or_not(max_bytes, kept):
     cache, expected = BasisCache(max_bytes), _rows(5, 1, 12, 300)
     for uses in (1, 2):
         rows = np.concatenate(list(cache.rows(5, 1, 12, 300)))[:300]
@@ -284,9 +283,100 @@ def test_rows_are_kept_as_bytes_or_as_bits_or_not(max_bytes, kept):
         assert cache.misses == (1 if kept else uses)
 
 
-def test_rows_of_layers_with_a_basis_each_are_kept_as_bits():
-    cache = BasisCache()
-    rows = np.concatenate(list(cache.rows(5, 1, 12, 300, layer=2)))[:300]
+def test_rows_of_layers_with_a_basis_each():
+    rows = np.concatenate(list(BasisCache().rows(5, 1, 12, 300, layer=2)))[:300]
     bits = sign_bits(5, 1, 12, 300, layer=2)
     np.testing.assert_array_equal(rows.T, np.unpackbits(bits, axis=1, bitorder="little")[:, :300])
-    assert cache.nbytes == 12 * 38
+
+
+# -- packed signs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Packs small bases too."""
+    monkeypatch.setattr(basis, "_LEAST_PACKED", 0)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint32)
+
+
+@pytest.mark.parametrize("top", [1, 7, 127])
+@pytest.mark.parametrize(("k", "entries"), [(1, 1), (3, 17), (63, 130), (64, 64), (500, 1001)])
+def test_packed_signs_give_the_same_bits(eager, k, entries, top):
+    cache, draw = BasisCache(), np.random.default_rng(k)
+    codes = draw.integers(-top - 1, top + 1, (5, k)).astype(np.int8)
+    scale = draw.uniform(1e-40, 1e-3, 5).astype(np.float32) * [1, 1, -1, 1e-35, 1e30]
+    scale = scale.astype(np.float32)
+    expected = combine(codes, list(cache.rows(9, 1, k, entries)), entries, scale)
+    packed = cache.packed(9, 1, k, entries)
+    for most in (entries, -(-entries // 2)):
+        found = combine(codes, packed, most, scale)
+        assert found.flags.c_contiguous
+        np.testing.assert_array_equal(_bits(found), _bits(expected[:, :most].copy()))
+
+
+def test_packed_signs_are_exact_at_the_largest_k(eager):
+    cache, k = BasisCache(), 2**16
+    list(cache.rows(4, 1, k, 9))
+    for code in (127, -128):
+        codes = np.full((1, k), code, dtype=np.int8)
+        found = combine(codes, cache.packed(4, 1, k, 9), 9)
+        np.testing.assert_array_equal(found.astype(np.int64), _integers(codes, _rows(4, 1, k, 9)))
+
+
+def test_many_targets_go_through_packed_signs_in_parts(eager, monkeypatch):
+    cache = BasisCache()
+    codes = np.random.default_rng(1).integers(-8, 8, (7, 20)).astype(np.int8)
+    expected = combine(codes, cache.rows(1, 0, 20, 40), 40)
+    packed = cache.packed(1, 0, 20, 40)
+    monkeypatch.setattr(basis, "_FLOATS_AT_ONCE", 80)  # two targets at once
+    np.testing.assert_array_equal(combine(codes, packed, 40), expected)
+
+
+def test_signs_are_packed_at_their_second_use_and_counted():
+    cache, k, entries = BasisCache(), 1024, 1024
+    assert cache.packed(2, 0, k, entries) is None
+    list(cache.rows(2, 0, k, entries))
+    assert (cache.misses, cache.nbytes) == (1, k * entries // 8)
+    packed = cache.packed(2, 0, k, entries)
+    assert (cache.misses, cache.nbytes) == (2, k * entries // 8 + k * entries)
+    assert cache.packed(2, 0, k, entries) is packed
+    assert cache.misses == 2
+    list(cache.rows(2, 0, k, entries - 1))
+    assert cache.packed(2, 0, k, entries - 1) is None  # too few
+    cache.clear()
+    assert cache.packed(2, 0, k, entries) is None
+
+
+def test_signs_that_would_fill_the_cache_are_not_packed(eager):
+    cache = BasisCache(max_bytes=8 * 12 * 300 - 1)
+    list(cache.rows(5, 1, 12, 300))
+    assert cache.packed(5, 1, 12, 300) is None
+
+
+def test_without_onnxruntime_nothing_is_packed(eager, monkeypatch):
+    cache = BasisCache()
+    list(cache.rows(5, 1, 12, 300))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert cache.packed(5, 1, 12, 300) is None
+    assert cache.packed(5, 1, 12, 300) is None
+    assert (cache.misses, cache.nbytes) == (2, 12 * 38)
+
+
+def test_threads_pack_and_multiply_together(eager):
+    cache, k, entries = BasisCache(max_bytes=1 << 20), 50, 200
+    codes = np.random.default_rng(1).integers(-8, 8, (3, k)).astype(np.int8)
+    expected = {s: combine(codes, sign_rows(s, 0, k, entries), entries) for s in range(4)}
+
+    def use(thread: int) -> bool:
+        found = []
+        for step in range(20):
+            seed = (thread + step) % 4
+            signs = cache.packed(seed, 0, k, entries) or cache.rows(seed, 0, k, entries)
+            found.append(np.array_equal(combine(codes, signs, entries), expected[seed]))
+        return all(found)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(use, range(8)))

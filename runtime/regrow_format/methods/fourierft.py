@@ -101,7 +101,8 @@ def _places(adapter: Adapter, target: Target, basis: BasisCache) -> NDArray[np.i
         "philox-sign": lambda: (locations(seed, count, high, wide),),
         "peft-mt19937": lambda: (permutation_head(seed, count, high * wide),),
     }[kind]
-    return basis.keep((kind, "fourierft", seed, count, high, wide), draw)[0]
+    places: NDArray[np.int64] = basis.keep((kind, "fourierft", seed, count, high, wide), draw)[0]
+    return places
 
 
 def _delta(

@@ -8,7 +8,7 @@ The paper's basis entries are uniform; signs serve as well and need no rounding 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from .base import MAX_RANK, Expansion, Layout, Method, check_basis, check_factor
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..basis import BasisCache
+    from ..integers import PackedSigns
 
 __all__ = ["Nola"]
 
@@ -92,9 +93,16 @@ def _factors(
     for index, size in enumerate(entries):
         groups.setdefault((size, 0 if shared else 1 + index), []).append(index)
     found: dict[int, NDArray[np.float32]] = {}
+    longest, packed = max(entries, default=0), None
+    if shared and values.dtype == np.int8:
+        packed = basis.packed(adapter.seed, role, values.shape[1], longest)
     for (size, layer), group in groups.items():
-        longest = max(entries) if shared else size
-        rows = basis.rows(adapter.seed, role, values.shape[1], longest, layer=layer)
         scale = None if part.group else part.scale[group]
-        found.update(zip(group, combine(values[group], rows, size, scale), strict=True))
+        signs: PackedSigns | Iterator[NDArray[np.uint8]]
+        if packed is not None and 2 * size >= longest:  # it multiplies all entries or none
+            signs = packed
+        else:
+            most = longest if shared else size
+            signs = basis.rows(adapter.seed, role, values.shape[1], most, layer=layer)
+        found.update(zip(group, combine(values[group], signs, size, scale), strict=True))
     return found
