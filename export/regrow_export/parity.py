@@ -121,12 +121,14 @@ class Checker:
                 "model that puts something else first: export it with a fixed rank, which is one "
                 "adapter a batch (--fixed-rank on the command line), or merged"
             ) from error
-        worst = 0.0
+        pairs: list[tuple[Arrays, Arrays]] = []
         for row in range(count):
             alone = reference(row, self.rows(row, row + 1))
             part = {name: _own(value, row, alone[name]) for name, value in together.items()}
-            worst = max(worst, self._compare(part, alone, what))
-        return worst
+            pairs.append((part, alone))
+        if self.share is not None:  # a mean: of one number near 0 (CLIP's logits) it says nothing
+            pairs = [_joined(pairs)]
+        return max(self._compare(part, alone, what) for part, alone in pairs)
 
     def change(self, feeds: Arrays, what: str) -> float:
         """Largest |with feeds - without|."""
@@ -153,6 +155,16 @@ def _own(value: NDArray[Any], row: int, alone: NDArray[Any]) -> NDArray[Any]:
     own = value[row : row + 1]
     pairs = alone.shape == (1, 1) and own.shape == (1, len(value))
     return own[:, row : row + 1] if pairs else own
+
+
+def _joined(pairs: Sequence[tuple[Arrays, Arrays]]) -> tuple[Arrays, Arrays]:
+    """The rows of all pairs as one pair."""
+    parts, alone = zip(*pairs, strict=True)
+    both = [
+        {name: np.concatenate([rows[name] for rows in side]) for name in pairs[0][0]}
+        for side in (parts, alone)
+    ]
+    return both[0], both[1]
 
 
 def _open(path: Path, config: Mapping[str, str]) -> ort.InferenceSession:

@@ -100,3 +100,50 @@ def test_names_of_inputs_and_outputs_are_the_models(
     graph = Bundle.open(folder).graph
     assert {spec.name for spec in graph.inputs} >= set(_INPUTS[kind])
     assert graph.outputs[0].name == "logits"
+
+
+@pytest.mark.filterwarnings("default")  # PEFT's own
+def test_what_an_olive_user_types(
+    cli: Callable[..., Any], bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of docs/interchange.md: the same file pair as extract-adapters, PEFT's outputs."""
+    import onnxruntime as ort
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    settings = LoraConfig(
+        r=3, lora_alpha=8, target_modules=["query", "output.dense"], init_lora_weights=False
+    )
+    inputs = _INPUTS["SequenceClassification"]
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    with torch.inference_mode():
+        base = load_backbone(bert_folder).model(**tensors).logits.numpy()
+        tuned = get_peft_model(load_backbone(bert_folder).model, settings).eval()
+        wanted = tuned(**tensors).logits.numpy()
+    tuned.save_pretrained(tmp_path / "PEFT_DIR")
+
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "interchange.md").read_text(encoding="utf-8")
+    typed = page.partition("extract-adapters`, with a PEFT")[2].split("```")[1].splitlines()[1:]
+    assert [line.split()[1] for line in typed] == ["export", "import", "convert"]
+    for line in typed:
+        words = line.replace("MODEL", str(bert_folder)).split()[1:]
+        assert cli(*words).code == 0
+
+    session = ort.InferenceSession("bundle/backbone.onnx", _quiet())
+    adapter = ort.LoraAdapter()
+    adapter.Load("user.onnx_adapter")
+    options = ort.RunOptions()
+    options.add_active_adapter(adapter)
+    found = session.run(["logits"], inputs, options)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(session.run(["logits"], inputs)[0], base, rtol=1e-4, atol=1e-5)
+    assert np.abs(found - base).max() > 1e-3
+
+
+def _quiet() -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return options

@@ -158,6 +158,25 @@ def test_embeddings_by_classes(model: Model, texts: Arrays, tmp_path: Path) -> N
     assert [score.fp32, score.variant] == pytest.approx(want)
 
 
+def test_pictures_beside_texts(model: Model, tmp_path: Path) -> None:
+    """CLIP, by its picture's embedding; its logits are one number a sample, which may be near 0."""
+    picture = {"hidden_size": 35, "num_hidden_layers": 2, "num_attention_heads": 5,
+               "intermediate_size": 45, "image_size": 18, "patch_size": 6}  # fmt: skip
+    text = {**_TEXT, "hidden_size": 30, "eos_token_id": 59, "bos_token_id": 58}
+    settings = {"text_config": text, "vision_config": picture, "projection_dim": 13}
+    backbone = model("CLIPModel", settings)
+    rng = np.random.default_rng(0)
+    inputs = {
+        "input_ids": np.concatenate([rng.integers(1, 58, (4, 6)), np.full((4, 1), 59)], axis=1),
+        "pixel_values": rng.standard_normal((4, 3, 18, 18)).astype(np.float32),
+    }
+    data = Dataset(inputs, np.full(4, -1), named=False)
+    score = _export(backbone, data, tmp_path / "b", precision="int8")
+    assert (score.metric, score.higher_is_better) == ("cosine with fp32", True)
+    assert score.fp32 == pytest.approx(1.0)
+    assert 0.9 < score.variant < 1
+
+
 def test_embeddings_to_a_teachers(model: Model, texts: Arrays, tmp_path: Path) -> None:
     backbone = model("BertModel", _TEXT)
     teacher = np.random.default_rng(2).standard_normal((7, 42)).astype(np.float32)
