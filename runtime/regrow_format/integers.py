@@ -59,13 +59,24 @@ def integer_product(
     session = _session()
     if session is None:
         return None
-    columns = np.ascontiguousarray(codes.T)
+    targets, vectors = codes.shape
+    columns = np.zeros((vectors, _whole_tiles(targets)), dtype=np.int8)
+    columns[:, :targets] = codes.T
 
     def product(ones: NDArray[np.uint8]) -> NDArray[np.int32]:
         found: NDArray[np.int32] = session.run(None, {"a": ones, "b": columns})[0]
-        return found.T
+        return found[:, :targets].T
 
     return product
+
+
+def _whole_tiles(columns: int) -> int:
+    """At least so many, and a multiple of 16.
+
+    On CPUs with AMX, ONNX Runtime 1.21 to 1.24 leaves every 32nd row of a last tile that is not
+    full as it was in memory (its issue 26324).
+    """
+    return -(-columns // 16) * 16
 
 
 class PackedSigns:
@@ -79,7 +90,9 @@ class PackedSigns:
     def __init__(self, signs: NDArray[np.int8]) -> None:
         """Of +1 and -1 [vectors, entries], which are copied; `RegrowError` where that fails."""
         vectors, self.entries = signs.shape
-        self.nbytes = -(-vectors // 64) * 64 * self.entries  # it fills up its tiles
+        missing = _whole_tiles(self.entries) - self.entries
+        signs = np.pad(signs, ((0, 0), (0, missing))) if missing else signs
+        self.nbytes = -(-vectors // 64) * 64 * signs.shape[1]  # it fills up its tiles
         try:
             import onnxruntime as ort
 
@@ -95,7 +108,7 @@ class PackedSigns:
         """float32 [targets, entries] of int8 [targets, vectors]: a sum, exact, times its scale."""
         shifted = codes.view(np.uint8) ^ np.uint8(128)  # plus 128, which is the zero point
         found: NDArray[np.float32] = self._session.run(None, {"a": shifted, "s": scale[:, None]})[0]
-        return found
+        return found[:, : self.entries]
 
 
 def _varint(number: int) -> bytes:

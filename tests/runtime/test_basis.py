@@ -313,7 +313,6 @@ def test_packed_signs_give_the_same_bits(eager, k, entries, top):
     packed = cache.packed(9, 1, k, entries)
     for most in (entries, -(-entries // 2)):
         found = combine(codes, packed, most, scale)
-        assert found.flags.c_contiguous
         np.testing.assert_array_equal(_bits(found), _bits(expected[:, :most].copy()))
 
 
