@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NolaGraph"]
 
+# On CPUs with AMX, ONNX Runtime 1.21 to 1.24 leaves rows of integer products as they were in memory
+# where columns fill no whole tile (its issue 26324).
+_TILE = 16
+
 
 class NolaGraph:
     """Config: as in the runtime, `k`, `l`, `rank`, `c` (inside the scales), `shared`."""
@@ -105,21 +109,26 @@ class _Numbers:
         g = self.g
         codes = g.op("Gather", self.codes, g.integers(*group), axis=0)
         scale = g.op("Gather", self.scale, g.integers(*group), axis=0)
-        sums = g.op("Reshape", self._twice(bits, codes), g.integers(len(group), size))
+        sums = g.op("Reshape", self._twice(bits, codes, group), g.integers(len(group), size))
         exact = g.cast(codes, "int32") if self.integer else codes
         signed = g.op("Sub", sums, g.op("ReduceSum", exact, g.integers(1), keepdims=1))
         if self.integer:
             signed = g.cast(signed, "float32")
         return g.op("Mul", signed, g.op("Unsqueeze", scale, g.integers(1)))
 
-    def _twice(self, bits: str, codes: str) -> str:
+    def _twice(self, bits: str, codes: str, group: Sequence[int]) -> str:
         """Twice the sums of the coefficients whose bit is set, targets first."""
         g = self.g
         if not self.shared:  # [targets, size, k] x [targets, k, 1]
             return self._product(bits, g.op("Unsqueeze", codes, g.integers(2)))
+        missing = -len(group) % _TILE if self.integer else 0
+        if missing:
+            filled = [*group, *[group[0]] * missing]
+            codes = g.op("Gather", self.codes, g.integers(*filled), axis=0)
         columns = g.op("Unsqueeze", g.op("Transpose", codes, perm=[1, 0]), g.integers(0))
         # [1, size, k] x [1, k, targets]
-        return g.op("Transpose", self._product(bits, columns), perm=[0, 2, 1])
+        rows = g.op("Transpose", self._product(bits, columns), perm=[0, 2, 1])
+        return head_rows(g, rows, len(group) + missing, len(group))
 
     def _product(self, bits: str, columns: str) -> str:
         g = self.g
