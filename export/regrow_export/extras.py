@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from regrow_format.errors import RegrowError
+from regrow_inputs.extras import pip_line
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,7 @@ def need(name: str) -> None:
         importlib.import_module(name)
     except ImportError as error:
         raise RegrowError(
-            f"export needs {name}, which could not be imported ({error}); "
-            "pip install 'regrow[export]'"
+            f"export needs {name}, which could not be imported ({error}): {pip_line('export')}"
         ) from error
 
 

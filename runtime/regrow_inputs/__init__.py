@@ -4,7 +4,7 @@
     [(label, probability)] = answer(bundle, reader.sounds(["clip.wav"]))
 
 Sounds need nothing but NumPy; files of pictures need pillow and texts `tokenizers`, which the extra
-`regrow[run]` brings and which are imported when they are needed.
+`run` brings and which are imported when they are needed.
 """
 
 from .answers import answer, mean_embeddings, top_answers

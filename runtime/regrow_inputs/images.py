@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_inputs.extras import pip_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +33,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise RegrowError("images need pillow: pip install 'regrow[run]'") from None
+        raise RegrowError(f"images need pillow: {pip_line('run')}") from None
     return Image
 
 

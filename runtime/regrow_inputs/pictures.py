@@ -1,7 +1,7 @@
 """From pictures to a graph's `pixel_values`, as the bundle's preprocessor_config.json says.
 
 The same code serves training and the device, and its results equal those of transformers' slow
-image processors (tested). Resizing needs pillow, `pip install 'regrow[run]'`; arrays that already
+image processors (tested). Resizing needs pillow, which the extra `run` brings; arrays that already
 have the model's size need nothing but numpy. Processors that would do something else with the same
 fields are refused by their names.
 """

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.fields import Fields, parse_json
 from regrow_format.files import read_bytes
+from regrow_inputs.extras import pip_line
 
 __all__ = ["TOKENIZER", "TextPreprocessor"]
 
@@ -161,7 +162,7 @@ def _tokenizer(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise RegrowError("texts need tokenizers: pip install 'regrow[run]'") from None
+        raise RegrowError(f"texts need tokenizers: {pip_line('run')}") from None
     data = read_bytes(path, limit=_MAX_BYTES, what="a tokenizer")
     try:
         found = Tokenizer.from_buffer(data)

@@ -140,7 +140,7 @@ def test_without_a_command_there_is_help(regrow):
 def test_run_on_a_picture_names_the_extra(regrow, bundle_folder, tmp_path):
     (tmp_path / "x.png").write_bytes(b"any")
     found = regrow("run", bundle_folder, "--image", tmp_path / "x.png")
-    _one_line(found, 1, "images need pillow: pip install 'regrow[run]'")
+    _one_line(found, 1, "images need pillow: ", "[run]")
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -149,10 +149,10 @@ def test_run_on_a_picture_names_the_extra(regrow, bundle_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [
-        (("demo",), "regrow[train]"),
-        (("compress", "x", "-o", "y"), "regrow[export]"),
-        (("adapt", "x", "-o", "y", "--data", "z"), "regrow[export]"),
-        (("export", "x", "-o", "y"), "regrow[export]"),
+        (("demo",), "train"),
+        (("compress", "x", "-o", "y"), "export"),
+        (("adapt", "x", "-o", "y", "--data", "z"), "export"),
+        (("export", "x", "-o", "y"), "export"),
     ],
 )
 def test_a_missing_extra_is_one_pip_line(regrow, arguments, extra):
@@ -160,7 +160,8 @@ def test_a_missing_extra_is_one_pip_line(regrow, arguments, extra):
     assert found.returncode == 1
     lines = found.stderr.splitlines()
     assert lines[-1].startswith(f"regrow: regrow {arguments[0]} needs ")
-    assert lines[-1].endswith(f"pip install '{extra}'")
+    assert ": pip install " in lines[-1]
+    assert f"[{extra}]" in lines[-1]
     assert len(lines) == 1
 
 
@@ -229,6 +230,14 @@ def test_an_output_that_exists(regrow, bundle_folder, arrays, tmp_path):
     assert out.read_bytes() == b"mine"
     assert regrow(*arguments, "--force").returncode == 0
     assert out.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["out", "out.csv", "out.npz.gz"])
+def test_an_output_of_another_ending(regrow, bundle_folder, arrays, tmp_path, name):
+    out = tmp_path / name
+    found = regrow("run", bundle_folder, "--input", arrays, "-o", out)
+    _one_line(found, 2, f"--out must end in .npz, got {out}: such as {out}.npz")
+    assert list(tmp_path.glob("out*")) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

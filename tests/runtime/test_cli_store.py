@@ -109,6 +109,7 @@ def test_a_broken_store_is_told_line_by_line(regrow, files, tmp_path):
         (("add", "S", "ana", "F", "--version", "0"), 2, "0 is not in the range"),
         (("list", "none"), 2, "store must be a folder that `regrow store add` made, got "),
         (("verify", "none"), 2, "no such folder"),
+        (("list", "S", "--user", "bob"), 2, "user must have an adapter in the store, got 'bob'"),
         (("activate", "S", "bob"), 2, "user 'bob' must have an adapter in the store, got none"),
         (("remove", "S", "ana"), 2, "give one of --version and --all"),
         (("remove", "S", "ana", "--version", "1", "--all"), 2, "give one of --version and --all"),
@@ -122,6 +123,14 @@ def test_wrong_usage(regrow, files, tmp_path, arguments, code, text):
     found = regrow("store", *(places.get(word, word) for word in arguments))
     assert (found[0], found[1], len(found[2])) == (code, [], 1)
     assert text in found[2][0]
+
+
+def test_inspect_lists_a_store(regrow, files, tmp_path):
+    store = tmp_path / "store"
+    regrow("store", "add", store, "ana", files[0])
+    assert regrow("inspect", store) == regrow("store", "list", store)
+    found = _json(regrow("inspect", store, "--json"))
+    assert (found["kind"], found["adapters"][0]["user"]) == ("store", "ana")
 
 
 def test_listing_makes_no_store(regrow, tmp_path):

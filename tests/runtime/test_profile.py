@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from regrow_runtime import RegrowError
+
 pytestmark = pytest.mark.slow
 
 MAIN = "from regrow_toolchain.cli import main; main()"
@@ -59,6 +61,12 @@ def profiled(regrow, bundle_folder, files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(profiled):
     return json.loads((profiled[0] / "profile.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def stages_case(bundle_folder) -> dict[str, object]:
+    return {"bundle": str(bundle_folder), "profile": "speed", "batch": 1, "length": None,
+            "threads": 1, "case": "stages", "adapters": []}  # fmt: skip
 
 
 def _one_line(found, code, *texts):
@@ -350,28 +358,62 @@ def test_json_is_the_last_line_and_bad_adapters_go_to_stderr(
         (30_000_000, "numpy", "Importing numpy fails, before any bundle is opened"),
     ],
 )
-def test_limits_that_are_too_small_name_the_stage(bundle_folder, limit, stage, words):
+def test_limits_that_are_too_small_name_the_stage(stages_case, limit, stage, words):
+    """And a limit that would do, which does when it is asked for."""
     from regrow_toolchain.profiling.fit import measure_fit
+    from regrow_toolchain.profiling.processes import run_case
 
-    case = {"bundle": str(bundle_folder), "profile": "speed", "batch": 1, "length": None,
-            "threads": 1, "case": "stages", "adapters": []}  # fmt: skip
-    found = measure_fit(case, limit, STAGES)
+    free = run_case(stages_case).stages
+    found = measure_fit(stages_case, limit, free)
     assert found["fits"] is False
     assert found["stage"] == stage
     assert words in found["answer"]
+    assert f". {found['enough'] // 10**6} MB would do." in found["answer"]
+    again = measure_fit(stages_case, found["enough"], free)
+    assert (again["fits"], again["stage"], again["enough"]) == (True, None, None)
 
 
-def test_the_limit_holds_for_a_bundle_that_is_too_large(bundle_folder, monkeypatch):
+def test_the_limit_holds_for_a_bundle_that_is_too_large(monkeypatch):
     """The worker says which stage it was at when memory ran out."""
     from regrow_toolchain.profiling import fit
     from regrow_toolchain.profiling.processes import Outcome
 
     reached = [{"name": name, "ms": 1.0, "memory": {"data": 10**7}} for name in STAGES[:4]]
+    free = [{"name": name, "ms": 1.0, "memory": {"data": 3 * 10**9}} for name in STAGES]
     failed = {"stage": "open", "message": "out of memory"}
     monkeypatch.setattr(fit, "run_case", lambda *_, **__: Outcome(reached, None, failed))
-    found = fit.measure_fit({}, 10**9, STAGES)
-    assert (found["fits"], found["stage"]) == (False, "open")
+    found = fit.measure_fit({}, 10**9, free)
+    assert (found["fits"], found["stage"], found["enough"]) == (False, "open", None)
     assert "The stage that fails: open" in found["answer"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
+def test_a_bundle_that_does_not_fit_ends_with_1_and_a_report(regrow, bundle_folder, tmp_path):
+    out = tmp_path / "out"
+    found = regrow(
+        "profile", bundle_folder, "-o", out, *SHORT, "--rounds", "1", "--memory-limit", "30MB",
+        "--json",
+    )  # fmt: skip
+    assert found.returncode == 1
+    fit = json.loads(found.stdout.splitlines()[-1])["fit"]
+    assert json.loads((out / "profile.json").read_text(encoding="utf-8"))["fit"] == fit
+    assert (fit["fits"], fit["stage"]) == (False, "numpy")
+    assert found.stderr.splitlines() == [
+        "regrow: bundle must fit in 30 MB, got a failure at the stage numpy "
+        f"({fit['kind']}): --memory-limit {fit['enough'] // 10**6}MB would do"
+    ]
+
+
+def test_a_limit_that_cannot_be_tried_is_no_yes(monkeypatch):
+    from regrow_toolchain.cli.commands.profile import _check_fit
+    from regrow_toolchain.profiling import fit, limits
+
+    monkeypatch.setattr(limits, "_make_group", lambda *_: None)
+    monkeypatch.setattr(limits.sys, "platform", "darwin")
+    found = fit.measure_fit({}, 10**9, [])
+    assert found["fits"] is None
+    with pytest.raises(RegrowError, match="must be held by Linux, got darwin"):
+        _check_fit(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts over /proc")

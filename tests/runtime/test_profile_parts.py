@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from itertools import combinations
@@ -240,11 +241,26 @@ def test_governor_and_load(tmp_path: Path) -> None:
     (tmp_path / "governor").write_text("powersave\n")
     assert read_governor(tmp_path / "governor") == "powersave"
     assert read_governor(tmp_path / "missing") is None
-    (tmp_path / "stat").write_text("cpu  100 0 100 5000 0 0 0 50 0 0\ncpu0 1 2\n")
+    (tmp_path / "stat").write_text("cpu  100 0 100 5000 0 0 0 50 0 0\nintr 5 0\n")
     if sys.platform == "linux":
         load = read_load(tmp_path / "stat")
         assert load.busy == pytest.approx(4 * load.stolen)  # type: ignore[operator]
     assert read_load(tmp_path / "missing").busy is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_only_cores_that_may_be_used_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned to one core, a program is not disturbed by what others do on the rest."""
+    stat = tmp_path / "stat"
+    stat.write_text(
+        "cpu  900 0 0 5000 0 0 0 0 0 0\ncpu0 700 0 0 0 0 0 0 0 0 0\n"
+        "cpu1 50 10 20 4000 9 10 10 5 0 0\ncpu2 150 0 0 0 0 0 0 0 0 0\n"
+    )
+    tick = os.sysconf("SC_CLK_TCK")
+    for cores, busy, stolen in (({1}, 100, 5), ({0, 1}, 800, 5), ({7}, 900, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, found=cores: found)
+        load = read_load(stat)
+        assert (load.busy, load.stolen) == (busy / tick, stolen / tick)
 
 
 def test_noise_of_others_is_noted() -> None:

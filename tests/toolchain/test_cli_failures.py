@@ -175,7 +175,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_EXPORT, "--data", "{room}/wide.npz"), 1, "model must take the data's inputs, got"),
     # looking
     (("inspect", "{room}/nowhere"), 2, "no such file or folder"),
-    (("inspect", "{room}/empty"), 2, "a folder with neither"),
+    (("inspect", "{room}/empty"), 2, "a folder with none of them"),
     (("inspect", "{room}/file.txt"), 1, "must be a whole safetensors file"),
     (("inspect", "{room}/cut.safetensors"), 1, "must be a whole safetensors file"),
     (("run", "{room}/empty", "--input", "{room}/d.npz"), 2, "bundle"),

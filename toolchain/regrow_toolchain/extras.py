@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from regrow_format.errors import RegrowError
+from regrow_inputs.extras import pip_line
 
 __all__ = ["need"]
 
@@ -20,4 +21,4 @@ def need(extra: str, command: str) -> None:
     """Raise `RegrowError` with the pip line if the extra's packages are not installed."""
     missing = [name for name in _SIGNS[extra] if find_spec(name) is None]
     if missing:
-        raise RegrowError(f"{command} needs {', '.join(missing)}: pip install 'regrow[{extra}]'")
+        raise RegrowError(f"{command} needs {', '.join(missing)}: {pip_line(extra)}")

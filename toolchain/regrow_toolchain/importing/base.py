@@ -17,6 +17,7 @@ from regrow_format.fields import parse_json
 from regrow_format.files import read_bytes
 from regrow_format.manifest import MANIFEST, Manifest
 from regrow_format.methods import get_method
+from regrow_inputs.extras import pip_line
 from regrow_toolchain.backbone_id import stored_tensors
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _of_huggingface(path: Path) -> Base:
         raise RegrowError(
             "--backbone must be a bundle or a compressed backbone where torch is not installed, "
             f"got {path}, a Hugging Face directory: give the bundle that regrow export made of "
-            "it, or pip install 'regrow[export]'"
+            f"it, or {pip_line('export')}"
         )
     from regrow_export.targets import find_linears, widths
     from regrow_toolchain.backbone import load_backbone

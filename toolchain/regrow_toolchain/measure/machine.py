@@ -24,8 +24,8 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Load:
-    """Load average of a minute, and seconds that all cores were busy or stolen since the start of
-    the machine; None for what the system does not tell.
+    """Load average of a minute, and seconds that the cores which this process may use were busy or
+    stolen since the start of the machine; None for what the system does not tell.
     """
 
     average: float | None
@@ -41,9 +41,13 @@ def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     name = next(named, "") or platform.processor() or platform.machine()
+    return Cpu(name, len(_cores()))
+
+
+def _cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return Cpu(name, cores)
+    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
 def read_governor(path: Path = _GOVERNOR) -> str | None:
@@ -61,9 +65,14 @@ def read_load(stat: Path = _STAT) -> Load:
     except (OSError, AttributeError):
         average = None
     try:
-        first = stat.read_text(encoding="ascii", errors="replace").split("\n", 1)[0].split()
-        user, nice, system, _, _, irq, soft, steal = (int(part) for part in first[1:9])
+        lines = stat.read_text(encoding="ascii", errors="replace").splitlines()
+        rows = {name: parts for name, *parts in map(str.split, lines) if name.startswith("cpu")}
+        ours = [rows[f"cpu{core}"] for core in _cores() if f"cpu{core}" in rows] or [rows["cpu"]]
+        # user, nice, system, idle, iowait, irq, softirq, steal: what others do elsewhere costs none
+        user, nice, system, _, _, irq, soft, steal = (
+            sum(map(int, column)) for column in zip(*(row[:8] for row in ours), strict=True)
+        )
         tick = os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError):
         return Load(average, None, None)
     return Load(average, (user + nice + system + irq + soft) / tick, steal / tick)

@@ -14,61 +14,78 @@ from .processes import Outcome, run_case
 __all__ = ["measure_fit"]
 
 _SECONDS = 300.0
+_MB = 10**6
+_MORE = (1.0, 1.05, 1.15, 1.3, 1.6, 2.0)  # of what the stages take without a limit
 _PLATFORM = ("interpreter", "numpy", "onnxruntime", "regrow")
 
 
-def measure_fit(case: Mapping[str, Any], limit: int, free: Sequence[str]) -> dict[str, Any]:
-    """Run the stages under `limit` bytes.
+Stages = Sequence[Mapping[str, Any]]
+
+
+def measure_fit(case: Mapping[str, Any], limit: int, free: Stages) -> dict[str, Any]:
+    """Run the stages under `limit` bytes; where they fail, under more, until they do not.
 
     Args:
-        free: names of the stages that are reached without a limit, in their order.
+        free: the stages as they are reached without a limit, in their order.
 
     Returns:
         `fits`: True, False, or None if it could not be tried; `stage` that failed; `answer` in one
-        line; `kind` of limit; the stages that were reached.
+        line; `kind` of limit; `enough`: a limit that was tried and would do, in bytes, or None;
+        the stages that were reached.
     """
     try:
-        with memory_limit(limit) as held:
-            outcome = run_case(case, before_exec=held.enter, timeout=_SECONDS)
-            kind = held.kind
+        outcome, kind, peak = _try(case, limit)
     except RegrowError as error:
         return {"limit": limit, "fits": None, "stage": None, "kind": None, "answer": str(error)}
     failed = None if outcome.result is not None else _failed(outcome, free)
+    enough = _enough(case, limit, _most(free, kind)) if failed else None
+    why = _why(failed) if failed else f"It took {size(peak or _most(outcome.stages, kind))}"
+    more = f" {enough // _MB} MB would do." if enough else ""
     return {
         "limit": limit,
         "fits": failed is None,
         "stage": failed,
         "kind": kind,
-        "answer": _answer(outcome, limit, failed, kind).replace(GAP, " "),
+        "enough": enough,
+        "answer": f"Fits in {size(limit)}: {'no' if failed else 'yes'}. {why} ({kind}).{more}"
+        .replace(GAP, " "),
         "reason": outcome.failed and outcome.failed["message"],
         "stages": outcome.stages,
-    }
+    }  # fmt: skip
 
 
-def _failed(outcome: Outcome, free: Sequence[str]) -> str:
+def _try(case: Mapping[str, Any], limit: int) -> tuple[Outcome, str, int | None]:
+    """What became of it, the kind of limit, and the most that it counted, if it tells."""
+    with memory_limit(limit) as held:
+        outcome = run_case(case, before_exec=held.enter, timeout=_SECONDS)
+        return outcome, held.kind, held.peak()
+
+
+def _enough(case: Mapping[str, Any], limit: int, free: int) -> int | None:
+    """Whole megabytes above `limit` under which the stages run; `free` is what they take freely."""
+    tries = (-(-int(share * free) // _MB) * _MB for share in _MORE)
+    for count in dict.fromkeys(count for count in tries if count > limit):
+        if _try(case, count)[0].result is not None:
+            return count
+    return None
+
+
+def _failed(outcome: Outcome, free: Stages) -> str:
     """The stage that was being worked at."""
     reached = [stage["name"] for stage in outcome.stages]
-    following = [name for name in free if name not in reached]
+    following = [stage["name"] for stage in free if stage["name"] not in reached]
     return following[0] if following else "end"
 
 
-def _answer(outcome: Outcome, limit: int, failed: str | None, kind: str) -> str:
-    told = size(limit)
-    if failed is None:
-        most = max((_used(stage, kind) for stage in outcome.stages), default=0)
-        return f"Fits in {told}: yes. It took {size(most)} ({kind})."
+def _why(failed: str) -> str:
     if failed == "interpreter":
-        why = "That is too little for Python itself, which did not start"
-        return f"Fits in {told}: no. {why} ({kind})."
+        return "That is too little for Python itself, which did not start"
     if failed in _PLATFORM:
-        return (
-            f"Fits in {told}: no. Importing {failed} fails, before any bundle is opened ({kind})."
-        )
-    return f"Fits in {told}: no. The stage that fails: {failed} ({kind})."
+        return f"Importing {failed} fails, before any bundle is opened"
+    return f"The stage that fails: {failed}"
 
 
-def _used(stage: Mapping[str, Any], kind: str) -> int:
-    """What the limit counts, after a stage."""
-    memory = stage["memory"]
-    name = "data" if kind == "RLIMIT_DATA" else "peak"
-    return int(memory.get(name) or 0)
+def _most(stages: Stages, kind: str) -> int:
+    """The most that a limit of this kind counts, after any of the stages."""
+    name = "data" if kind == "RLIMIT_DATA" else "rss_anon"
+    return max((int(stage["memory"].get(name) or 0) for stage in stages), default=0)

@@ -25,10 +25,17 @@ _TRIAL = 64 << 20  # enough to see whether a process may enter at all
 
 @dataclass(frozen=True)
 class Limit:
-    """`enter` is to be called in the child before it starts the program; `kind` says what holds."""
+    """A limit that holds for whoever enters.
+
+    Attributes:
+        kind: what holds it.
+        enter: to be called in the child before it starts the program.
+        peak: the most bytes that were counted so far; None where that is not told.
+    """
 
     kind: str
     enter: Callable[[], None]
+    peak: Callable[[], int | None]
 
 
 @contextmanager
@@ -41,7 +48,7 @@ def memory_limit(count: int, root: Path = _ROOT) -> Iterator[Limit]:
     group = _make_group(count, root)
     if group is not None:
         try:
-            yield Limit("cgroup v2 memory.max", lambda: _join(group))
+            yield Limit("cgroup v2 memory.max", partial(_join, group), partial(_peak, group))
         finally:
             group.rmdir()
         return
@@ -50,7 +57,7 @@ def memory_limit(count: int, root: Path = _ROOT) -> Iterator[Limit]:
             f"memory limit must be held by Linux, got {sys.platform}: "
             "compare the peak in the memory table"
         )
-    yield Limit("RLIMIT_DATA", lambda: _set_data(count))
+    yield Limit("RLIMIT_DATA", partial(_set_data, count), lambda: None)
 
 
 def _make_group(count: int, root: Path) -> Path | None:
@@ -87,6 +94,13 @@ def _own_groups(root: Path) -> list[Path]:
 
 def _join(group: Path) -> None:
     (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def _peak(group: Path) -> int | None:
+    try:
+        return int((group / "memory.peak").read_text())
+    except (OSError, ValueError):  # before Linux 5.19
+        return None
 
 
 def _set_data(count: int) -> None:

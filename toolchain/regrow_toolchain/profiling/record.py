@@ -149,5 +149,4 @@ def _once(
 def _fit(run: _Run, good: Adapters, rounds: Mapping[str, list[Any]]) -> dict[str, Any]:
     run.tell("does it fit")
     case = {**run.common, **asdict(run.settings.first), "case": "stages", "adapters": good[:1]}
-    names = [stage["name"] for stage in rounds["stages"][0]]
-    return measure_fit(case, run.settings.memory_limit or 0, names)
+    return measure_fit(case, run.settings.memory_limit or 0, rounds["stages"][0])

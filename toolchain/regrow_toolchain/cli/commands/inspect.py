@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from regrow_toolchain.cli.commands.store import listing
 from regrow_toolchain.cli.options import emit, json_option, layers_options, path_argument
 from regrow_toolchain.cli.tables import cost, score, size, table
 
@@ -38,12 +39,13 @@ def inspect_command(
     tokens: int,
     as_json: bool,
 ) -> None:
-    """Tell what PATH holds: an adapter file, a bundle, a compressed backbone; or of a dense model
-    what `regrow compress` would do to each layer, for which its config.json is enough.
+    """Tell what PATH holds: an adapter file, a bundle, a compressed backbone, a store; or of a
+    dense model what `regrow compress` would do to each layer, for which its config.json is enough.
     """
     from regrow_format.adapter import Adapter
     from regrow_format.errors import UsageError
     from regrow_format.manifest import MANIFEST, Manifest
+    from regrow_runtime.index import INDEX as STORE_INDEX
 
     if path.is_file():
         result = _adapter(Adapter.load(path), path)
@@ -51,6 +53,10 @@ def inspect_command(
         result = _bundle(Manifest.load(path))
     elif (path / "regrow.json").is_file():
         result = _backbone(path)
+    elif (path / STORE_INDEX).is_file():
+        found, lines = listing(path)
+        emit({"kind": "store", **found}, lines, as_json=as_json)
+        return
     elif (path / "config.json").is_file() or (not path.exists() and ":" in str(path)):
         from regrow_toolchain.cli.dense import dense_lines, inspect_dense
 
@@ -58,10 +64,10 @@ def inspect_command(
         emit(dense, dense_lines(dense), as_json=as_json)
         return
     else:
-        found = "a folder with neither" if path.is_dir() else "no such file or folder"
+        told = "a folder with none of them" if path.is_dir() else "no such file or folder"
         raise UsageError(
-            "path must be an adapter file, or a folder with manifest.json, regrow.json or "
-            f"config.json, got {path}: {found}"
+            "path must be an adapter file, a store, or a folder with manifest.json, regrow.json or "
+            f"config.json, got {path}: {told}"
         )
     emit(result, _lines(result), as_json=as_json)
 

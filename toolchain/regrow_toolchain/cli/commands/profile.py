@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def profile_command(
 
     Writes profile.json, profile.md and profile.html into the output folder. Everything is measured
     in processes of its own, several of them, with nothing else in between; so close what else runs.
+    Exits with 1 if --memory-limit is given and the bundle does not fit; the report is written.
     """
     if compare is not None:
         if bundle is not None or adapters:
@@ -98,6 +100,25 @@ def _profile(
         for line in left_out(record):
             click.echo(f"regrow: {line}", err=True)
     emit(record, [*record_lines(record), f"Written: {out}/profile.html"], as_json=as_json)
+    _check_fit(record["fit"])
+
+
+def _check_fit(fit: Mapping[str, Any] | None) -> None:
+    """Raise `RegrowError` if it was asked whether the bundle fits, and the answer is not yes."""
+    from regrow_format.errors import RegrowError
+    from regrow_toolchain.pages.words import GAP, size
+
+    if fit is None or fit["fits"]:
+        return
+    if fit["fits"] is None:
+        raise RegrowError(fit["answer"])
+    enough = fit["enough"]
+    way = f"--memory-limit {enough // 10**6}MB would do" if enough else "see the memory table"
+    limit = size(fit["limit"]).replace(GAP, " ")
+    raise RegrowError(
+        f"bundle must fit in {limit}, got a failure at the stage {fit['stage']} "
+        f"({fit['kind']}): {way}"
+    )
 
 
 def _compare(profiles: tuple[Path, Path], out: Path | None, force: bool, as_json: bool) -> None:

@@ -69,7 +69,10 @@ _SHOWN = 20
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file to swap in first.")
 @store_options
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Write the outputs (logits) to an .npz."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the outputs (logits) by name to this file, whose name ends in .npz.",
 )
 @click.option(
     "--profile",
@@ -111,6 +114,8 @@ def run_command(
     from regrow_runtime import Bundle
 
     if out is not None:
+        if out.suffix != ".npz":
+            raise click.UsageError(f"--out must end in .npz, got {out}: such as {out}.npz")
         check_output(out, force=force)
     opened = Bundle.open(bundle, profile=profile, threads=threads)
     cost = swap_first(opened, adapter, store, user)

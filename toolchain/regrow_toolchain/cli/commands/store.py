@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from regrow_runtime.bundle import SwapCost
     from regrow_runtime.store import Installed
 
-__all__ = ["store_command", "store_options", "swap_first"]
+__all__ = ["listing", "store_command", "store_options", "swap_first"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,10 +86,26 @@ def _add(
 @json_option
 def _list(store: Path, user: str | None, as_json: bool) -> None:
     """Tell what is installed; * is active."""
+    result, lines = listing(store, user)
+    emit(result, lines, as_json=as_json)
+
+
+def listing(store: Path, user: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """What is installed, of one user or of all: the entries and the usage, and lines to print.
+
+    Raises:
+        UsageError: there is no store, or the user has nothing in it.
+    """
+    from regrow_format.errors import UsageError
     from regrow_runtime.store import Store
 
     with Store(store, create=False) as opened:
         entries, usage = opened.list(user), opened.usage()
+    if user is not None and not entries:
+        raise UsageError(
+            f"user must have an adapter in the store, got {user!r}, who has none: "
+            f"`regrow store list {store}` shows all"
+        )
     rows = [
         [
             e.user,
@@ -106,7 +122,7 @@ def _list(store: Path, user: str | None, as_json: bool) -> None:
         f"{size(usage['file_bytes'])}, index {size(usage['index_bytes'])}"
     )
     lines = [*table(["user", "version", "method", "size", "content", "label"], rows), total]
-    emit({"adapters": [vars(e) for e in entries], "usage": usage}, lines, as_json=as_json)
+    return {"adapters": [vars(e) for e in entries], "usage": usage}, lines
 
 
 @store_command.command("activate")
