@@ -264,6 +264,8 @@ def test_a_crowded_machine_and_another_clock_raise_the_bar(record):
     a["noise"]["others"], a["environment"]["cores"] = 1.0, 4
     b["noise"]["others"] = 0.0
     b["calibration_ms"] = a["calibration_ms"]
+    assert compare(a, b)["floor"] == pytest.approx(1 / 4)  # one thread: its waiting is known
+    b["settings"]["cells"][0]["threads"] = 2
     assert compare(a, b)["floor"] == pytest.approx(1 / 3)
     b["calibration_ms"] = [1.5 * value for value in a["calibration_ms"]]
     assert compare(a, b)["floor"] == pytest.approx(0.5)
@@ -414,6 +416,38 @@ def test_a_limit_that_cannot_be_tried_is_no_yes(monkeypatch):
     assert found["fits"] is None
     with pytest.raises(RegrowError, match="must be held by Linux, got darwin"):
         _check_fit(found)
+
+
+def test_a_part_that_fails_is_named_and_the_rest_is_made(bundle_folder, files, monkeypatch):
+    """As when the disk is too full for copies of adapters, or a prompt is too long to go on."""
+    from regrow_toolchain.config import ProfileConfig
+    from regrow_toolchain.profiling import record as module
+    from regrow_toolchain.profiling.page import profile_page
+    from regrow_toolchain.profiling.processes import Outcome
+    from regrow_toolchain.profiling.settings import parse_settings
+    from regrow_toolchain.profiling.text import record_lines, record_markdown
+
+    real, lost = module.run_case, {"swaps", "residents", "operators", "language", "sustained"}
+
+    def broken(case, **more):
+        if case["case"] in lost:
+            return Outcome(failed={"stage": "runs", "message": "No space\n left"})
+        found = real(case, **more)
+        if case["case"] == "check":
+            found.result["bundle"]["task"] = "text-generation"
+        return found
+
+    monkeypatch.setattr(module, "run_case", broken)
+    config = ProfileConfig(runs=2, seconds=0, rounds=1, threads="1", sustained="1s")
+    settings = parse_settings(config, quick=False)
+    user = [("user", str(files["user"]))]
+    found = module.measure_bundle(bundle_folder, user, settings, lambda _: None)
+    assert {part["part"] for part in found["failed"]} == lost
+    assert found["latency"][0]["ms"]["p50"] > 0
+    assert (found["swap"], found["language"], found["operators"]) == ([], None, None)
+    for text in (record_markdown(found), "\n".join(record_lines(found))):
+        assert "not measured, swaps: No space left" in text
+    assert "Not measured, operators: No space left" in profile_page(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts over /proc")

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_runtime import UsageError
 from regrow_toolchain.config import ProfileConfig
-from regrow_toolchain.measure import EnergyMeter, read_governor, read_load
+from regrow_toolchain.measure import CoreWait, EnergyMeter, read_governor, read_load
 from regrow_toolchain.profiling.cases.operators import group, module_of
 from regrow_toolchain.profiling.environment import NoiseMeter
 from regrow_toolchain.profiling.feeds import has_length, make_feeds, probe_length
@@ -169,6 +169,43 @@ def test_quick_changes_only_what_was_not_told() -> None:
     assert found.runs == 100
     assert found.rounds >= 4  # with fewer no difference can be told
     assert found.residents == (1, 10, 100)
+
+
+# -- waiting for a core ----------------------------------------------------------------------------
+
+
+def test_waiting_is_what_the_system_tells(tmp_path: Path) -> None:
+    path = tmp_path / "schedstat"
+    path.write_text("50268137 140964164 35\n")
+    wait = CoreWait(path)
+    assert (wait.known, wait.read()) == (True, 140.964164)
+    path.write_text("50268137 141964164 36\n")
+    assert wait.read() == 141.964164
+    wait.close()
+    assert (wait.known, wait.read()) == (False, 0.0)
+    for text in ("", "0 0\n", "none of it\n"):
+        path.write_text(text)
+        assert not CoreWait(path).known
+    assert CoreWait(tmp_path / "missing").read() == 0.0
+
+
+def test_a_stopwatch_takes_waiting_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regrow_toolchain.profiling.cases import common
+
+    waited = iter([0.0, 0.0, 0.0, 7.5, 7.5, 1e6, 1e6, 1e6, 1e6 + 2])
+    monkeypatch.setattr(common.CoreWait, "read", lambda self: next(waited))
+    watch = common.Stopwatch()
+    for _ in range(3):
+        watch.time(lambda: 10.0, float)
+    assert watch.found() == {"ms": [10.0, 10.0, 10.0], "own_ms": 2.5}
+    assert watch.own == [10.0, 2.5, 0.0]  # never less than nothing
+    laps = common.Stopwatch()
+    laps.laps(lambda told: [told(None), told(None)])
+    assert len(laps.ms) == 2
+    assert laps.own == [laps.ms[0], 0.0]
+    first = common.Stopwatch()
+    first.add(laps, slice(0, 1))
+    assert first.ms == laps.ms[:1]
 
 
 # -- limits ----------------------------------------------------------------------------------------

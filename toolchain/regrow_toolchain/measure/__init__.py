@@ -6,8 +6,10 @@ from .energy import EnergyMeter
 from .machine import Cpu, Load, read_cpu, read_governor, read_load
 from .memory import Memory, read_memory
 from .times import Times, measure_in_turns
+from .waiting import CoreWait
 
 __all__ = [
+    "CoreWait",
     "Cpu",
     "EnergyMeter",
     "Load",

@@ -12,7 +12,7 @@ from regrow_format.errors import FormatError, UsageError
 from regrow_format.fields import parse_json
 from regrow_format.files import read_bytes
 
-from .noise import FLOOR, LOUD, judge
+from .noise import FLOOR, LOUD, crowd_floor, judge
 from .record import FORMAT
 from .wording import STAGES, case_words
 
@@ -62,11 +62,12 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         left, right = ({(f.group, f.name): f for f in figures(record)} for record in (a, b))
         machine = median(b["calibration_ms"]) / median(a["calibration_ms"])
         crowd = max(_crowd(a), _crowd(b))
+        threads = max(cell["threads"] for one in (a, b) for cell in one["settings"]["cells"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"profile must have every part of its format, got one without {error}"
         ) from None
-    floor = max(FLOOR, max(machine, 1 / machine) - 1, 1 / (1 - crowd) - 1)
+    floor = max(FLOOR, max(machine, 1 / machine) - 1, crowd_floor(crowd, threads))
     rows = []
     for key in (key for key in left if key in right):
         x, y = left[key], right[key]
@@ -86,9 +87,9 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
 
 
 def _crowd(record: Record) -> float:
-    """Share of the cores that other programs had, if the machine was not quiet; at most 0.9."""
+    """Share of the cores that other programs had, if the machine was not quiet; at most 1."""
     others = record["noise"]["others"] or 0.0
-    return min(0.9, others / record["environment"]["cores"]) if others > LOUD else 0.0
+    return min(1.0, others / record["environment"]["cores"]) if others > LOUD else 0.0
 
 
 def _unlike(a: Record, b: Record) -> list[str]:

@@ -7,8 +7,7 @@ Each figure was measured in several fresh processes ("rounds"). Two figures diff
    1963). At least 97 % of such intervals hold the true ratio; and
 2. the difference is larger than the floor: 5 %; for times also as much as the machine itself had
    become slower or quicker, by a fixed piece of work that is timed in every round; and where other
-   programs kept more than 0.15 cores busy, what that can do: with a share s of the cores gone, a
-   time may be 1 / (1 - s) times as long.
+   programs kept more than 0.15 cores busy, what that can do (`crowd_floor`).
 
 Figures that noise does not reach, such as sizes of files, differ if they are not equal.
 """
@@ -21,7 +20,7 @@ from functools import cache
 from math import comb
 from statistics import median
 
-__all__ = ["FLOOR", "LEVEL", "LOUD", "Difference", "judge"]
+__all__ = ["FLOOR", "LEVEL", "LOUD", "Difference", "crowd_floor", "judge"]
 
 FLOOR = 0.05
 LOUD = 0.15  # cores that other programs keep busy: from here on a machine is not quiet
@@ -38,6 +37,16 @@ class Difference:
     low: float | None
     high: float | None
     real: bool | None
+
+
+def crowd_floor(share: float, threads: int) -> float:
+    """What other programs can do to a time when they have a share of the cores.
+
+    With one thread, waiting for a core is measured and taken off; what is left (caches that others
+    fill, clocks) was at most the share itself (docs/profile.md). With more threads, one that waits
+    keeps the others waiting, unmeasured: a time may be 1 / (1 - share) times as long.
+    """
+    return share if threads == 1 else 1 / (1 - min(share, 0.99)) - 1
 
 
 def judge(

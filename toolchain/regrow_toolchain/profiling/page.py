@@ -90,7 +90,9 @@ def _chips(record: Record) -> list[tuple[str, str]]:
     found = [(quiet, _sentence(noise["note"]))]
     if fit:
         found.append(({True: "good", False: "bad", None: ""}[fit["fits"]], fit["answer"]))
-    found += [("bad", _sentence(line)) for line in wording.left_out(record)]
+    found += [
+        ("bad", _sentence(line)) for line in (*wording.failed(record), *wording.left_out(record))
+    ]
     where = wording.case_words({**record["latency"][0], "adapter": None})
     where = where.removesuffix(", no adapter")
     return [
@@ -147,8 +149,9 @@ def _figures(record: Record) -> Iterator[str]:
     yield panel("RAM", wording.memory_takeaway(record), charts.memory_chart, f"{_RAM}{source}.")
     if record["swap"]:
         yield panel("Swap", wording.swap_takeaway(record), charts.swap_chart, _SWAP)
-    title = wording.operators_takeaway(record)
-    yield panel("Operators", title, charts.operators_chart, _OPERATORS)
+    if record["operators"]:
+        title = wording.operators_takeaway(record)
+        yield panel("Operators", title, charts.operators_chart, _OPERATORS)
     yield panel("Cold start", wording.cold_takeaway(record), charts.cold_chart, _COLD)
     if record["residents"] and record["residents"][-1]["each"] is not None:
         title, caption = wording.residents_takeaway(record), "Private RAM of the whole process."

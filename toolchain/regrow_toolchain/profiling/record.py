@@ -23,16 +23,32 @@ Adapters = Sequence[tuple[str, str]]
 
 
 class _Run:
-    """One bundle's cases: what is common to them, and the words that say how far it is."""
+    """One bundle's cases: what is common to them, and the words that say how far it is.
+
+    Attributes:
+        failed: by case, why it gave nothing; the rest of the report is made without it.
+    """
 
     def __init__(self, bundle: Path, settings: Settings, tell: Tell) -> None:
         self.settings, self.tell = settings, tell
         self.common = {"bundle": str(bundle), "profile": settings.profile}
+        self.failed: dict[str, str] = {}
 
     def case(self, name: str, cell: Cell, adapters: Adapters, **more: Any) -> Outcome:
         self.tell(f"{name}, {_cell_words(cell)}{more.pop('note', '')}")
         case = {**self.common, **asdict(cell), "case": name, "adapters": list(adapters), **more}
         return run_case(case, progress=self._progress)
+
+    def part(self, name: str, adapters: Adapters, **more: Any) -> Outcome | None:
+        """A case that the report can do without; None, and why in `failed`, if it fails."""
+        if name in self.failed:
+            return None
+        outcome = self.case(name, self.settings.first, adapters[:1], **more)
+        if outcome.result is None:
+            told = str((outcome.failed or {}).get("message", "it ended early"))
+            self.failed[name] = " ".join(told.split())
+            return None
+        return outcome
 
     def _progress(self, said: Mapping[str, Any]) -> None:
         if said["event"] == "progress":
@@ -61,7 +77,8 @@ def measure_bundle(
     checked = _check(run, adapters)
     good = [(a["name"], a["file"]) for a in checked["adapters"] if a["reason"] is None]
     each = {a["name"]: a.get("resident_bytes") for a in checked["adapters"]}
-    rounds = _rounds(run, good, each.get(good[0][0], 0) if good else 0)
+    language = checked["bundle"]["task"].startswith("text-generation")
+    rounds = _rounds(run, good, each.get(good[0][0], 0) if good else 0, language)
     record = {
         "kind": "regrow-profile",
         "format": FORMAT,
@@ -74,10 +91,13 @@ def measure_bundle(
         "cold_start": cold_start(rounds["stages"]),
         "memory": memory_stages(rounds["stages"]),
         "swap": swap_rows(rounds["swaps"]),
+        "language": language_row(rounds["language"]) if rounds["language"] else None,
         "calibration_ms": _calibration(rounds),
-        **_once(run, good, each, checked["bundle"]["task"], rounds),
+        **_once(run, good, each, rounds),
     }
-    return record | {"noise": noise.read(), "seconds": time.monotonic() - began}
+    failed = [{"part": name, "reason": reason} for name, reason in run.failed.items()]
+    told = {"failed": failed, "noise": noise.read(), "seconds": time.monotonic() - began}
+    return record | told
 
 
 def _check(run: _Run, adapters: Adapters) -> dict[str, Any]:
@@ -86,7 +106,7 @@ def _check(run: _Run, adapters: Adapters) -> dict[str, Any]:
     return run.case("check", settings.first, adapters, cells=cells, note="").check()
 
 
-def _rounds(run: _Run, good: Adapters, each: int) -> dict[str, list[Any]]:
+def _rounds(run: _Run, good: Adapters, each: int, language: bool) -> dict[str, list[Any]]:
     """The cases that are repeated in fresh processes, in turns, so that drift meets all alike."""
     settings = run.settings
     found: dict[str, list[Any]] = {"latency": [], "stages": [], "swaps": [], "language": []}
@@ -104,10 +124,11 @@ def _rounds(run: _Run, good: Adapters, each: int) -> dict[str, list[Any]]:
             subjects = good if cell is settings.first else good[:1]
             cells.append(run.case("latency", cell, subjects, **share, note=note).check())
         found["latency"].append(cells)
-        if good:
-            swaps = run.case("swaps", settings.first, good[:1], residents=_few(settings, number),
-                             runs=share["runs"], each=each, note=note)  # fmt: skip
+        if good and (swaps := run.part("swaps", good, residents=_few(settings, number),
+                                       runs=share["runs"], each=each, note=note)):  # fmt: skip
             found["swaps"].append(swaps.check())
+        if language and (told := run.part("language", good, tokens=settings.tokens, note=note)):
+            found["language"].append(told.check())
     return found
 
 
@@ -122,25 +143,18 @@ def _calibration(rounds: Mapping[str, list[Any]]) -> list[float]:
 
 
 def _once(
-    run: _Run, good: Adapters, each: Mapping[str, int | None], task: str,
-    rounds: Mapping[str, list[Any]],
-) -> dict[str, Any]:  # fmt: skip
+    run: _Run, good: Adapters, each: Mapping[str, int | None], rounds: Mapping[str, list[Any]]
+) -> dict[str, Any]:
     """What one process tells well enough."""
-    settings, first = run.settings, run.settings.first
-    found: dict[str, Any] = {"residents": None, "language": None, "sustained": None, "fit": None}
-    if good:
-        residents = run.case("residents", first, good[:1], residents=list(settings.residents),
-                             each=each[good[0][0]])  # fmt: skip
-        residents.check()
+    settings = run.settings
+    found: dict[str, Any] = dict.fromkeys(("residents", "operators", "sustained", "fit"))
+    if good and (residents := run.part("residents", good, residents=list(settings.residents),
+                                       each=each[good[0][0]])):  # fmt: skip
         found["residents"] = resident_rows(residents.stages)
-    found["operators"] = run.case("operators", first, good[:1]).check()
-    if task.startswith("text-generation"):
-        parts = [run.case("language", first, good[:1], tokens=settings.tokens).check()
-                 for _ in range(min(3, settings.rounds))]  # fmt: skip
-        found["language"] = language_row(parts)
-    if settings.sustained:
-        case = run.case("sustained", first, good[:1], sustained=settings.sustained)
-        found["sustained"] = case.check()
+    if operators := run.part("operators", good):
+        found["operators"] = operators.result
+    if settings.sustained and (case := run.part("sustained", good, sustained=settings.sustained)):
+        found["sustained"] = case.result
     if settings.memory_limit:
         found["fit"] = _fit(run, good, rounds)
     return found

@@ -1,7 +1,7 @@
 """From what the workers measured to the rows of the record.
 
-A row's `rounds` holds one figure per fresh process (a median of times, or bytes): how much they
-differ is the noise that `compare.py` goes by.
+A row's `rounds` holds one figure per fresh process (bytes, or a median of times less what the
+calling thread waited for a core): how much they differ is the noise that `compare.py` goes by.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _MEMORY = ("rss_anon", "rss_file", "pss", "peak", "data")
 Numbers = Mapping[str, Any]
 
 
-def times_row(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """`ms`, the distribution over all processes; `rounds`, the median of each."""
-    values = [value for times in rounds for value in times]
-    return {"ms": asdict(Times.of(values)), "rounds": [median(times) for times in rounds]}
+def times_row(rounds: Sequence[Numbers]) -> dict[str, Any]:
+    """`ms`, the distribution over all processes; `rounds`, the own median of each."""
+    values = [value for part in rounds for value in part["ms"]]
+    return {"ms": asdict(Times.of(values)), "rounds": [part["own_ms"] for part in rounds]}
 
 
 def latency_rows(
@@ -46,9 +46,8 @@ def latency_rows(
         parts = [one[number] for one in rounds]
         for name in parts[0]["subjects"]:
             subject = [part["subjects"][name] for part in parts]
-            times = [one["ms"] for one in subject]
             energy = [one["energy_mj"] for one in subject if one["energy_mj"] is not None]
-            row = times_row(times)
+            row = times_row(subject)
             rows.append({
                 **asdict(cell),
                 "adapter": name or None,
@@ -57,7 +56,7 @@ def latency_rows(
                 "cpu_ms": median(one["cpu_ms"] for one in subject),
                 "energy_mj": median(energy) if energy else None,
                 "energy_reason": parts[0]["energy_reason"],
-                "histogram": _histogram([value for part in times for value in part]),
+                "histogram": _histogram([value for part in subject for value in part["ms"]]),
             })  # fmt: skip
     return rows
 
@@ -87,14 +86,20 @@ def _by_name(rounds: Sequence[Sequence[Numbers]]) -> dict[str, list[Numbers]]:
 
 def cold_start(rounds: Sequence[Sequence[Numbers]]) -> dict[str, Any]:
     """Milliseconds from the start of a process to its first answer, by stage and together."""
-    stages = {
-        name: [one["ms"] for one in found]
-        for name, found in _by_name(rounds).items()
-        if name in _COLD
-    }
-    total = [sum(column) for column in zip(*stages.values(), strict=True)]
-    rows = [{"stage": name, "ms": median(ms), "rounds": ms} for name, ms in stages.items()]
-    return {"stages": rows, "total_ms": median(total), "rounds": total}
+    stages = {name: found for name, found in _by_name(rounds).items() if name in _COLD}
+    rows = [
+        {"stage": name, "ms": median(_column(found, "ms")), "rounds": _column(found, "own_ms")}
+        for name, found in stages.items()
+    ]
+    total, own = (
+        [sum(one) for one in zip(*(_column(found, key) for found in stages.values()), strict=True)]
+        for key in ("ms", "own_ms")
+    )
+    return {"stages": rows, "total_ms": median(total), "rounds": own}
+
+
+def _column(found: Sequence[Numbers], key: str) -> list[float]:
+    return [one[key] for one in found]
 
 
 def memory_stages(rounds: Sequence[Sequence[Numbers]]) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def swap_rows(rounds: Sequence[Numbers]) -> list[dict[str, Any]]:
         parts = [p for one in rounds for p in one["counts"] if p["installed"] == count]
         for kind in ("cold", "cached", "resident", "first_run"):
             found = [part[kind] for part in parts]
-            row = {"installed": count, "kind": kind, **times_row([one["ms"] for one in found])}
+            row = {"installed": count, "kind": kind, **times_row(found)}
             if "cpu_ms" in found[0]:
                 row["cpu_ms"] = median(one["cpu_ms"] for one in found)
             if "read_check_expand_ms" in found[0]:

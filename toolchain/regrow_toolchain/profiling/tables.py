@@ -120,8 +120,10 @@ def _adapters(record: Record) -> Table:
     return Table("Adapters", ["adapter", "method", "stored as", "on disk", "expanded"], rows)
 
 
-def _operators(record: Record) -> Table:
+def _operators(record: Record) -> Table | None:
     found = record["operators"]
+    if not found:
+        return None
     total = found["kernels_us"] or 1.0
     rows = [
         [name, duration(spent / 1e3), f"{spent / total:.1%}", count(kernels)]

@@ -8,7 +8,7 @@ from typing import Any
 from ..cli.tables import table
 from ..pages.words import GAP, duration, size
 from .tables import Table, all_tables, comparison_tables
-from .wording import energy_words, left_out
+from .wording import energy_words, failed, left_out
 
 __all__ = ["comparison_lines", "comparison_markdown", "record_lines", "record_markdown"]
 
@@ -28,7 +28,7 @@ def _plain(part: Table) -> list[str]:
 
 
 def notes(record: Record) -> list[str]:
-    """Noise, energy, source of the memory figures, whether it fits, adapters left out."""
+    """Noise, energy, source of the memory figures, whether it fits, what was left out."""
     lines = [
         f"Memory figures: {record['memory']['source']}.",
         f"ONNX Runtime's arena: {_arena(record)}.",
@@ -39,11 +39,11 @@ def notes(record: Record) -> list[str]:
         lines.append(record["fit"]["answer"])
     if record["language"] and not record["language"]["cache"]:
         lines.append("The bundle has no key-value cache: each token is a run over all of them.")
-    return [line.replace(GAP, " ") for line in (*lines, *left_out(record))]
+    return [line.replace(GAP, " ") for line in (*lines, *failed(record), *left_out(record))]
 
 
 def _arena(record: Record) -> str:
-    found = record["operators"]["arena"]
+    found = (record["operators"] or {}).get("arena")
     if not found and record["settings"]["profile"] == "memory":
         return "off in the memory profile"
     if not found:

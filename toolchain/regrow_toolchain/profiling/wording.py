@@ -13,6 +13,7 @@ __all__ = [
     "case_words",
     "cold_takeaway",
     "energy_words",
+    "failed",
     "grid_takeaway",
     "latency_takeaway",
     "left_out",
@@ -60,6 +61,11 @@ def left_out(record: Record) -> list[str]:
     return [
         f"adapter {a['name']} is left out: {a['reason']}" for a in record["adapters"] if a["reason"]
     ]
+
+
+def failed(record: Record) -> list[str]:
+    """A line for each part of the report that could not be made."""
+    return [f"not measured, {part['part']}: {part['reason']}" for part in record["failed"]]
 
 
 def energy_words(record: Record) -> str:

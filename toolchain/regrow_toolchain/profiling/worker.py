@@ -1,9 +1,9 @@
 """One case in a fresh process: `python -m regrow_toolchain.profiling.worker`.
 
 Reads one JSON object from stdin, writes JSON lines to stdout: {"event": "stage", "name", "ms",
-"memory"} as each stage is reached, then {"event": "result", ...}, or {"event": "error", "stage",
-"message"}. Nothing but Python's own modules is imported above, so that what each stage takes can
-be told apart.
+"own_ms" (without waiting for a core), "memory"} as each stage is reached, then {"event": "result",
+...}, or {"event": "error", "stage", "message"}. Nothing but Python's own modules is imported above,
+so that what each stage takes can be told apart.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from regrow_toolchain.measure.memory import read_memory
+from regrow_toolchain.measure.waiting import CoreWait
 
 __all__ = ["Reporter", "main"]
 
@@ -32,28 +33,42 @@ class Reporter:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.stage = "interpreter"
+        self._stream, self._wait = stream, CoreWait()
+        self._waited = 0.0  # from the start of the process
+        self.stage, self._start = "interpreter", time.perf_counter()
+
+    def begin(self, name: str, start: float | None = None) -> None:
+        """From here on a stage is worked at; `start`, in seconds, if it began earlier."""
+        self.stage = name
+        if start is None:
+            self._waited, start = self._wait.read(), time.perf_counter()
+        self._start = start
 
     def send(self, event: str, **fields: Any) -> None:
         """One line."""
         self._stream.write(json.dumps({"event": event, **fields}) + "\n")
         self._stream.flush()
 
-    def reached(self, name: str, milliseconds: float, **fields: Any) -> None:
-        """A stage is done: its time, and the memory after it."""
+    def reached(self, **fields: Any) -> None:
+        """The stage is done: its time, the same less waiting for a core, and the memory after it.
+
+        Args:
+            fields: what else to tell.
+        """
+        ms = (time.perf_counter() - self._start) * 1e3
+        own = max(0.0, ms - (self._wait.read() - self._waited))
         memory = asdict(read_memory())
-        self.send("stage", name=name, ms=milliseconds, memory=memory, **fields)
+        self.send("stage", name=self.stage, ms=ms, own_ms=own, memory=memory, **fields)
 
 
 def main() -> int:
     """Run the case on stdin; 0 if it worked."""
-    entered = time.perf_counter()
     report = Reporter(_quiet_stdout())
     try:
         case = json.loads(sys.stdin.readline())
         # perf_counter is the same clock in all processes of a machine.
-        report.reached("interpreter", (entered - case["started"]) * 1e3)
+        report.begin("interpreter", case["started"])
+        report.reached()
         for module in ("numpy", "onnxruntime", "regrow"):
             _import(module, report)
         report.stage = "case"
@@ -79,11 +94,10 @@ def _quiet_stdout() -> Any:
 
 
 def _import(name: str, report: Reporter) -> None:
-    report.stage = name
-    start = time.perf_counter()
+    report.begin(name)
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import_module("regrow_runtime" if name == "regrow" else name)
-    report.reached(name, (time.perf_counter() - start) * 1e3)
+    report.reached()
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _profile(
     from regrow_toolchain.profiling.outputs import write_profile
     from regrow_toolchain.profiling.record import measure_bundle
     from regrow_toolchain.profiling.text import record_lines
-    from regrow_toolchain.profiling.wording import left_out
+    from regrow_toolchain.profiling.wording import failed, left_out
 
     check_output(out, force=force, marker="profile.json")
     Manifest.load(bundle)
@@ -97,7 +97,7 @@ def _profile(
     _tell("")
     write_profile(record, out, force=force)
     if as_json:
-        for line in left_out(record):
+        for line in (*failed(record), *left_out(record)):
             click.echo(f"regrow: {line}", err=True)
     emit(record, [*record_lines(record), f"Written: {out}/profile.html"], as_json=as_json)
     _check_fit(record["fit"])

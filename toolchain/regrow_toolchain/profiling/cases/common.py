@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeVar
 
 import numpy as np
 
 from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
 from regrow_runtime.bundle import PROFILES, Profile
+from regrow_toolchain.measure import CoreWait
 
 from ..feeds import Feeds, make_feeds
 
-__all__ = ["calibrate", "feeds_of", "in_turns", "open_bundle", "timed", "warm_up"]
+__all__ = ["Stopwatch", "calibrate", "feeds_of", "in_turns", "open_bundle", "timed", "warm_up"]
 
+T = TypeVar("T")
 Case = Mapping[str, Any]
 
 _WARM_RUNS, _WARM_SECONDS = 3, 0.2
@@ -40,6 +44,48 @@ def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+class Stopwatch:
+    """Milliseconds of calls.
+
+    Attributes:
+        ms: by the wall clock.
+        own: the same less what this thread waited for a core that others had (`CoreWait`).
+    """
+
+    def __init__(self) -> None:
+        self.ms: list[float] = []
+        self.own: list[float] = []
+        self._wait = CoreWait()
+
+    def time(self, call: Callable[[], T], tell: Callable[[T], float] | None = None) -> T:
+        """Call; `tell` gives the milliseconds where the call measures itself."""
+        waited, start = self._wait.read(), time.perf_counter()
+        value = call()
+        ms = (time.perf_counter() - start) * 1e3
+        self._add(tell(value) if tell else ms, self._wait.read() - waited)
+        return value
+
+    def laps(self, call: Callable[[Callable[[object], None]], object]) -> None:
+        """Times from the start of a call to the first time it tells, and from each to the next."""
+        moments = [(self._wait.read(), time.perf_counter())]
+        call(lambda _: moments.append((self._wait.read(), time.perf_counter())))
+        for (waited, start), (wait, end) in pairwise(moments):
+            self._add((end - start) * 1e3, wait - waited)
+
+    def add(self, other: Stopwatch, which: slice) -> None:
+        """Times of another one."""
+        self.ms += other.ms[which]
+        self.own += other.own[which]
+
+    def _add(self, ms: float, waited: float) -> None:
+        self.ms.append(ms)
+        self.own.append(max(0.0, ms - waited))
+
+    def found(self) -> dict[str, Any]:
+        """`ms`, and the median of `own` as `own_ms`."""
+        return {"ms": self.ms, "own_ms": median(self.own)}
 
 
 def warm_up(call: Callable[[], object]) -> float:
@@ -67,31 +113,28 @@ def in_turns(
         around: called before a block with the subject's name, gives what to call after it.
 
     Returns:
-        By subject `ms`, a time per call, and `cpu_ms`, the mean CPU time of all threads per call.
+        By subject `ms`, a time per call, `own_ms`, their median less waiting for a core, and
+        `cpu_ms`, the mean CPU time of all threads per call.
     """
-    found = {name: {"ms": [], "cpu_ms": 0.0} for name in subjects}
+    watches, spent = {name: Stopwatch() for name in subjects}, dict.fromkeys(subjects, 0.0)
     block = {name: _block(warm_up(ready())) for name, ready in subjects.items()}
     wall = dict.fromkeys(subjects, 0.0)
-    while any(_wanting(len(_ms(found[n])), wall[n], runs, seconds) for n in subjects):
+    while any(_wanting(len(watches[n].ms), wall[n], runs, seconds) for n in subjects):
         for name, ready in subjects.items():
             call = ready()
             call()  # back to this subject's caches
             done = around(name) if around else None
             start, cpu = time.perf_counter(), time.process_time()
-            times = [timed(call) for _ in range(block[name])]
-            found[name]["cpu_ms"] += (time.process_time() - cpu) * 1e3  # type: ignore[operator]
+            for _ in range(block[name]):
+                watches[name].time(call)
+            spent[name] += (time.process_time() - cpu) * 1e3
             wall[name] += time.perf_counter() - start
             if done:
                 done()
-            _ms(found[name]).extend(times)
-    for part in found.values():
-        part["cpu_ms"] = part["cpu_ms"] / len(_ms(part))  # type: ignore[operator]
-    return found
-
-
-def _ms(part: Mapping[str, Any]) -> list[float]:
-    times: list[float] = part["ms"]
-    return times
+    return {
+        name: {**watch.found(), "cpu_ms": spent[name] / len(watch.ms)}
+        for name, watch in watches.items()
+    }
 
 
 def _block(milliseconds: float) -> int:
@@ -105,7 +148,7 @@ def _wanting(count: int, wall: float, runs: int, seconds: float) -> bool:
 def calibrate() -> float:
     """Milliseconds of a fixed piece of work with one thread: how fast the machine is just now.
 
-    The lower quartile: what waits for other programs does not count.
+    The lower quartile of times without waiting: other programs do not count.
     """
     draw = np.random.default_rng(0)
     left = draw.standard_normal((192, 192)).astype(np.float32)
@@ -118,4 +161,7 @@ def calibrate() -> float:
             flat.sum()
 
     work()
-    return float(np.percentile([timed(work) for _ in range(16)], 25))
+    watch = Stopwatch()
+    for _ in range(16):
+        watch.time(work)
+    return float(np.percentile(watch.own, 25))

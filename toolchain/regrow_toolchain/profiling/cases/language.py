@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from regrow_runtime import Bundle
 
 from ..feeds import Feeds
 from ..worker import Reporter
-from .common import Case, calibrate, feeds_of, open_bundle, timed, warm_up
+from .common import Case, Stopwatch, calibrate, feeds_of, open_bundle, warm_up
 
 __all__ = ["run"]
 
@@ -38,28 +36,25 @@ def run(case: Case, report: Reporter) -> dict[str, Any]:
     cached = getattr(bundle.manifest, "cache", None) is not None
     report.stage = "prefill"
     warm_up(lambda: bundle.run(feeds))
-    prefill = [timed(lambda: bundle.run(feeds)) for _ in range(_REPEATS)]
+    prefill, first, rest = Stopwatch(), Stopwatch(), Stopwatch()
+    for _ in range(_REPEATS):
+        prefill.time(lambda: bundle.run(feeds))
     report.stage = "decode"
     decode = _generate if cached else _forward
-    tokens = [_token_times(decode, bundle, feeds, case["tokens"]) for _ in range(_REPEATS)]
+    for _ in range(_REPEATS):
+        tokens = Stopwatch()
+        tokens.laps(lambda told: decode(bundle, feeds, case["tokens"], told))
+        first.add(tokens, slice(0, 1))
+        rest.add(tokens, slice(1, None))
     return {
         "cache": cached,
         "prompt": int(_ids(feeds).shape[1]),
         "tokens": case["tokens"],
-        "prefill": prefill,
-        "first_token": [times[0] for times in tokens],
-        "decode": [value for times in tokens for value in times[1:]],
+        "prefill": prefill.found(),
+        "first_token": first.found(),
+        "decode": rest.found() if rest.ms else None,
         "calibration_ms": calibration,
     }
-
-
-def _token_times(
-    decode: Callable[[Bundle, Feeds, int, Told], None], bundle: Bundle, feeds: Feeds, count: int
-) -> list[float]:
-    """Milliseconds to the first token, and from each to the next."""
-    moments = [time.perf_counter()]
-    decode(bundle, feeds, count, lambda _: moments.append(time.perf_counter()))
-    return [1e3 * (after - before) for before, after in pairwise(moments)]
 
 
 def _ids(feeds: Feeds) -> NDArray[Any]:

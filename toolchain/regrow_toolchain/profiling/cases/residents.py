@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ def run(case: Case, report: Reporter) -> dict[str, Any]:
     report.stage = "open"
     bundle = open_bundle(case, roomy(PROFILES[case["profile"]], most * case["each"]))
     bundle.run(feeds_of(case, bundle.manifest))
-    report.reached("first run", 0.0, held=0)
+    report.begin("first run")
+    report.reached(held=0)
     for count in case["residents"]:
-        report.stage = f"{count} resident"
-        start = time.perf_counter()
+        report.begin(f"{count} resident")
         for file in files[len(bundle.residents) : count]:
             bundle.load(file)
-        elapsed = (time.perf_counter() - start) * 1e3
-        report.reached(report.stage, elapsed, held=len(bundle.residents), count=count)
+        report.reached(held=len(bundle.residents), count=count)
     return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +17,9 @@ def run(case: Case, report: Reporter) -> dict[str, Any]:
     """Everything is in the stages."""
 
     def stage(name: str, call: Callable[[], Any]) -> Any:
-        report.stage = name
-        start = time.perf_counter()
+        report.begin(name)
         value = call()
-        report.reached(name, (time.perf_counter() - start) * 1e3)
+        report.reached()
         return value
 
     bundle = stage("open", lambda: open_bundle(case))

@@ -7,14 +7,15 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from regrow_runtime import Bundle
-from regrow_runtime.bundle import PROFILES, Profile
+from regrow_runtime.bundle import PROFILES, Profile, SwapCost
 
 from ..worker import Reporter
-from .common import Case, calibrate, feeds_of, open_bundle
+from .common import Case, Stopwatch, calibrate, feeds_of, open_bundle
 
 __all__ = ["install", "roomy", "run"]
 
@@ -76,7 +77,7 @@ def _from_disk(
     bundle: Bundle, files: Sequence[Path], draw: random.Random, runs: int, *, clear: bool
 ) -> dict[str, Any]:
     """Swaps to adapters drawn at random, none of them resident."""
-    times, cpu, parts = [], 0.0, []
+    watch, cpu, parts = Stopwatch(), 0.0, []
     for turn in range(runs + 2):
         file = draw.choice(files)
         bundle.swap(None)
@@ -84,34 +85,37 @@ def _from_disk(
             bundle.forget(name)
         if clear:
             bundle.basis.clear()
+        if turn < 2:  # warm up
+            bundle.swap(file)
+            continue
         start = time.process_time()
-        cost = bundle.swap(file)
-        if turn >= 2:
-            cpu += time.process_time() - start
-            times.append(cost.total_ms)
-            parts.append((cost.read_ms, cost.check_ms, cost.expand_ms))
+        cost = watch.time(partial(bundle.swap, file), _total)
+        cpu += time.process_time() - start
+        parts.append((cost.read_ms, cost.check_ms, cost.expand_ms))
     means = [sum(column) / len(parts) for column in zip(*parts, strict=True)]
-    return {"ms": times, "cpu_ms": 1e3 * cpu / runs, "read_check_expand_ms": means}
+    return {**watch.found(), "cpu_ms": 1e3 * cpu / runs, "read_check_expand_ms": means}
+
+
+def _total(cost: SwapCost) -> float:
+    return cost.total_ms
 
 
 def _resident(
     bundle: Bundle, files: Sequence[Path], draw: random.Random, feeds: dict[str, Any]
 ) -> dict[str, Any]:
     names = list(bundle.residents)
-    times, first = [], []
+    swaps, first = Stopwatch(), Stopwatch()
     start = time.process_time()
     for _ in range(_RESIDENT_SWAPS):
         bundle.swap(None)
-        times.append(bundle.swap(draw.choice(names)).total_ms)
+        swaps.time(partial(bundle.swap, draw.choice(names)), _total)
     cpu = time.process_time() - start
     for _ in range(min(20, _RESIDENT_SWAPS)):
         bundle.swap(draw.choice(names))
-        before = time.perf_counter()
-        bundle.run(feeds)
-        first.append((time.perf_counter() - before) * 1e3)
+        first.time(partial(bundle.run, feeds))
     return {
-        "resident": {"ms": times, "cpu_ms": 1e3 * cpu / (2 * _RESIDENT_SWAPS)},
-        "first_run": {"ms": first},
+        "resident": {**swaps.found(), "cpu_ms": 1e3 * cpu / (2 * _RESIDENT_SWAPS)},
+        "first_run": first.found(),
         "held": len(names),
         "held_bytes": sum(bundle.residents.values()),
     }
