@@ -304,13 +304,14 @@ def _safetensors(text: str, parts: list[list[Any]]) -> bytes:
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """python(code, *arguments): run code in a fresh interpreter that sees this checkout.
 
-    Packages in `block` cannot be found there, as if they were not installed.
+    Packages in `block` cannot be found there, as if they were not installed. It may take `timeout`
+    seconds.
     """
 
-    def call(code: str, *arguments: str, block: tuple[str, ...] = ()) -> Any:
+    def call(code: str, *arguments: str, block: tuple[str, ...] = (), timeout: float = 60) -> Any:
         return subprocess.run(
             [sys.executable, "-c", _BLOCKER.format(block=block) + code, *arguments],
-            capture_output=True, text=True, timeout=60, env=_environment(), check=False,
+            capture_output=True, text=True, timeout=timeout, env=_environment(), check=False,
         )  # fmt: skip
 
     return call

@@ -28,7 +28,7 @@ STAGES = ["interpreter", "numpy", "onnxruntime", "regrow", "open", "first run", 
 @pytest.fixture(scope="module")
 def regrow(python):
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return python(MAIN, *map(str, arguments), block=EXTRAS)
+        return python(MAIN, *map(str, arguments), block=EXTRAS, timeout=300)
 
     return call
 
