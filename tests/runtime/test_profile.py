@@ -264,7 +264,7 @@ def test_a_crowded_machine_and_another_clock_raise_the_bar(record):
     a["noise"]["others"], a["environment"]["cores"] = 1.0, 4
     b["noise"]["others"] = 0.0
     b["calibration_ms"] = a["calibration_ms"]
-    assert compare(a, b)["floor"] == pytest.approx(1 / 4)  # one thread: its waiting is known
+    assert compare(a, b)["floor"] == pytest.approx(1 / 16)  # one thread: its waiting is known
     b["settings"]["cells"][0]["threads"] = 2
     assert compare(a, b)["floor"] == pytest.approx(1 / 3)
     b["calibration_ms"] = [1.5 * value for value in a["calibration_ms"]]

@@ -16,6 +16,7 @@ from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_runtime import UsageError
 from regrow_toolchain.config import ProfileConfig
 from regrow_toolchain.measure import CoreWait, EnergyMeter, read_governor, read_load
+from regrow_toolchain.measure.waiting import Reading
 from regrow_toolchain.profiling.cases.operators import group, module_of
 from regrow_toolchain.profiling.environment import NoiseMeter
 from regrow_toolchain.profiling.feeds import has_length, make_feeds, probe_length
@@ -178,27 +179,30 @@ def test_waiting_is_what_the_system_tells(tmp_path: Path) -> None:
     path = tmp_path / "schedstat"
     path.write_text("50268137 140964164 35\n")
     wait = CoreWait(path)
-    assert (wait.known, wait.read()) == (True, 140.964164)
+    assert (wait.known, wait.read().waited) == (True, 140.964164)
     path.write_text("50268137 141964164 36\n")
-    assert wait.read() == 141.964164
+    assert wait.read().waited == 141.964164
     wait.close()
-    assert (wait.known, wait.read()) == (False, 0.0)
+    assert (wait.known, wait.read().waited) == (False, 0.0)
     for text in ("", "0 0\n", "none of it\n"):
         path.write_text(text)
         assert not CoreWait(path).known
-    assert CoreWait(tmp_path / "missing").read() == 0.0
+    assert CoreWait(tmp_path / "missing").read().waited == 0.0
 
 
 def test_a_stopwatch_takes_waiting_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from regrow_toolchain.profiling.cases import common
 
-    waited = iter([0.0, 0.0, 0.0, 7.5, 7.5, 1e6, 1e6, 1e6, 1e6 + 2])
-    monkeypatch.setattr(common.CoreWait, "read", lambda self: next(waited))
+    told = [(0, 0), (0, 9), (0, 9), (7.5, 11), (8, 11), (5000, 14), (5000, 14), (5000, 30)]
+    told += [(5000, 30), (5000, 30), (6000, 30)]
+    readings = iter(Reading(*pair) for pair in told)
+    monkeypatch.setattr(common.CoreWait, "read", lambda self: next(readings))
     watch = common.Stopwatch()
-    for _ in range(3):
+    for _ in range(4):
         watch.time(lambda: 10.0, float)
-    assert watch.found() == {"ms": [10.0, 10.0, 10.0], "own_ms": 2.5}
-    assert watch.own == [10.0, 2.5, 0.0]  # never less than nothing
+    assert watch.found() == {"ms": [10.0] * 4, "own_ms": 6.5}
+    # Nor less than the time on a core, nor more than the wall clock's.
+    assert watch.own == [10.0, 2.5, 3.0, 10.0]
     laps = common.Stopwatch()
     laps.laps(lambda told: [told(None), told(None)])
     assert len(laps.ms) == 2

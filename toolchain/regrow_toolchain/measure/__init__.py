@@ -6,7 +6,7 @@ from .energy import EnergyMeter
 from .machine import Cpu, Load, read_cpu, read_governor, read_load
 from .memory import Memory, read_memory
 from .times import Times, measure_in_turns
-from .waiting import CoreWait
+from .waiting import CoreWait, own_ms
 
 __all__ = [
     "CoreWait",
@@ -16,6 +16,7 @@ __all__ = [
     "Memory",
     "Times",
     "measure_in_turns",
+    "own_ms",
     "read_cpu",
     "read_governor",
     "read_load",

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["CoreWait"]
+__all__ = ["CoreWait", "Reading", "own_ms"]
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")  # ns on a core, ns waiting for one, turns
+
+
+class Reading(NamedTuple):
+    """Milliseconds since a thread began: `waited` for a core, `cpu` on one."""
+
+    waited: float
+    cpu: float
+
+
+def own_ms(ms: float, before: Reading, after: Reading) -> float:
+    """Of `ms` by the wall clock, what is left without the waiting between two readings.
+
+    Never less than the time on a core: the thread may also have waited while it was reading.
+    """
+    return min(ms, max(ms - (after.waited - before.waited), after.cpu - before.cpu))
 
 
 class CoreWait:
     """Linux's run delay of the thread that makes it; `known` is False where none is told.
 
-    A reading takes a microsecond.
+    A reading takes two microseconds.
     """
 
     def __init__(self, path: Path = _SCHEDSTAT) -> None:
@@ -30,12 +47,13 @@ class CoreWait:
         """Whether the system tells."""
         return self._file is not None
 
-    def read(self) -> float:
-        """Milliseconds since the thread began; 0 where none is told."""
-        return int(self._fields()[1]) / 1e6 if self.known else 0.0
+    def read(self) -> Reading:
+        """Now; nothing was waited where the system does not tell."""
+        waited = int(self._fields()[1]) / 1e6 if self.known else 0.0
+        return Reading(waited, time.thread_time() * 1e3)
 
     def close(self) -> None:
-        """Let go of the file; `read` gives 0 from here on."""
+        """Let go of the file; no waiting is told from here on."""
         if self._file is not None:
             os.close(self._file)
         self._file = None

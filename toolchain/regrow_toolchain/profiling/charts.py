@@ -8,11 +8,13 @@ from typing import Any
 
 from ..pages import Canvas, duration, size
 from ..pages.words import ram
-from .wording import KINDS, STAGES, case_words
+from .wording import KINDS, STAGES, case_label, language_parts
 
 __all__ = [
+    "MOST_CASES",
     "cold_chart",
     "grid_chart",
+    "language_chart",
     "latency_chart",
     "memory_chart",
     "operators_chart",
@@ -24,8 +26,8 @@ __all__ = [
 Record = Mapping[str, Any]
 _ROW = 40.0
 _MOST_ROWS = 8
-_MOST_CASES = 16
-_LONGEST = 40
+MOST_CASES = 16
+_LONGEST = 38
 
 
 def latency_chart(record: Record, title: str) -> str:
@@ -139,9 +141,20 @@ def _loaded(row: Record) -> str:
 
 
 def grid_chart(record: Record, title: str) -> str:
-    """Median time of a run at every point of the grid."""
-    rows = [(case_words(row), row["ms"]["p50"], duration) for row in record["latency"]]
-    return _bars(rows[:_MOST_CASES], title, "Median time of a run.", "grey")
+    """Median time of a run at the first points of the grid."""
+    found = record["latency"]
+    lengths = any(row["length"] for row in found)
+    rows = [
+        (_short(case_label(row, lengths=lengths), _LONGEST), row["ms"]["p50"], duration)
+        for row in found[:MOST_CASES]
+    ]
+    return _bars(rows, title, "Median time of a run.", "grey")
+
+
+def language_chart(record: Record, title: str) -> str:
+    """Median times of a prompt's run, the first token, and each after it."""
+    rows = [(words, ms["p50"], duration) for words, ms in language_parts(record)]
+    return _bars(rows, title, "Median times.", "accent")
 
 
 def cold_chart(record: Record, title: str) -> str:

@@ -39,6 +39,10 @@ _LATENCY = (
     "How often each time was measured: bars as high as the count, the line is the median. Longer "
     "times than the axis shows are in p99. Each case ran in several fresh processes, in turns."
 )
+_LANGUAGE = (
+    "Medians. Prefill is one run over the whole prompt; the first token needs it, and those after "
+    "it are made one at a time."
+)
 _OPERATORS = (
     "From ONNX Runtime’s own profile, with the adapter if one was given: medians of each kernel. "
     "A star stands for all layers. Fused kernels have lost their module’s name."
@@ -145,7 +149,12 @@ def _figures(record: Record) -> Iterator[str]:
     yield panel("Latency", wording.latency_takeaway(record), charts.latency_chart, _LATENCY)
     if len(record["latency"]) > 2:
         title, caption = wording.grid_takeaway(record), "Median time of one run of a whole batch."
+        if (more := len(record["latency"]) - charts.MOST_CASES) > 0:
+            caption += f" {more} more cases are in the table below."
         yield panel("Cases", title, charts.grid_chart, caption)
+    if record["language"]:
+        title = wording.language_takeaway(record)
+        yield panel("Language model", title, charts.language_chart, _LANGUAGE)
     yield panel("RAM", wording.memory_takeaway(record), charts.memory_chart, f"{_RAM}{source}.")
     if record["swap"]:
         yield panel("Swap", wording.swap_takeaway(record), charts.swap_chart, _SWAP)

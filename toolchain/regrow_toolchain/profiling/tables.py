@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..pages.words import NOT_MEASURED, count, duration, ram, size
-from .wording import KINDS, STAGES
+from ..pages.words import GAP, NOT_MEASURED, count, duration, ram, size
+from .wording import KINDS, STAGES, case_label, language_parts
 
 __all__ = ["Table", "all_tables", "comparison_tables"]
 
@@ -41,28 +41,19 @@ def _latency(record: Record) -> Table:
         ms = row["ms"]
         figures = [duration(ms[key]) for key in ("p50", "p90", "p95", "p99", "mean", "min", "max")]
         rows.append([
-            _case(row, lengths), *figures, f"{ms['spread']:.0%}", duration(row["cpu_ms"]),
-            count(ms["n"]),
+            case_label(row, lengths=lengths), *figures, f"{ms['spread']:.0%}",
+            duration(row["cpu_ms"]), count(ms["n"]),
         ])  # fmt: skip
     return Table("Time of one run", head, rows)
-
-
-def _case(row: Record, lengths: bool) -> str:
-    length = f" × {row['length']}" if lengths and row["length"] else ""
-    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-    return f"batch {row['batch']}{length}, {threads}, {row['adapter'] or 'no adapter'}"
 
 
 def _language(record: Record) -> Table | None:
     found = record["language"]
     if not found:
         return None
-    names = {"prefill": f"Prefill, {found['prompt']} tokens", "first_token": "First token",
-             "decode": "Each token after it"}  # fmt: skip
     rows = [
-        [words, *(duration(found[name]["ms"][key]) for key in ("p50", "p90", "p99"))]
-        for name, words in names.items()
-        if found.get(name)
+        [words, *(duration(ms[key]) for key in ("p50", "p90", "p99"))]
+        for words, ms in language_parts(record)
     ]
     how = "with a key-value cache" if found["cache"] else "without a cache: all tokens again"
     return Table(f"Language model, {how}", ["", "p50", "p90", "p99"], rows)
@@ -139,7 +130,7 @@ def comparison_tables(found: Record) -> list[Table]:
     groups: dict[str, list[list[str]]] = {}
     for row in found["rows"]:
         groups.setdefault(row["group"], []).append(_side_by_side(row))
-    head = ["", "differs?", "B / A", "A", "B", "interval"]
+    head = ["", "differs?", f"B{GAP}/{GAP}A", "A", "B", "interval"]
     return [Table(name[0].upper() + name[1:], head, rows) for name, rows in groups.items()]
 
 

@@ -91,19 +91,26 @@ def comparison_lines(found: Record) -> list[str]:
 
 def comparison_notes(found: Record) -> list[str]:
     """The rule, the machine, and what cannot be compared."""
-    real, crowd = [row for row in found["rows"] if row["real"]], found["crowd"]
+    real = [row for row in found["rows"] if row["real"]]
     lines = [
         f"{len(real)} of {len(found['rows'])} figures differ by more than the noise.",
         "A difference counts if the rank interval (97 %) of the ratio, over the fresh processes "
         "that each profile took, does not hold 1, and if it is over 5 %. For times it must be over "
-        f"{found['floor']:.0%} here: more than the machine and other programs can do.",
-        f"Other programs had {crowd:.0%} of the cores." if crowd else "The machine was quiet.",
+        f"{100 * found['floor']:.0f} % here: more than the machine and other programs can do. "
+        "Times are compared without what a thread waited for a core.",
+        _crowd(found["crowd"]),
         f"The machine: a fixed piece of work took {found['machine']:.2f} times as long in B.",
     ]
     lines += [f"Unlike: {words}" for words in found["unlike"]]
     if found["only"]:
         lines.append(f"In one profile alone: {'; '.join(sorted(found['only']))}")
     return lines
+
+
+def _crowd(share: float) -> str:
+    if not share:
+        return "The machine was quiet."
+    return f"Other programs had {100 * share:.0f} % of the cores."
 
 
 def comparison_markdown(found: Record) -> str:

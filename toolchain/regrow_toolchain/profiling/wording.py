@@ -10,11 +10,14 @@ from ..pages.words import NOT_MEASURED, count, duration, size
 __all__ = [
     "KINDS",
     "STAGES",
+    "case_label",
     "case_words",
     "cold_takeaway",
     "energy_words",
     "failed",
     "grid_takeaway",
+    "language_parts",
+    "language_takeaway",
     "latency_takeaway",
     "left_out",
     "memory_takeaway",
@@ -54,6 +57,13 @@ def case_words(row: Record) -> str:
     parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
     parts.append(f"adapter {row['adapter']}" if row["adapter"] else "no adapter")
     return ", ".join(parts)
+
+
+def case_label(row: Record, *, lengths: bool) -> str:
+    """The same where room is short, such as "batch 1 × 16, 2 threads, slanted"."""
+    length = f" × {row['length']}" if lengths and row["length"] else ""
+    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return f"batch {row['batch']}{length}, {threads}, {row['adapter'] or 'no adapter'}"
 
 
 def left_out(record: Record) -> list[str]:
@@ -98,6 +108,23 @@ def _first_cell(record: Record) -> list[Record]:
     rows: Sequence[Record] = record["latency"]
     keys = ("batch", "length", "threads")
     return [row for row in rows if all(row[key] == rows[0][key] for key in keys)]
+
+
+def language_parts(record: Record) -> list[tuple[str, Record]]:
+    """What a language model's times are of, in words, and their distributions."""
+    found = record["language"]
+    names = {"prefill": f"Prefill, {found['prompt']} tokens", "first_token": "First token",
+             "decode": "Each token after it"}  # fmt: skip
+    return [(words, found[name]["ms"]) for name, words in names.items() if found.get(name)]
+
+
+def language_takeaway(record: Record) -> str:
+    """When the first token comes, and how many then come in a second."""
+    found = record["language"]
+    told = f"The first token comes after {duration(found['first_token']['ms']['p50'])}"
+    if not found["tokens_per_second"]:
+        return f"{told}."
+    return f"{told}, then {count(found['tokens_per_second'])} come in a second."
 
 
 def cold_takeaway(record: Record) -> str:

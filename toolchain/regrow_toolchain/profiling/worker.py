@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from regrow_toolchain.measure.memory import read_memory
-from regrow_toolchain.measure.waiting import CoreWait
+from regrow_toolchain.measure.waiting import CoreWait, Reading, own_ms
 
 __all__ = ["Reporter", "main"]
 
@@ -34,14 +34,14 @@ class Reporter:
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._wait = stream, CoreWait()
-        self._waited = 0.0  # from the start of the process
+        self._before = Reading(0.0, 0.0)  # the start of the process
         self.stage, self._start = "interpreter", time.perf_counter()
 
     def begin(self, name: str, start: float | None = None) -> None:
         """From here on a stage is worked at; `start`, in seconds, if it began earlier."""
         self.stage = name
         if start is None:
-            self._waited, start = self._wait.read(), time.perf_counter()
+            self._before, start = self._wait.read(), time.perf_counter()
         self._start = start
 
     def send(self, event: str, **fields: Any) -> None:
@@ -56,7 +56,7 @@ class Reporter:
             fields: what else to tell.
         """
         ms = (time.perf_counter() - self._start) * 1e3
-        own = max(0.0, ms - (self._wait.read() - self._waited))
+        own = own_ms(ms, self._before, self._wait.read())
         memory = asdict(read_memory())
         self.send("stage", name=self.stage, ms=ms, own_ms=own, memory=memory, **fields)
 

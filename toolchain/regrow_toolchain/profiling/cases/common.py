@@ -14,7 +14,8 @@ import numpy as np
 from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
 from regrow_runtime.bundle import PROFILES, Profile
-from regrow_toolchain.measure import CoreWait
+from regrow_toolchain.measure import CoreWait, own_ms
+from regrow_toolchain.measure.waiting import Reading
 
 from ..feeds import Feeds, make_feeds
 
@@ -61,27 +62,27 @@ class Stopwatch:
 
     def time(self, call: Callable[[], T], tell: Callable[[T], float] | None = None) -> T:
         """Call; `tell` gives the milliseconds where the call measures itself."""
-        waited, start = self._wait.read(), time.perf_counter()
+        before, start = self._wait.read(), time.perf_counter()
         value = call()
         ms = (time.perf_counter() - start) * 1e3
-        self._add(tell(value) if tell else ms, self._wait.read() - waited)
+        self._add(tell(value) if tell else ms, before, self._wait.read())
         return value
 
     def laps(self, call: Callable[[Callable[[object], None]], object]) -> None:
         """Times from the start of a call to the first time it tells, and from each to the next."""
         moments = [(self._wait.read(), time.perf_counter())]
         call(lambda _: moments.append((self._wait.read(), time.perf_counter())))
-        for (waited, start), (wait, end) in pairwise(moments):
-            self._add((end - start) * 1e3, wait - waited)
+        for (before, start), (after, end) in pairwise(moments):
+            self._add((end - start) * 1e3, before, after)
 
     def add(self, other: Stopwatch, which: slice) -> None:
         """Times of another one."""
         self.ms += other.ms[which]
         self.own += other.own[which]
 
-    def _add(self, ms: float, waited: float) -> None:
+    def _add(self, ms: float, before: Reading, after: Reading) -> None:
         self.ms.append(ms)
-        self.own.append(max(0.0, ms - waited))
+        self.own.append(own_ms(ms, before, after))
 
     def found(self) -> dict[str, Any]:
         """`ms`, and the median of `own` as `own_ms`."""
