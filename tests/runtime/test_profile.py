@@ -223,6 +223,26 @@ def test_words_of_strangers_are_escaped(record):
     assert any("<script>x</script>|y" in line for line in record_lines(evil))
 
 
+def test_a_language_model_and_many_cases_are_drawn(record):
+    """The cases by names short enough for a phone; adapters' long names are cut at the end."""
+    from regrow_toolchain.pages.words import GAP
+    from regrow_toolchain.profiling.page import profile_page
+
+    changed = json.loads(json.dumps(record).replace('"user"', '"a-user-with-a-long-name"'))
+    times = {"ms": record["latency"][0]["ms"] | {"p50": 2.0}, "rounds": [2.0]}
+    changed["language"] = {
+        "cache": True, "prompt": 16, "tokens": 4, "tokens_per_second": 500.0,
+        "prefill": times, "first_token": times, "decode": times,
+    }  # fmt: skip
+    changed["latency"] = [row | {"length": 16} for row in changed["latency"]] * 4
+    page = profile_page(changed).replace(GAP, " ")
+    assert "The first token comes after 2 ms, then 500 come in a second." in page
+    assert "Prefill, 16 tokens" in page
+    assert ">batch 1 × 16, 1 thread, a-user-with-a…<" in page
+    assert ">batch 3 × 16, 1 thread, no adapter<" in page
+    assert "4 more cases are in the table below." in page
+
+
 # -- comparing -------------------------------------------------------------------------------------
 
 
@@ -264,7 +284,7 @@ def test_a_crowded_machine_and_another_clock_raise_the_bar(record):
     a["noise"]["others"], a["environment"]["cores"] = 1.0, 4
     b["noise"]["others"] = 0.0
     b["calibration_ms"] = a["calibration_ms"]
-    assert compare(a, b)["floor"] == pytest.approx(1 / 16)  # one thread: its waiting is known
+    assert compare(a, b)["floor"] == pytest.approx(1 / 8)  # one thread: its waiting is known
     b["settings"]["cells"][0]["threads"] = 2
     assert compare(a, b)["floor"] == pytest.approx(1 / 3)
     b["calibration_ms"] = [1.5 * value for value in a["calibration_ms"]]
@@ -406,6 +426,20 @@ def test_a_bundle_that_does_not_fit_ends_with_1_and_a_report(regrow, bundle_fold
     ]
 
 
+def test_what_it_took_may_not_be_told(monkeypatch):
+    """Without /proc: a limit that would do is found all the same."""
+    from regrow_toolchain.profiling import fit
+    from regrow_toolchain.profiling.processes import Outcome
+
+    silent = [{"name": name, "ms": 1.0, "memory": {"data": None}} for name in STAGES]
+    monkeypatch.setattr(fit, "_try", lambda _, limit: (
+        Outcome(silent, {} if limit > 1.2e9 else None, {"message": "x"}), "RLIMIT_DATA", None
+    ))  # fmt: skip
+    found = fit.measure_fit({}, 2 * 10**9, silent)
+    assert "The system does not tell what it took" in found["answer"]
+    assert fit.measure_fit({}, 10**9, silent)["enough"] == 13 * 10**8
+
+
 def test_a_limit_that_cannot_be_tried_is_no_yes(monkeypatch):
     from regrow_toolchain.cli.commands.profile import _check_fit
     from regrow_toolchain.profiling import fit, limits
@@ -469,7 +503,7 @@ def test_without_proc_the_rest_is_still_made(python, bundle_folder, tmp_path):
 
     said = [json.loads(line) for line in found.stdout.splitlines()]
     memory = memory_stages([[part for part in said if part["event"] == "stage"]])
-    assert memory["source"].startswith("getrusage: the peak only, ")
+    assert memory["source"].startswith("getrusage: the peak only, at least that of regrow")
     assert memory["platform"] is None
     assert memory["stages"][-1]["peak"] > 1e7
     assert memory["stages"][-1]["rounds"] == []

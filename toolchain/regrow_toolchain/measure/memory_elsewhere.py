@@ -20,7 +20,9 @@ def peak_only(reason: str) -> Memory:
         return Memory(None, None, None, source=f"nothing: {reason}")
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Memory(None, None, peak, source=f"getrusage: the peak only, {reason}")
+    # Linux keeps the peak of the process that started this one, from before the program was loaded.
+    more = ", at least that of regrow profile itself" if sys.platform == "linux" else ""
+    return Memory(None, None, peak, source=f"getrusage: the peak only{more}; {reason}")
 
 
 def macos() -> Memory:

@@ -39,7 +39,7 @@ def measure_fit(case: Mapping[str, Any], limit: int, free: Stages) -> dict[str, 
         return {"limit": limit, "fits": None, "stage": None, "kind": None, "answer": str(error)}
     failed = None if outcome.result is not None else _failed(outcome, free)
     enough = _enough(case, limit, _most(free, kind)) if failed else None
-    why = _why(failed) if failed else f"It took {size(peak or _most(outcome.stages, kind))}"
+    why = _why(failed) if failed else _took(peak or _most(outcome.stages, kind))
     more = f" {enough // _MB} MB would do." if enough else ""
     return {
         "limit": limit,
@@ -62,8 +62,10 @@ def _try(case: Mapping[str, Any], limit: int) -> tuple[Outcome, str, int | None]
 
 
 def _enough(case: Mapping[str, Any], limit: int, free: int) -> int | None:
-    """Whole megabytes above `limit` under which the stages run; `free` is what they take freely."""
-    tries = (-(-int(share * free) // _MB) * _MB for share in _MORE)
+    """Whole megabytes above `limit` under which the stages run; `free` is what they take freely,
+    0 if that is not told.
+    """
+    tries = (-(-int(share * (free or limit)) // _MB) * _MB for share in _MORE)
     for count in dict.fromkeys(count for count in tries if count > limit):
         if _try(case, count)[0].result is not None:
             return count
@@ -83,6 +85,10 @@ def _why(failed: str) -> str:
     if failed in _PLATFORM:
         return f"Importing {failed} fails, before any bundle is opened"
     return f"The stage that fails: {failed}"
+
+
+def _took(count: int) -> str:
+    return f"It took {size(count)}" if count else "The system does not tell what it took"
 
 
 def _most(stages: Stages, kind: str) -> int:

@@ -43,10 +43,10 @@ def crowd_floor(share: float, threads: int) -> float:
     """What other programs can do to a time when they have a share of the cores.
 
     With one thread, waiting for a core is measured and taken off; what is left, such as caches that
-    others fill, was below a quarter of the share (docs/profile.md). With more threads, one that
+    others fill, was mostly below half of the share (docs/profile.md). With more threads, one that
     waits keeps the others waiting, unmeasured: a time may be 1 / (1 - share) times as long.
     """
-    return share / 4 if threads == 1 else 1 / (1 - min(share, 0.99)) - 1
+    return share / 2 if threads == 1 else 1 / (1 - min(share, 0.99)) - 1
 
 
 def judge(
