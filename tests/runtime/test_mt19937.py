@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from regrow_format import UsageError, mt19937
 from regrow_format.mt19937 import permutation_head, uniform_kaiming
-from regrow_runtime import UsageError, mt19937
 
 
 def _words(values: np.ndarray) -> list[str]:
