@@ -341,9 +341,7 @@ def test_files_that_cannot_be_copied(refused, plain, tmp_path_factory):
 
 def test_a_missing_extra_prints_its_pip_line(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    refused(
-        r"export needs onnx.*pip install 'regrow\[export\]'", error=RegrowError, targets=["stem"]
-    )
+    refused(r"export needs onnx.*pip install .*\[export\]", error=RegrowError, targets=["stem"])
 
 
 def test_targets_are_sorted_by_their_bytes(plain):
