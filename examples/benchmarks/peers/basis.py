@@ -24,9 +24,28 @@ def bandwidth(count: int) -> dict[str, Any]:
 
 
 def signs_in_numpy(vectors: int, entries: int, repeat: int) -> dict[str, float]:
-    from regrow_format.basis import sign_bits
+    """A byte per sign, as they are multiplied."""
+    from regrow_format.basis import sign_rows
 
-    return times(lambda: sign_bits(7, 0, vectors, entries), repeat)
+    return times(lambda: sum(map(len, sign_rows(7, 0, vectors, entries))), repeat)
+
+
+def signs_in_onnx(vectors: int, entries: int, repeat: int) -> dict[str, float]:
+    from onnx import TensorProto, helper
+
+    from regrow_export.builder import GraphBuilder
+    from regrow_export.graph import IR_VERSION, OPSET
+    from regrow_export.methods.signs import round_keys, sign_bits
+
+    g = GraphBuilder("signs")
+    bits = sign_bits(g, round_keys(g, "seed"), 0, [0], vectors, entries)
+    seed = helper.make_tensor_value_info("seed", TensorProto.UINT32, [2])
+    found = helper.make_tensor_value_info(bits, TensorProto.UINT8, [1, entries, vectors])
+    graph = helper.make_graph(g.nodes, "signs", [seed], [found], g.constants)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    session = one_thread(model.SerializeToString())
+    return times(lambda: session.run(None, {"seed": np.array([7, 0], np.uint32)}), repeat)
 
 
 def expansion_in_numpy(vectors: int, layers: int, width: int, repeat: int) -> dict[str, float]:
@@ -38,19 +57,20 @@ def expansion_in_numpy(vectors: int, layers: int, width: int, repeat: int) -> di
 
 
 def expansion_in_onnx(vectors: int, layers: int, width: int, repeat: int) -> dict[str, float]:
-    import onnxruntime as ort
-
     from regrow_export.expander import adapter_inputs, build_expander
 
     adapter = _adapter(vectors, layers, width)
     model = build_expander(adapter.config, adapter.targets, adapter.storage)
+    session, feeds = one_thread(model.SerializeToString()), adapter_inputs(adapter)
+    return times(lambda: session.run(None, feeds), repeat)
+
+
+def one_thread(model: bytes) -> Any:
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    feeds = adapter_inputs(adapter)
-    return times(lambda: session.run(None, feeds), repeat)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _adapter(vectors: int, layers: int, width: int) -> Any:
@@ -82,6 +102,7 @@ def main() -> None:
         limit = vectors * entries / (copied["gb_per_s"] * 1e6)
         rows = {
             "signs, NumPy": signs_in_numpy(vectors, entries, repeat),
+            "signs, ONNX": signs_in_onnx(vectors, entries, repeat),
             "whole expansion, NumPy": expansion_in_numpy(vectors, layers, width, repeat),
             "whole expansion, ONNX": expansion_in_onnx(vectors, layers, width, repeat),
         }

@@ -109,7 +109,7 @@ def many(found: Found) -> list[str]:
     smaller = [name for name, size in each.items() if size < each["regrow"]]
     return [
         *lines,
-        *ahead(quicker, "the time of a swap among most adapters"),
+        *ahead(quicker, "the time of a swap among the most adapters that were tried with each"),
         *ahead(smaller, "private RAM of a resident adapter"),
     ]
 

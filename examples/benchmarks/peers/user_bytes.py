@@ -22,11 +22,11 @@ MLP = ["attention.output.dense", "intermediate.dense", "output.dense"]
 QV = ["query", "value"]
 # label: method, settings, targets, accuracy of it in docs/results.md (int4)
 WRITERS = {
-    "LoRA r=1": ("lora", {"rank": 1, "alpha": 1.0}, MLP, 92.9),
-    "LoRA r=4": ("lora", {"rank": 4, "alpha": 4.0}, MLP, 93.3),
-    "NOLA k=l=32": ("nola", {"k": 32, "l": 32, "rank": 4}, MLP, 93.3),
-    "VeRA r=64": ("vera", {"rank": 64}, QV, 93.5),
-    "FourierFT n=64": ("fourierft", {"n": 64}, MLP, 93.3),
+    "LoRA r=1": ("lora", {"rank": 1, "alpha": 1.0}, MLP, 96.1),
+    "LoRA r=4": ("lora", {"rank": 4, "alpha": 4.0}, MLP, 96.3),
+    "NOLA k=l=32": ("nola", {"k": 32, "l": 32, "rank": 4}, MLP, 96.3),
+    "VeRA r=64": ("vera", {"rank": 64}, QV, 96.2),
+    "FourierFT n=64": ("fourierft", {"n": 64}, MLP, 96.2),
 }
 BASE = {
     "LoRA r=1": ("lora", {"rank": 1, "alpha": 1.0}, QV, None),
