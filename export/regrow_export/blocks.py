@@ -10,6 +10,8 @@ from torch import nn
 
 from regrow_format.errors import RegrowError
 
+from .targets import is_conv1d
+
 __all__ = ["BlockWeight", "block_lists", "block_weights"]
 
 # nn.MultiheadAttention multiplies by parameters of its own; the graph has them as any other weight.
@@ -82,7 +84,7 @@ def block_weights(model: nn.Module) -> list[BlockWeight]:
             for name in _weight_names(module):
                 weight = getattr(module, name)
                 if weight is not None:
-                    turned = not _is_conv1d(module)
+                    turned = not is_conv1d(module)
                     found.setdefault(id(weight), BlockWeight(path, name, weight, turned))
     if not found:
         raise RegrowError("model must have linear layers in a stack of blocks to round, got none")
@@ -92,9 +94,4 @@ def block_weights(model: nn.Module) -> list[BlockWeight]:
 def _weight_names(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION
-    return ("weight",) if isinstance(module, nn.Linear) or _is_conv1d(module) else ()
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's layer of transformers, whose weight is [in, out]."""
-    return type(module).__name__ == "Conv1D"
+    return ("weight",) if isinstance(module, nn.Linear) or is_conv1d(module) else ()

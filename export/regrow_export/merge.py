@@ -14,7 +14,7 @@ from regrow_format.errors import UsageError
 from regrow_format.methods.base import Expansion
 
 from .slots import shared_copy
-from .targets import layer_kinds
+from .targets import is_conv1d, layer_kinds
 
 __all__ = ["merged_model", "with_extra"]
 
@@ -86,7 +86,7 @@ def _with_delta(layer: nn.Module, delta: torch.Tensor) -> nn.Module | None:
 
     A factored pair becomes one dense layer: up down + delta has no exact form of its rank.
     """
-    if type(layer).__name__ == "Conv1D":  # its weight is [in, out]
+    if is_conv1d(layer):  # its weight is [in, out]
         return _with_weight(layer, delta)
     if isinstance(layer, nn.Linear):
         return _with_weight(layer, delta.T)

@@ -22,6 +22,7 @@ __all__ = [
     "find_biased",
     "find_linears",
     "head_widths",
+    "is_conv1d",
     "kinds_for",
     "layer_kinds",
     "slot_targets",
@@ -39,13 +40,21 @@ def kinds_for(method: str) -> tuple[str, ...]:
     return () if kind is None else (kind,)
 
 
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether it is GPT-2's layer of transformers, whose weight is [in, out].
+
+    Known by its name and its width `nf`: transformers takes a second to import.
+    """
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def widths(module: torch.nn.Module) -> tuple[int, int] | None:
     """(in, out) of a layer that maps the last dimension linearly, or None if it is no such layer.
 
     Known by duck type: `in_features` and `out_features` as in `nn.Linear` and in factorised pairs,
     or GPT-2's Conv1D, whose widths are called `nx` and `nf`.
     """
-    names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
+    names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
     wide, high = (getattr(module, name, None) for name in names)
     return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
 
@@ -80,7 +89,7 @@ def dense_weight(module: torch.nn.Module) -> torch.Tensor | None:
     """The weight of a linear layer as a view [in, out], or None if it has not just one."""
     from torch import nn
 
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         return module.get_parameter("weight").detach()
     return module.weight.detach().T if isinstance(module, nn.Linear) else None
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from regrow_export.targets import is_conv1d
 from regrow_format.errors import RegrowError
 
 from .structure import replace_module
@@ -86,7 +86,7 @@ class Plan:
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as [out, in], detached; transformers' Conv1D has it turned."""
     weight = module.get_parameter("weight").detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if is_conv1d(module) else weight
 
 
 def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankLinear:

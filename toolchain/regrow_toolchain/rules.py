@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from regrow_export.targets import is_conv1d
 from regrow_format.errors import RegrowError, UsageError
 
 from .lowrank import LowRankLinear, Plan, dense_weight, rank_for
@@ -110,9 +110,9 @@ def _ranked(layer: Layer, ratio: float) -> Layer:
     return replace(layer, rank=rank)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             parent = model.get_submodule(name.rpartition(".")[0])
             if not isinstance(parent, LowRankLinear):
                 yield name, module
