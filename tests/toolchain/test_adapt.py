@@ -349,9 +349,9 @@ def test_training_and_the_file_are_one_computation(
     original = Fitting.run
 
     def run(self: Fitting, *arguments: Any, **more: Any) -> None:
+        inputs = self.cohort.batch(0).inputs
         original(self, *arguments, **more)
         self.hooks.attach([target.name for target in self.trained.targets])
-        inputs = self.cohort.batch(0).inputs
         with torch.no_grad():
             seen.append((inputs, self._outputs(self.cohort.batch(0))[0]))
         self.hooks.detach()

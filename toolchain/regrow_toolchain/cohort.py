@@ -7,7 +7,8 @@ the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,6 +88,27 @@ class Cohort:
             inputs = self._augmented(inputs, step, piece)
         return Batch(inputs, self._labels[index], self._weights[:, torch.from_numpy(piece)])
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a sample is the same whenever it is seen: no augmentation touches it."""
+        used = self.augmentation.shift or self.augmentation.noise
+        return not used or not any(map(_is_picture, self._inputs.values()))
+
+    def mapped(self, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Cohort:
+        """The same batches with `change(inputs)` for inputs, a user's samples apart from others'.
+
+        For samples that repeat: nothing is augmented afterwards.
+        """
+        found = copy.copy(self)
+        found.augmentation = Augmentation()
+        parts = []
+        for start, count in zip(self._starts.tolist(), self.counts, strict=True):
+            for first in range(start, start + count, self.size):
+                rows = slice(first, min(first + self.size, start + count))
+                parts.append(change({name: x[rows] for name, x in self._inputs.items()}))
+        found._inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return found
+
     @cached_property
     def _weights(self) -> Tensor:
         sizes = torch.tensor(self.sizes)[:, None]
@@ -122,7 +144,7 @@ class Cohort:
         found = dict(inputs)
         users = len(self.counts)
         for name, x in inputs.items():
-            if x.dim() != 4 or not x.is_floating_point():
+            if not _is_picture(x):
                 continue
             generator = torch.Generator().manual_seed(mixed(self.seed, step))
             if self.augmentation.shift:
@@ -135,6 +157,11 @@ class Cohort:
                 x = (x.reshape(users, -1, *x.shape[1:]) + noise).flatten(0, 1)
             found[name] = x
         return found
+
+
+def _is_picture(x: Tensor) -> bool:
+    """Whether augmentation applies to an input."""
+    return x.dim() == 4 and x.is_floating_point()
 
 
 def mixed(seed: int, step: int) -> int:

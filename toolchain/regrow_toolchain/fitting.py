@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from .heads import Heads
 from .methods import Trained
 from .progress import progress
 from .tasks import Task
-from .training import cosine_factor
+from .training import cosine_factor, outputs_of
 
 __all__ = ["Fitting", "Stopped"]
 
@@ -29,6 +30,7 @@ __all__ = ["Fitting", "Stopped"]
 _ROUNDED_FROM = 0.5
 # Of a user's largest gradient in a tensor: below it float32 has no digits left.
 _NOISE = 1e-6
+_FEATURES = "features"  # a batch's input where only what a head sees is kept
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Fitting:
             path: partial(heads.layer, i) for i, path in enumerate(heads.paths)
         } if heads else {}  # fmt: skip
         self.hooks = Hooks(model, replaced, self.users)
+        self._from_features = False
         self._best = _Best(self.users, task.higher_is_better)
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -102,6 +105,8 @@ class Fitting:
             self.hooks.attach([target.name for target in self.trained.targets])
             if self.users > 1:
                 self._check_users()
+            if self._is_head_alone():
+                self._keep_features()
             with progress(name, self.config.steps) as advance:
                 for step in range(start, self.config.steps):
                     losses = self._step(step)
@@ -159,11 +164,51 @@ class Fitting:
 
     def _outputs(self, batch: Batch) -> Tensor:
         """[users, samples, ...]."""
+        if self._from_features and self.heads:
+            x = batch.inputs[_FEATURES]
+            with self.accelerator.autocast():
+                return self.heads.layer(0, x.reshape(self.users, -1, x.shape[-1]))
         self.hooks.changes = self.trained.changes()
         with self.accelerator.autocast():
             outputs = self.task.outputs(self.model, batch.inputs)
         self.hooks.check_reached()
         return outputs.reshape(self.users, -1, *outputs.shape[1:])
+
+    # -- a head alone -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _is_head_alone(self) -> bool:
+        """Whether what is trained is one head of samples that repeat, and it pays to keep what the
+        head sees: then no step needs the backbone.
+
+        The model must give what its head gives, untouched, and call it once.
+        """
+        cohort, heads = self.cohort, self.heads
+        if self.trained.targets or heads is None or len(heads.paths) > 1 or not cohort.repeats:
+            return False
+        if sum(cohort.counts) > self.config.steps * sum(cohort.sizes):
+            return False
+        with _calls(self.model, heads.paths[0]) as calls:
+            outputs = self._outputs(cohort.batch(0)).flatten(0, 1)
+        given = calls[-1][1]
+        same = outputs.data_ptr() == given.data_ptr() and outputs.shape == given.shape
+        return len(calls) == 1 and given.dim() == 2 and same
+
+    @torch.no_grad()
+    def _keep_features(self) -> None:
+        """Have batches give what the head sees, float [samples, in], in place of the inputs."""
+        assert self.heads is not None
+        path = self.heads.paths[0]
+        self.hooks.detach()
+
+        def features(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with _calls(self.model, path) as calls, self.accelerator.autocast():
+                outputs_of(self.model, inputs)
+            return {_FEATURES: calls[0][0].clone()}  # not a view of every token's
+
+        self.cohort = self.cohort.mapped(features)
+        self.validation = self.validation.mapped(features) if self.validation else None
+        self._from_features = True
 
     @torch.no_grad()
     def _check_users(self) -> None:
@@ -272,6 +317,21 @@ class Fitting:
             for name, value in self._parameters().items():
                 for user, kept in self._best.kept.items():
                     value[user] = kept[name]
+
+
+@contextmanager
+def _calls(model: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What a layer takes and gives within the block, call by call."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def note(_module: nn.Module, args: Any, named: Any, output: Tensor) -> None:
+        found.append((args[0] if args else next(iter(named.values())), output))
+
+    handle = model.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _moment(key: str, value: Tensor, device: torch.device) -> Tensor:
