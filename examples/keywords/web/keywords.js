@@ -211,12 +211,15 @@ function showAnswer(labels) {
   Object.assign(document.body.dataset, { answered: now.name, clip: clip.kind });
 }
 
-function take(sound, kind, about) {
-  const start = performance.now(), features = prepared(sound);
-  now.clip = { ...sound, features, time: performance.now() - start, kind };
-  paint(sound);
-  at("about").textContent = about;
-  return refresh();
+/** A clip of the visitor's own: shows what the model hears of it, and the answer, which a phone has below. */
+async function take({ samples, rate }, kind, about) {
+  const start = performance.now(), features = prepared({ samples, rate }), time = performance.now() - start;
+  const heard = samples.slice(0, Math.round(rate * model.prepare.seconds)), cut = heard.length < samples.length;
+  now.clip = { samples: heard, rate, features, time, kind };
+  paint(now.clip);
+  at("about").textContent = `${about}, ${cut ? "the first " : ""}${(heard.length / rate).toFixed(2)} s`;
+  await refresh();
+  at("answer").scrollIntoView({ block: "nearest" });
 }
 
 async function showSource(name) {

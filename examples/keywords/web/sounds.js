@@ -103,8 +103,8 @@ const DEFAULTS = {
 };
 
 /**
- * What a bundle's preprocessor_config.json says, as {rate, values(samples)}: samples at that rate to
- * {data: Float32Array, dims: [1, frames, features]}.
+ * What a bundle's preprocessor_config.json says, as {rate, seconds, values(samples)}: samples at that
+ * rate to {data: Float32Array, dims: [1, frames, features]}; what comes after `seconds` is not heard.
  */
 export function soundPreprocessor(settings) {
   const s = { ...DEFAULTS, fft_length: settings.frame_length, max_frequency: settings.sampling_rate / 2, ...settings };
@@ -164,6 +164,7 @@ export function soundPreprocessor(settings) {
 
   return {
     rate: s.sampling_rate,
+    seconds: s.num_samples ? s.num_samples / s.sampling_rate : Infinity,
     values(sound) {
       let rows = frames(sound);
       const width = dct ? s.num_mfcc : M;
