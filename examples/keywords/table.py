@@ -5,33 +5,44 @@
 Every speaker in turn is new: the head for the words is trained on the others (`peers.py words`, and
 both roads start from it), clips 5 to 14 of each word adapt, the others test. All is measured in
 int8, one thread, one clip at a time, in processes that have numpy and onnxruntime alone. What is in
-OUT already is not made again. Ends in one line of JSON.
+OUT already is not made again: without OUT/measured, all is measured anew and nothing trained.
+Prints the table of docs/keywords.md and ends in one line of JSON.
 """
 
 import argparse
+import ast
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+KWT = ROOT / "examples" / "benchmarks" / "kwt1.py"  # the peers' module and front end
 STEPS = ["--steps", "60", "--batch-size", "32", "--label-smoothing", "0.1"]
 ALL = ["--holdout", "0", "--keep-anyway"]  # all clips train, as the peers' do
 WAYS = {  # regrow's: arguments of `regrow adapt`
-    "regrow NOLA k=l=64": ["--target", "wo", "--target", "fc1", "--target", "fc2", "--set", "k=64",
-                           "--set", "l=64", "--set", "rank=4", "--set", "c=4", "--lr", "0.1"],
+    "regrow NOLA k = l = 64": [
+        "--target", "wo", "--target", "fc1", "--target", "fc2", "--set", "k=64", "--set", "l=64",
+        "--set", "rank=4", "--set", "c=4", "--lr", "0.1",
+    ],
 }  # fmt: skip
 RANKS = (1, 4)
+# What a person types from weights and clips to a label, for the first user and for a further one.
+TYPED = {
+    "regrow": ("sort, adapt --method head, ls, export, adapt, store add, run", "adapt, store add"),
+    "PEFT": ("sort, words, adapt", "adapt"),
+}
 
 
 def run(arguments, **environment):
-    """Seconds of one command; its output is shown when it fails."""
-    start = time.perf_counter()
+    """CPU seconds of one command: others may share the machine. Shows its output when it fails."""
+    start = _children()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
         [str(x) for x in arguments], cwd=ROOT, env=environment, text=True,
@@ -39,7 +50,12 @@ def run(arguments, **environment):
     )  # fmt: skip
     if done.returncode:
         sys.exit(done.stdout)
-    return time.perf_counter() - start
+    return _children() - start
+
+
+def _children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def regrow(*arguments, **environment):
@@ -55,10 +71,11 @@ class Table:
         self.clips = self.out / "clips"
 
     def once(self, path, call):
-        """Make `path` unless it is there, and note how long it took."""
-        if not path.exists():
-            print("making", path.relative_to(self.out), flush=True)
-            self.seconds[str(path.relative_to(self.out))] = round(call(), 1)
+        """Make `path` unless it is there whole, and note what it took."""
+        name = str(path.relative_to(self.out))
+        if name not in self.seconds or not path.exists():
+            print("making", name, flush=True)
+            self.seconds[name] = round(call(), 1)
             self.times.write_text(json.dumps(self.seconds))
         return path
 
@@ -73,6 +90,19 @@ class Table:
         folders = [self.clips / part / s for s in names if s != new for part in ("owners", "test")]
         path, script = self.out / "base" / new, [self.given.peers, HERE / "peers.py", "words"]
         return self.once(path, lambda: run([*script, self.given.model, path, *folders]))
+
+    def words(self, new):
+        """regrow's head for the words, for what it costs: both roads go on from `base`."""
+        clips, path = self.out / "others" / new, self.out / "words" / f"{new}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        self.once(clips, lambda: run(
+            [sys.executable, HERE / "spotter.py", self.given.recordings, clips, new],
+            PYTHONPATH=str(ROOT / "runtime")))  # fmt: skip
+        self.once(path, lambda: regrow(
+            "adapt", "examples.keywords.spotter:published", "--data", clips / "base", "--method",
+            "head", "--head", "new", "--storage", "fp16", "--preprocessor", HERE, "--labels",
+            self.given.model / "labels.txt", "--threads", 1, "-o", path,
+            KWT=str(self.given.model)))  # fmt: skip
 
     def bundle(self, new, base):
         path = self.out / "bundle" / new
@@ -89,7 +119,7 @@ class Table:
         return self.once(path, lambda: regrow(
             "adapt", "examples.keywords.spotter:published", "--data", self.clips / "owners" / new,
             "--preprocessor", HERE, "--labels", self.out / "words.txt", "--seed", seed,
-            "--threads", 1, "--head", "keep", *STEPS, *ALL, *WAYS[way], "-o", path,
+            "--threads", 1, "--resume", "--head", "keep", *STEPS, *ALL, *WAYS[way], "-o", path,
             KWT=str(base)))  # fmt: skip
 
     def peer(self, new, base, rank, seed):
@@ -104,6 +134,7 @@ class Table:
         for seed in self.given.seeds:
             for new in names:
                 base = self.base(new, names)
+                self.words(new)
                 bundle = self.bundle(new, base)
                 for way in WAYS:
                     adapter = self.adapter(new, base, way, seed)
@@ -111,16 +142,31 @@ class Table:
                 for rank in RANKS:
                     files = self.peer(new, base, rank, seed)
                     slots = ["slots", files / "slots.onnx", files / "user.onnx_adapter"]
-                    yield f"PEFT r={rank}, LoraAdapter", new, seed, slots
+                    yield f"PEFT r = {rank}, `LoraAdapter`", new, seed, slots
                     merged = ["merged", files / "slots.onnx", files / "merged.onnx"]
-                    yield f"PEFT r={rank}, merged", new, seed, merged
+                    yield f"PEFT r = {rank}, merged", new, seed, merged
 
     def measured(self, new, seed, row, case):
         """What a fresh process found, kept."""
-        path = self.out / "measured" / f"{row.replace(' ', '_')}-{new}-{seed}.json"
+        kind = "".join(x for x in row if x.isalnum())
+        path = self.out / "measured" / f"{kind}-{new}-{seed}.json"
         path.parent.mkdir(exist_ok=True)
         features = self.features(new)
-        self.once(path, lambda: run([sys.executable, __file__, "--measure", *case, features, path]))
+        self.once(
+            path,
+            lambda: run([sys.executable, HERE / "measuring.py", "measure", *case, features, path]),
+        )
+        return json.loads(path.read_text())
+
+    def latencies(self, new, seed, cases):
+        """By row, p50 and p99 of one process that runs all of them in turns, kept."""
+        path = self.out / "measured" / f"latency-{new}-{seed}.json"
+        given = json.dumps({row: [str(x) for x in case] for row, case in cases.items()})
+        features = self.features(new)
+        self.once(
+            path,
+            lambda: run([sys.executable, HERE / "measuring.py", "latency", given, features, path]),
+        )
         return json.loads(path.read_text())
 
     def features(self, new):
@@ -128,106 +174,96 @@ class Table:
         path = self.out / "test" / f"{new}.npz"
         path.parent.mkdir(exist_ok=True)
         folder = self.clips / "test" / new
-        self.once(path, lambda: run([sys.executable, __file__, "--features", folder, path]))
+        self.once(
+            path, lambda: run([sys.executable, HERE / "measuring.py", "features", folder, path])
+        )
         return path
 
 
-def features(folder, path):
-    from regrow_inputs import SoundPreprocessor, read_wav
-
-    files = sorted(Path(folder).glob("*/*.wav"))
-    words = sorted({file.parent.name for file in files})
-    prepare = SoundPreprocessor.from_folder(HERE)
-    mfcc = prepare([read_wav(file) for file in files])["values"]
-    np.savez(path, mfcc=mfcc, labels=[words.index(file.parent.name) for file in files])
-
-
-def session(path):
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def users(kind, base, user):
-    """(swap, run): `swap()` puts the user in place, `swap(None)` nobody; run(mfcc) gives logits."""
-    import onnxruntime as ort
-
-    if kind == "bundle":
-        from regrow_runtime import Bundle
-
-        bundle = Bundle.open(base, threads=1)
-        return (lambda path=user: bundle.swap(path)), lambda x: next(
-            iter(bundle.run({"mfcc": x}).values())
-        )
-    now = {"session": session(base), "options": None}
-
-    def swap(path=user):
-        if path is None:
-            now["options"] = None
-        elif kind == "merged":
-            now["session"] = session(path)
-        else:
-            adapter = ort.LoraAdapter()
-            adapter.Load(str(path))
-            options = ort.RunOptions()
-            options.add_active_adapter(adapter)
-            now.update(options=options, adapter=adapter)
-
-    return swap, lambda x: now["session"].run(None, {"mfcc": x}, now["options"])[0]
-
-
-def accuracy(call, mfcc, labels):
-    parts = [call(mfcc[i : i + 20]).argmax(1) for i in range(0, len(mfcc), 20)]
-    return float((np.concatenate(parts) == labels).mean())
-
-
-def timed(call, repeat):
-    found = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        found.append(1e3 * (time.perf_counter() - start))
-    return found
-
-
-def measure(kind, base, user, features, path):
-    with np.load(features) as arrays:
-        mfcc, labels = arrays["mfcc"], arrays["labels"]
-    swap, call = users(kind, base, user)
-    before = accuracy(call, mfcc, labels)
-    first = timed(swap, 1)[0]
-    result = {"before": before, "after": accuracy(call, mfcc, labels), "first_swap": first}
-    one = iter(np.resize(np.arange(len(mfcc)), 10**6))
-    runs = timed(lambda: call(mfcc[[next(one)]]), 200)
-    result |= {"swap": float(np.median(timed(swap, 20))), "bytes": os.stat(user).st_size}
-    result |= {"p50": float(np.percentile(runs, 50)), "p99": float(np.percentile(runs, 99))}
-    status = Path("/proc/self/status").read_text().split()
-    result["peak_mb"] = int(status[status.index("VmHWM:") + 1]) / 1024
-    Path(path).write_text(json.dumps(result))
-
-
 def summary(found):
-    """One row: means over speakers and seeds, but medians of times, since others share the machine;
-    the 10th percentile is over speakers, per seed."""
-    after = {seed: [x["after"] for (_, s), x in found.items() if s == seed] for _, s in found
-             for seed in [s]}  # fmt: skip
+    """One column: means over speakers and seeds, but medians of times; the 10th percentile is over
+    speakers, per seed. Accuracies have the lowest and the highest seed beside them."""
+    by_seed = {}
+    for (_, seed), x in found.items():
+        by_seed.setdefault(seed, []).append(x["after"])
     times = ("swap", "first_swap", "p50", "p99")
     row = {
         name: float((np.median if name in times else np.mean)([x[name] for x in found.values()]))
-        for name in ("before", "after", "bytes", "peak_mb", *times)
+        for name in ("before", "bytes", "peak_mb", *times)
     }
-    row["p10"] = float(np.mean([np.percentile(x, 10) for x in after.values()]))
+    for name, of in (("after", np.mean), ("p10", lambda x: np.percentile(x, 10))):
+        seeds = [float(of(x)) for x in by_seed.values()]
+        row |= {name: float(np.mean(seeds)), f"{name}_seeds": [min(seeds), max(seeds)]}
     harmed = sum(x["after"] < x["before"] for x in found.values())
-    return row | {"harmed": f"{harmed} of {len(found)}", "seeds": len(after)}
+    return row | {"harmed": harmed, "cases": len(found), "seeds": len(by_seed)}
+
+
+def costs(row, seconds):
+    """What a column costs a person and a computer: medians of CPU seconds, lines, commands."""
+
+    def median(prefix):
+        return float(np.median([x for name, x in seconds.items() if name.startswith(prefix)]))
+
+    if row.startswith("regrow"):
+        spent = {
+            "words": median("words/"),
+            "export": median("bundle/"),
+            "user": median("adapters/"),
+        }
+        lines = lines_of(HERE / "spotter.py")
+    else:
+        rank = row.split("r = ")[1][0]
+        users = [x for name, x in seconds.items() if re.fullmatch(rf"peers/.*-r{rank}-\d+", name)]
+        spent = {"words": median("base/"), "export": 0.0, "user": float(np.median(users))}
+        lines = lines_of(HERE / "peers.py") + lines_of(KWT, "Block", "Kwt", "Mfcc", "read_wav")
+    typed = [x.count(",") + 1 for x in TYPED[row.split()[0]]]
+    minutes = [sum(spent.values()) / 60, spent["user"] / 60]
+    return {"cpu_seconds": spent, "minutes": minutes, "lines": lines, "commands": typed}
+
+
+def lines_of(path, *names):
+    """Lines of code, without blank ones, comments and docstrings; of these definitions, or all."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    kept = [x for x in tree.body if not names or getattr(x, "name", "") in names]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    strings = [x.body[0] for x in ast.walk(tree)
+               if isinstance(x, documented) and ast.get_docstring(x) is not None]  # fmt: skip
+    lines = enumerate(text.splitlines(), 1)
+    code = {number for number, line in lines if line.strip() and line.strip()[0] != "#"}
+    return len(code & _spans(kept) - _spans(strings))
+
+
+def _spans(nodes):
+    return {line for node in nodes for line in range(node.lineno, node.end_lineno + 1)}
+
+
+ROWS = {  # as docs/keywords.md has them
+    "accuracy before, in its own int8 graph, %": lambda x: f"{100 * x['before']:.1f}",
+    "mean accuracy, % (lowest to highest seed)": lambda x: with_range(x, "after"),
+    "10th percentile, % (lowest to highest seed)": lambda x: with_range(x, "p10"),
+    "speakers harmed": lambda x: f"{x['harmed']} of {x['cases']}",
+    "bytes per user": lambda x: f"{x['bytes']:,.0f}",
+    "swap from a file: first, later, ms": lambda x: f"{x['first_swap']:.2f}, {x['swap']:.2f}",
+    "latency p50, p99, ms of CPU": lambda x: f"{x['p50']:.2f}, {x['p99']:.2f}",
+    "peak RAM of the process, MB": lambda x: f"{x['peak_mb']:.0f}",
+    "commands typed: first user, a further one": lambda x: "{}, {}".format(*x["commands"]),
+    "lines of Python written": lambda x: str(x["lines"]),
+    "new words, s of CPU": lambda x: f"{x['cpu_seconds']['words']:.0f}",
+    "export, once, s of CPU": lambda x: f"{x['cpu_seconds']['export']:.0f}",
+    "a user's training, s of CPU": lambda x: f"{x['cpu_seconds']['user']:.0f}",
+    "weights to device, minutes of CPU: first user, a further one": lambda x: (
+        "{:.1f}, {:.1f}".format(*x["minutes"])
+    ),
+}
+
+
+def with_range(x, name):
+    low, high = x[f"{name}_seeds"]
+    return f"{100 * x[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def main():
-    if sys.argv[1:2] == ["--measure"]:
-        return measure(*sys.argv[2:])
-    if sys.argv[1:2] == ["--features"]:
-        return features(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "recordings", "out"):
         parser.add_argument(name, type=Path)
@@ -236,21 +272,17 @@ def main():
     parser.add_argument("--speakers", nargs="+", default=["george", "jackson", "lucas", "nicolas"])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    rows, table = {}, Table(given)
+    rows, turns, table = {}, {}, Table(given)
     for row, new, seed, case in table.cases():
         rows.setdefault(row, {})[new, seed] = table.measured(new, seed, row, case)
-    found = {row: summary(runs) for row, runs in rows.items()}
-    print(
-        "\n| | accuracy | 10th percentile | before | harmed | bytes per user "
-        "| swap, first and later, ms | latency p50, p99, ms | peak RAM, MB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, x in found.items():
-        print(
-            f"| {name} | {100 * x['after']:.1f} | {100 * x['p10']:.1f} | {100 * x['before']:.1f} "
-            f"| {x['harmed']} | {x['bytes']:,.0f} | {x['first_swap']:.2f}, {x['swap']:.2f} "
-            f"| {x['p50']:.2f}, {x['p99']:.2f} | {x['peak_mb']:.0f} |"
-        )
+        turns.setdefault((new, seed), {})[row] = case
+    for (new, seed), cases in turns.items():
+        for row, (p50, p99) in table.latencies(new, seed, cases).items():
+            rows[row][new, seed] |= {"p50": p50, "p99": p99}
+    found = {row: summary(runs) | costs(row, table.seconds) for row, runs in rows.items()}
+    print("\n| | " + " | ".join(found) + " |\n" + "|---" * (1 + len(found)) + "|")
+    for name, shown in ROWS.items():
+        print("| " + " | ".join([name, *map(shown, found.values())]) + " |")
     each = {row: {f"{s} {seed}": x for (s, seed), x in runs.items()} for row, runs in rows.items()}
     print(json.dumps({"rows": found, "seconds": table.seconds, "each": each}))
     return None
