@@ -56,16 +56,14 @@ class SlotPlan:
         """A slot of every kind that a target takes: a norm takes a bias alone.
 
         Raises:
-            UsageError: a target is no such layer, or narrower than the fixed rank.
+            UsageError: a target is no such layer.
         """
-        slots = tuple(
+        return tuple(
             self._slot(target, kind)
             for target in slot_targets(source.model, targets, self.kinds)
             for kind in self.kinds
             if kind in layer_kinds(source.model.get_submodule(target.name))
         )
-        _check_widths(slots)
-        return slots
 
     def head_slots(self, source: ExportSource, targets: Sequence[str]) -> tuple[Slot, ...]:
         """The slots of the head's layers."""
@@ -78,19 +76,6 @@ class SlotPlan:
         elif kind == "vector" and self.vera is not None:
             rank, seed = int(self.vera.config["rank"]), str(self.vera.seed)
         return target_slot(target, kind, rank=rank, fixed=fixed or kind == "weight", seed=seed)
-
-
-def _check_widths(slots: Sequence[Slot]) -> None:
-    """Raise `UsageError` if a fixed rank is above the narrowest layer's width."""
-    ranked = [slot for slot in slots if slot.kind == "low_rank" and slot.rank is not None]
-    least, name, rank = min(
-        ((min(s.in_features, s.out_features), s.target, s.rank) for s in ranked), default=(0, "", 0)
-    )
-    if rank is not None and rank > least:
-        raise UsageError(
-            f"fixed rank must be at most {least}, the width of {name}, got {rank}: lower it, or "
-            "leave that layer out of the targets"
-        )
 
 
 def _check_vera(vera: Adapter | None) -> None:

@@ -283,8 +283,6 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen[str]]:
     """The command line in a process of its own: start("adapt", path, ..., cwd=folder)."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # tests that a shell runs behind itself
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # else children ignore it, too
 
     def call(
         *arguments: object, cwd: Path | None = None, program: str = _MAIN

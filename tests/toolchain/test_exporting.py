@@ -155,3 +155,11 @@ def test_the_command_checks_its_methods(options: list[str], message: str, tmp_pa
     result = CliRunner().invoke(export_command, command)
     assert result.exit_code == 2
     assert re.search(message, result.output)
+
+
+def test_a_fixed_rank_above_a_width(exported: Any) -> None:
+    match = r"fixed rank must be at most 4, the width of layer.0.query, got 5: .*--for vera"
+    with pytest.raises(UsageError, match=match):
+        exported(fixed_rank=5)
+    assert exported(fixed_rank=4)[1] == ["low_rank"]
+    assert exported(fixed_rank=5, methods=["vera"])[1] == ["low_rank"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from regrow_export import ExportSource, export_bundle, kinds_for
+from regrow_export import ExportSource, export_bundle, kinds_for, slot_targets
 from regrow_export.targets import check_adapter
 from regrow_format.adapter import Adapter, Target
 from regrow_format.errors import UsageError
@@ -90,12 +90,24 @@ def export_backbone(
     given = [one.method for one in (adapter, *expanders) if one is not None]
     methods = [*methods, *given] or ["nola"]
     names = _names(backbone, targets, methods, adapter)
+    if fixed_rank is not None and "vera" not in methods and not slots:
+        _check_rank(fixed_rank, slot_targets(source.model, names, kinds_for("lora")))
     kinds = slots or dict.fromkeys(kind for method in methods for kind in kinds_for(method))
     return export_bundle(
         source, Path(out), targets=names, kinds=list(kinds), precision=precision, inputs=inputs,
         measure=measure, force=force, fixed_rank=fixed_rank, expanders=expanders,
         vera=adapter if "vector" in kinds else None, constants=constants,
     )  # fmt: skip
+
+
+def _check_rank(rank: int, targets: Sequence[Target]) -> None:
+    """Raise `UsageError` if a fixed rank is above the narrowest layer's width."""
+    narrow = min(targets, key=lambda t: min(t.in_features, t.out_features), default=None)
+    if narrow is not None and rank > (least := min(narrow.in_features, narrow.out_features)):
+        raise UsageError(
+            f"fixed rank must be at most {least}, the width of {narrow.name}, got {rank}: lower "
+            "it, or leave that layer out of the targets (VeRA's may be larger: --for vera)"
+        )
 
 
 def _names(

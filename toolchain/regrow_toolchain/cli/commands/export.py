@@ -80,7 +80,7 @@ from regrow_toolchain.cli.tables import cost, size
     metavar="R",
     help="Give all slots fixed shapes, for accelerators that need them: adapters of rank R or "
     "less, one adapter a batch, classes no more than the backbone's. No more than the narrowest "
-    "layer's width.",
+    "layer's width, but for VeRA.",
 )
 @click.option(
     "--expander",
