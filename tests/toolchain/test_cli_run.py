@@ -119,6 +119,17 @@ def vit_bundle(vit_folder, tmp_path_factory):
     return bundle
 
 
+def test_integer_labels_are_shown_by_name(run, vit_bundle, pictures, tmp_path):
+    pixels, labels = pictures(6, 1)
+    np.savez(tmp_path / "x.npz", images=pixels, labels=labels)
+    result = run(vit_bundle, "--input", tmp_path / "x.npz")
+    assert [answer["true"] for answer in result["answers"]] == ["left", "middle", "right"] * 2
+    np.savez(tmp_path / "x.npz", images=pixels, labels=labels + 1)  # 3 is no output
+    result = run(vit_bundle, "--input", tmp_path / "x.npz")
+    assert [answer["true"] for answer in result["answers"]] == ["1", "2", "3"] * 2
+    assert result["accuracy"] is None
+
+
 @pytest.mark.slow
 def test_pictures(run, vit_bundle, class_folder, tmp_path):
     data = class_folder(tmp_path / "data", 9, 3)

@@ -104,6 +104,24 @@ def _labelled(folder: Path, pictures: Pictures) -> Path:
     return folder / "l.npz"
 
 
+def test_labels_that_are_missing_are_told(
+    vit_folder: Path, tmp_path: Path, cli: Callable[..., Any], class_folder: Callable[..., Path]
+) -> None:
+    """A folder one level too deep has pictures, and no classes; what is meant is not told."""
+    deep = class_folder(tmp_path / "train", 24, 1) / "left"
+    command = ("compress", vit_folder, "--data", deep, "--ratio", 3, "--epochs", 1)
+    done = cli(*command, "-o", tmp_path / "a")
+    assert done.code == 0
+    assert done.err == (
+        f"regrow: no labels found in {deep}: it learns by imitation of the dense model (give a "
+        "folder per class for labels, or --task imitation to say that none are meant)\n"
+    )
+    assert "100.0 %" in next(line for line in done.out.splitlines() if line.startswith("dense"))
+    assert "agreement on" in done.out
+    done = cli(*command, "-o", tmp_path / "b", "--task", "imitation")
+    assert (done.code, done.err) == (0, "")
+
+
 def test_a_classifier_imitates_the_dense_one(
     backbone: Backbone, dataset: Callable[..., Dataset]
 ) -> None:

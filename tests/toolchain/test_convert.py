@@ -147,6 +147,9 @@ def test_the_command(
     assert "--force replaces it" in again.err
     assert cli(*arguments, "--to", "pickle", "--force").code == 2
     assert cli("convert", *arguments[1:4], "--to", "npz", "--force").code == 2  # no bundle
+    bare = cli(*arguments[:3], tmp_path / "bare", *arguments[4:], "--to", "npz")
+    assert (bare.code, bare.out) == (2, "")
+    assert f"--out must end in .npz, got {tmp_path}/bare: such as {tmp_path}/bare.npz" in bare.err
     assert listing(tmp_path) == before
     done = cli(*arguments, "--to", "onnx_adapter", "--force")
     assert done.code == 0, done.err

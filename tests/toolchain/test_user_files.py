@@ -85,15 +85,18 @@ def test_names_stay_in_the_folder() -> None:
         assert name.endswith(".safetensors")
 
 
-def test_who_is_not_helped_has_no_file(cli: Cli, room: Path) -> None:
+def test_where_nobody_is_helped_the_command_fails(cli: Cli, room: Path) -> None:
+    """As for one user; the figures are printed, and nothing is left behind."""
     quick = [option for option in _QUICK if option != "--keep-anyway"]
     done = cli("adapt", room / "small", "--data", room / "d.npz", "-o", room / "out", *quick,
                "--lr", "1e-9")  # fmt: skip
-    assert done.code == 0
+    assert done.code == 1
     said = json.loads(done.out)
     assert said["written"] == 0
     assert [row["file"] for row in said["adapters"]] == [None] * 3
-    assert [p.name for p in (room / "out").iterdir()] == [SUMMARY]
+    assert "adapters must be better than none to be written, got none that is" in done.err
+    assert "--keep-anyway" in done.err
+    assert sorted(p.name for p in room.iterdir()) == ["d.npz", "small"]
 
 
 @pytest.mark.parametrize("step", [3, 9, 14])
@@ -115,6 +118,34 @@ def test_a_kill_loses_nothing(
     assert (done.code, done.err) == (0, "")
     assert _files(room / "out") == _files(room / "whole")
     assert not (room / "out.resume").exists()
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_an_interrupt_says_how_to_go_on(
+    cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    monkeypatch.setattr("regrow_toolchain.checkpoint.Checkpoint.__init__.__kwdefaults__",
+                        {"seconds": 0.0})  # fmt: skip
+    monkeypatch.setattr(Fitting, "_step", _interrupted(Fitting._step, at=3))
+    quick = _QUICK if many else ("--steps", "6")
+    done = cli("adapt", room / "small", "--data", room / "d.npz", "-o", room / "out", *quick)
+    assert done.code == 130
+    said = done.err.strip().splitlines()[-1]
+    assert said.startswith(f"regrow: interrupted: {room / 'out.resume'} has what was done")
+    assert "--resume" in said
+    assert (room / "out.resume").exists()
+
+
+def _interrupted(original: Callable[..., Any], at: int) -> Callable[..., Any]:
+    calls = [0]
+
+    def step(self: Fitting, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    return step
 
 
 def test_a_line_that_was_cut_off_is_made_again(cli: Cli, room: Path) -> None:

@@ -120,7 +120,10 @@ class UserFolder:
         return row
 
     def finish(self) -> None:
-        """Put everything in its place."""
+        """Put everything in its place; a run that wrote no adapter leaves nothing."""
+        if not any(row["file"] for row in self.rows):
+            shutil.rmtree(self.room, ignore_errors=True)
+            return
         with new_folder(self.out, marker=SUMMARY, force=self.force) as folder:
             for path in self.room.iterdir():
                 if not path.name.startswith((_STATE, _RUN)):

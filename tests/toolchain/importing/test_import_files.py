@@ -54,7 +54,27 @@ def test_the_command(room: Room, cli: Cli) -> None:
     done = cli(*arguments, room.path / "backbone", "--force", "--storage", "int8")
     assert done.code == 0, done.err
     assert done.out.startswith(f"wrote {room.path}/a.safetensors: ")
+    assert f"the weights of {room.path}/backbone is your word" in done.out.splitlines()[-1]
     assert Adapter.load(room.path / "a.safetensors").storage == "int8"
+
+
+def test_a_compressed_backbone_is_told(room: Room, cli: Cli) -> None:
+    """A backbone by its plan, a bundle by the names in its graph."""
+
+    def said(base: str) -> str:
+        done = cli("import", room.path / "peft", "-o", room.path / "a.safetensors", "--force",
+                   "--backbone", room.path / base)  # fmt: skip
+        assert done.code == 0, done.err
+        return str(done.err)
+
+    words = "1 of the 2 layers are factored there (blocks.0.q), so this adapter was trained on a"
+    assert words in said("backbone")
+    graph = room.path / "bundle" / "m.onnx"
+    for data in (b"/blocks/0/q/up/MatMul", b"blocks.0.q.up.bias"):
+        graph.write_bytes(b"\0" + data + b"\0")
+        assert words in said("bundle")
+    graph.write_bytes(b"blocks.0.q.weight blocks.0.q.uproot /blocks/0/q/MatMul")
+    assert said("bundle") == ""
 
 
 @pytest.mark.parametrize("method", ["lora", "vera", "fourierft"])

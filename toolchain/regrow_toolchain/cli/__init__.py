@@ -85,8 +85,10 @@ def _run(arguments: list[str] | None) -> int:
         _group.main(arguments, prog_name="regrow", standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", _INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ or error  # click makes an Abort of an interrupt
+        told = str(cause) if isinstance(cause, KeyboardInterrupt) else ""
+        return _fail(f"interrupted: {told}" if told else "interrupted", _INTERRUPTED)
     except click.ClickException as error:
         command = (
             error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""

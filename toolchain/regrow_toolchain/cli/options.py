@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from . import printable
 __all__ = [
     "carried_options",
     "check_data",
+    "check_npz",
     "config_options",
     "data_options",
     "emit",
@@ -26,6 +28,7 @@ __all__ = [
     "out_option",
     "parse_pairs",
     "path_argument",
+    "resumable",
     "targets_option",
 ]
 
@@ -96,6 +99,12 @@ def check_data(path: Path) -> None:
         raise UsageError(f"data must be {DATA}; got {path}: no such file")
 
 
+def check_npz(out: Path) -> None:
+    """Raise `click.UsageError` for an output of arrays of another ending."""
+    if out.suffix != ".npz":
+        raise click.UsageError(f"--out must end in .npz, got {out}: such as {out}.npz")
+
+
 def data_options(what: str, *, required: bool = False) -> Callable[[F], F]:
     """--data with `what` in its help, and how to read it: --text, --label and --max-length."""
 
@@ -124,6 +133,19 @@ def data_options(what: str, *, required: bool = False) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+@contextmanager
+def resumable(state: Path) -> Iterator[None]:
+    """Let an interrupt say where the work goes on, if its `state` was written."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not state.exists():
+            raise
+        raise KeyboardInterrupt(
+            f"{state} has what was done: the same command with --resume goes on with it"
+        ) from error
 
 
 def carried_options(function: F) -> F:

@@ -37,10 +37,11 @@ def percent(share: float) -> str:
 
 
 def score(value: float | None, metric: str) -> str:
-    """A score as people read it: accuracies in percent, others with four digits."""
+    """A score as people read it: accuracies and agreement in percent, others with four digits."""
     if value is None or math.isnan(value):
         return "no score"
-    return percent(value) if "accuracy" in metric else f"{value:.4g}"
+    share = "accuracy" in metric or "agreement" in metric
+    return percent(value) if share else f"{value:.4g}"
 
 
 def cost(found: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ say which layers are its head, and the identity leaves the head out: that needs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +23,14 @@ from regrow_toolchain.backbone_id import stored_tensors
 if TYPE_CHECKING:
     from regrow_toolchain.backbone import Backbone
 
-__all__ = ["Base", "Widths", "read_base"]
+__all__ = ["Base", "Widths", "factored", "read_base"]
 
 # As `regrow_toolchain.backbone` names them, which needs torch.
 _CONFIG, _WEIGHTS, _HF_CONFIG = "regrow.json", "regrow.safetensors", "config.json"
 _FORMAT = 1
 _MAX_JSON = 64 << 20
 _MAX_WIDTH = 1 << 24
+_MAX_GRAPH = 256 << 20  # weights lie beside it
 _LINEAR = "a linear layer of the backbone, got none"
 
 Widths = tuple[int, int]  # in, out
@@ -100,6 +101,32 @@ def read_base(path: str | Path, method: str) -> Base:
         f"--backbone must be a bundle ({MANIFEST}) or a backbone ({_CONFIG}, {_HF_CONFIG}), "
         f"got {path}: {found}"
     )
+
+
+def factored(path: str | Path, layers: Iterable[str]) -> tuple[str, ...]:
+    """Those of `layers` that compression made a pair of factors, in a backbone or in a bundle.
+
+    A bundle tells by the names in its graph, which are the modules'.
+    """
+    path, layers = Path(path), tuple(layers)
+    if (path / MANIFEST).is_file():
+        graph = path / Manifest.load(path).graphs[0].file
+        if not graph.is_file() or graph.stat().st_size > _MAX_GRAPH:
+            return ()
+        data = graph.read_bytes()
+        return tuple(
+            name
+            for name in layers
+            if any(f"{name}.up".replace(".", mark).encode() + end in data
+                   for mark, end in ((".", b".bias"), (".", b".weight"), ("/", b"/")))
+        )  # fmt: skip
+    if not (path / _CONFIG).is_file():
+        return ()
+    fields = parse_json(
+        read_bytes(path / _CONFIG, limit=_MAX_JSON, what=_CONFIG), str(path / _CONFIG)
+    )
+    pairs = {plan.take("name", str) for plan in fields.objects("layers")}
+    return tuple(name for name in layers if name in pairs)
 
 
 def _of_bundle(path: Path, method: str) -> Base:

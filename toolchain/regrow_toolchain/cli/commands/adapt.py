@@ -22,6 +22,7 @@ from regrow_toolchain.cli.options import (
     out_option,
     parse_pairs,
     path_argument,
+    resumable,
     targets_option,
 )
 from regrow_toolchain.cli.tables import score, size, table
@@ -101,6 +102,7 @@ def adapt_command(
 
     settings["method_settings"] = parse_pairs(pairs, "--set")
     need("export", "regrow adapt")
+    from regrow_format.errors import RegrowError
     from regrow_format.files import check_output
 
     check_data(data)
@@ -124,6 +126,8 @@ def adapt_command(
     else:
         result = _many(model, samples, config, arguments, out, keep_anyway, resume, force)
         emit(result, _user_lines(result), as_json=as_json)
+        if not result["written"]:
+            raise RegrowError(_none_helps(result))
 
 
 def _loss(name: str | None) -> Callable[..., Any] | None:
@@ -150,7 +154,7 @@ def _one(
     from regrow_toolchain.adapting import adapt
 
     state = _state(out)
-    with _last_good(out, keep_anyway):
+    with _last_good(out, keep_anyway), resumable(state):
         done = adapt(model, samples, config, checkpoint=state, resume=resume, **arguments)
     if not done.helps and not keep_anyway:
         raise RegrowError(_no_help(done))
@@ -267,13 +271,14 @@ def _many(
     folder = UserFolder(out, run, force=force, keep_anyway=keep_anyway, resume=resume)
     assert samples.users is not None
     left = samples.take(np.flatnonzero(~np.isin(samples.users, sorted(folder.done))))
-    if len(left):
-        trained = adapt_each(
-            model, left, config, checkpoint=folder.start(), resume=resume, **arguments
-        )
-        for user, done in trained:
-            folder.add(user, done)
-    folder.finish()
+    with resumable(folder.room):
+        if len(left):
+            trained = adapt_each(
+                model, left, config, checkpoint=folder.start(), resume=resume, **arguments
+            )
+            for user, done in trained:
+                folder.add(user, done)
+        folder.finish()
     scored = [row for row in folder.rows if row["after"] is not None]
     return {
         "out": str(out),
@@ -313,12 +318,23 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
     ]
     hidden = [f"… {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
     refused = result["users"] - result["written"]
+    wrote = (
+        f"wrote {result['out']}: {result['written']} adapters, {size(result['bytes'])}, "
+        f"{result['method']} in {result['storage']}"
+        + (f"; {refused} not written, no better than none (--keep-anyway)" if refused else "")
+    )
     return [
         *table(("user", f"{metric} before", "after", "file"), rows[:_SHOWN]),
         *hidden,
         f"mean {_score(result['before'], metric)} before, {_score(result['after'], metric)} after "
         f"({result['users']} users)",
-        f"wrote {result['out']}: {result['written']} adapters, {size(result['bytes'])}, "
-        f"{result['method']} in {result['storage']}"
-        + (f"; {refused} not written, no better than none (--keep-anyway)" if refused else ""),
+        *([wrote] if result["written"] else []),
     ]
+
+
+def _none_helps(result: dict[str, Any]) -> str:
+    return (
+        f"adapters must be better than none to be written, got none that is, of "
+        f"{result['users']} users: {result['out']} was not written; give more samples, or try "
+        "--steps, --lr or another --method (--keep-anyway writes them)"
+    )

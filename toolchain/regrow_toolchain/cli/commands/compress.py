@@ -18,6 +18,7 @@ from regrow_toolchain.cli.options import (
     layers_options,
     out_option,
     path_argument,
+    resumable,
 )
 from regrow_toolchain.cli.tables import score, table
 from regrow_toolchain.config import CompressConfig
@@ -81,11 +82,20 @@ def compress_command(
             labels="none" if settings["task"] == "imitation" else "optional",
         )  # fmt: skip
     config = CompressConfig(**settings)
-    done = compress(source, samples, config, checkpoint=state, resume=resume)
-    report = build_report(done, source, samples)
-    backbone = save_backbone(
-        done.backbone, out, force=force, beside=lambda folder: write_report(folder, report)
-    )
+    asked = config.task != "auto" or source.task == "feature-extraction" or not source.labels
+    if samples is not None and samples.unlabelled and not asked:
+        way = "give a folder per class" if data and data.is_dir() else "name them with --label"
+        click.echo(
+            f"regrow: no labels found in {data}: it learns by imitation of the dense model "
+            f"({way} for labels, or --task imitation to say that none are meant)",
+            err=True,
+        )
+    with resumable(state):
+        done = compress(source, samples, config, checkpoint=state, resume=resume)
+        report = build_report(done, source, samples)
+        backbone = save_backbone(
+            done.backbone, out, force=force, beside=lambda folder: write_report(folder, report)
+        )
     state.unlink(missing_ok=True)
     result = {
         "out": str(out),

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from regrow_toolchain.cli.options import (
+    check_npz,
     emit,
     force_option,
     json_option,
@@ -40,6 +41,8 @@ def convert_command(
 
     They are what regrow would feed: a program without regrow gives them to ONNX Runtime itself.
     """
+    if to == "npz":
+        check_npz(out)
     from regrow_toolchain.converting import convert
 
     tensors = convert(file, bundle, out, to=to, force=force)

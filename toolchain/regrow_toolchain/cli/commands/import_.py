@@ -42,6 +42,7 @@ def import_command(
     """
     from regrow_format.files import check_output
     from regrow_toolchain.importing import import_peft
+    from regrow_toolchain.importing.base import factored
 
     check_output(out, force=force)
     adapter = import_peft(peft_dir, backbone, **asdict(ImportConfig(**settings)))
@@ -57,7 +58,22 @@ def import_command(
         "targets": len(adapter.targets),
         "labels": list(adapter.head.labels) if adapter.head else None,
     }
-    emit(result, _lines(result), as_json=as_json)
+    emit(result, [*_lines(result), _your_word(backbone)], as_json=as_json)
+    if pairs := factored(backbone, (target.name for target in adapter.targets)):
+        click.echo(
+            f"regrow: {backbone} is compressed, and PEFT trains dense layers: {len(pairs)} of the "
+            f"{len(adapter.targets)} layers are factored there ({pairs[0]}), so this adapter was "
+            "trained on a dense model and has another effect here; train on the backbone that you "
+            "deploy (regrow adapt), or measure",
+            err=True,
+        )
+
+
+def _your_word(backbone: Path) -> str:
+    return (
+        f"that it was trained on the weights of {backbone} is your word: PEFT's files do not say, "
+        "only names and widths were compared"
+    )
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from regrow_toolchain.cli.generation import (
     goes_on,
     swap_lines,
 )
-from regrow_toolchain.cli.options import emit, json_option, path_argument
+from regrow_toolchain.cli.options import check_npz, emit, json_option, path_argument
 from regrow_toolchain.cli.samples import check_choice, read_samples, with_more
 from regrow_toolchain.cli.tables import percent, table
 
@@ -114,8 +114,7 @@ def run_command(
     from regrow_runtime import Bundle
 
     if out is not None:
-        if out.suffix != ".npz":
-            raise click.UsageError(f"--out must end in .npz, got {out}: such as {out}.npz")
+        check_npz(out)
         check_output(out, force=force)
     opened = Bundle.open(bundle, profile=profile, threads=threads)
     cost = swap_first(opened, adapter, store, user)
@@ -169,8 +168,8 @@ def _result(
         logits = class_logits(outputs)
         if samples.labels is not None and logits is not None:
             result["accuracy"] = _accuracy(logits, names, samples.labels)
-            for answer, label in zip(result["answers"], samples.labels, strict=True):
-                answer["true"] = str(label)
+            for answer, label in zip(result["answers"], _names(samples.labels, names), strict=True):
+                answer["true"] = label
     if found := samples.embeddings(outputs):
         vectors = found["embedding"]
         result["embedding"] = list(vectors.shape)
@@ -183,6 +182,14 @@ def _answer(name: str, best: list[tuple[str, float]], top: int) -> dict[str, Any
     if top > 1:
         found["top"] = [{"label": label, "probability": share} for label, share in best]
     return found
+
+
+def _names(labels: NDArray[Any], names: tuple[str, ...]) -> list[str]:
+    """Labels as people know them: outputs by number become names, if the model has them all."""
+    told = [str(label) for label in labels]
+    if set(told) <= set(names) or labels.dtype.kind in "US" or labels.max() >= len(names):
+        return told
+    return [names[int(label)] for label in labels]
 
 
 def _accuracy(
