@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regrow_format.errors import UsageError
+from regrow_format.files import no_file
 from regrow_format.manifest import MANIFEST
 from regrow_runtime.checks import EXPECTED_FILE, PROBE_FILE
 from regrow_runtime.slots import HEAD_FILE
@@ -57,6 +58,6 @@ class ExportSource:
         taken |= {"backbone.onnx", "backbone.onnx.data"}
         for path in self.files:
             if not path.is_file():
-                raise UsageError(f"files must be files, got {path}: no such file")
+                raise UsageError(f"files must be files, got {path}: {no_file(path)}")
             if path.name in taken or names.count(path.name) > 1:
                 raise UsageError(f"files must have names of their own in a bundle, got {path.name}")

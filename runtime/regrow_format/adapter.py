@@ -311,6 +311,11 @@ class _Tensors:
         try:
             self._left: dict[str, dict[str, Any]] = dict(deserialize(data))  # type: ignore[no-untyped-call]
         except SafetensorError as error:
+            if len(data) > 8 and data[8:9] != b"{":  # where the header of every such file begins
+                raise FormatError(
+                    f"{where} must be a whole safetensors file, got another kind of file, which is "
+                    "no regrow adapter: give what regrow adapt or import wrote"
+                ) from None
             raise FormatError(
                 f"{where} must be a whole safetensors file, got a broken one: copy it again "
                 f"({error})"

@@ -27,15 +27,18 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
 
 
-def parse_json(text: str | bytes, where: str) -> Fields:
-    """Parse a JSON object; `where` names the file in every message."""
+def parse_json(text: str | bytes, where: str, way_out: str = "") -> Fields:
+    """Parse a JSON object; `where` names the file in every message, `way_out` ends that of text
+    that is no JSON.
+    """
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=_refuse)
         if "\\ud" in text.lower():  # half of a surrogate pair is no text: it cannot be written
             dump_json(value).encode()
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} must be JSON, got something else: {error}") from None
+        more = f"; {way_out}" if way_out else ""
+        raise FormatError(f"{where} must be JSON, got something else: {error}{more}") from None
     return Fields(value, where)
 
 

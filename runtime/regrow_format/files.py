@@ -15,7 +15,16 @@ from safetensors import SafetensorError
 
 from .errors import FormatError, RegrowError, UsageError
 
-__all__ = ["check_output", "new_folder", "read_bytes", "sha256_file", "sync", "write_bytes"]
+__all__ = [
+    "check_output",
+    "new_folder",
+    "no_file",
+    "no_folder",
+    "read_bytes",
+    "sha256_file",
+    "sync",
+    "write_bytes",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What stands in a file that marks a folder as regrow's.
@@ -44,7 +53,8 @@ def check_output(path: Path, *, force: bool, marker: str | None = None) -> None:
             "remove it yourself if nothing in it is needed"
         )
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"output must lie in an existing folder, got {path}: no such folder")
+        found = no_folder(path.absolute().parent)
+        raise UsageError(f"output must lie in an existing folder, got {path}: {found}")
 
 
 def _is_ours(marker: Path) -> bool:
@@ -151,7 +161,7 @@ def read_bytes(path: Path, *, limit: int, what: str) -> bytes:
         FormatError: it is larger than `limit`, or cannot be read.
     """
     if not path.is_file():
-        raise UsageError(f"{what} must be a file, got {path}: {_missing(path)}")
+        raise UsageError(f"{what} must be a file, got {path}: {no_file(path)}")
     try:
         with path.open("rb") as stream:
             # No more than the file has: `read` allocates what it is asked for.
@@ -163,8 +173,14 @@ def read_bytes(path: Path, *, limit: int, what: str) -> bytes:
     return data
 
 
-def _missing(path: Path) -> str:
+def no_file(path: Path) -> str:
+    """What is at `path`, where a file should be and none is."""
     return "it is a folder" if path.is_dir() else "no such file"
+
+
+def no_folder(path: Path) -> str:
+    """What is at `path`, where a folder should be and none is."""
+    return "it is a file" if path.is_file() else "no such folder"
 
 
 def sha256_file(path: Path) -> str:

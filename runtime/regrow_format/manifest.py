@@ -15,7 +15,7 @@ from typing import Any
 from .cache import CacheSpec, parse_cache
 from .errors import FormatError, UsageError
 from .fields import Fields, dump_json, parse_json
-from .files import read_bytes, sha256_file
+from .files import no_folder, read_bytes, sha256_file
 
 __all__ = [
     "FORMAT",
@@ -209,12 +209,14 @@ class Manifest:
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
-            found = "a folder without manifest.json" if folder.is_dir() else "no such folder"
+            found = "a folder without manifest.json" if folder.is_dir() else no_folder(folder)
             raise UsageError(
                 f"bundle must be a folder that regrow export made, got {folder}: {found}"
             )
         path = folder / MANIFEST
-        return _parse(parse_json(read_bytes(path, limit=_MAX_BYTES, what="a manifest"), str(path)))
+        data = read_bytes(path, limit=_MAX_BYTES, what="a manifest")
+        way_out = "copy the bundle again, or export it again"
+        return _parse(parse_json(data, str(path), way_out))
 
     def slot_of(self, target: str, kind: str | None = None) -> Slot | None:
         """The slot of a target, of one kind or the first of any, if it has one."""

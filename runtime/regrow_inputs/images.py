@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.files import no_file
 from regrow_inputs.extras import pip_line
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def read_image(path: Path) -> Image:
         FormatError: pillow cannot read it, or it has more than 67 million pixels or 256 MiB.
     """
     if not path.is_file():
-        raise UsageError(f"image must be a file, got {path}: no such file")
+        raise UsageError(f"image must be a file, got {path}: {no_file(path)}")
     module = pillow()
     if path.stat().st_size > _MAX_FILE:
         raise FormatError(f"{path} must be at most {_MAX_FILE} bytes for a picture, got more")

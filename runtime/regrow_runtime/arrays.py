@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_format.errors import FormatError, UsageError
+from regrow_format.files import no_file
 
 __all__ = ["read_arrays"]
 
@@ -24,7 +25,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         FormatError: it is no `.npz`, holds Python objects, or unpacks to more than 16 GiB.
     """
     if not path.is_file():
-        raise UsageError(f"input must be an .npz file, got {path}: no such file")
+        raise UsageError(f"input must be an .npz file, got {path}: {no_file(path)}")
     try:
         with ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow_format.errors import FormatError, RegrowError, UsageError
-from regrow_format.files import sync
+from regrow_format.files import no_folder, sync
 
 __all__ = ["Index", "Installed", "clean"]
 
@@ -258,7 +258,7 @@ def _check_folder(folder: Path, create: bool) -> None:
             raise FormatError(f"{part} must be no link: a store has none")
     new = not parts and (folder.is_dir() or not os.path.lexists(folder)) and folder.parent.is_dir()
     if not (folder / INDEX).is_file() and not (create and new):
-        found = "a folder of something else" if parts else "no such folder"
+        found = "a folder of something else" if parts else no_folder(folder)
         raise UsageError(
             f"store must be a folder that `regrow store add` made, got {folder}: {found}"
         )

@@ -26,6 +26,7 @@ __all__ = ["HEAD_FILE", "Feeds", "Resident", "check_fit", "expand", "load_head",
 
 HEAD_FILE = "head.safetensors"
 _MAX_HEAD_BYTES = 1 << 30
+_SHORT = 19  # characters of a backbone_id that people are shown
 
 
 @dataclass(eq=False)
@@ -84,6 +85,7 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
             f"(such as {min(adapter.extra)}) for which a bundle has no slots"
         )
     if adapter.backbone_id != manifest.backbone_id and not any_backbone:
+        _check_damage(adapter.backbone_id, manifest.backbone_id)
         more = f" ({len(findings)} of its layers do not fit either)" if findings else ""
         raise MismatchError(
             f"adapter must be of the bundle's backbone, {_short(manifest.backbone_id)}, "
@@ -108,7 +110,18 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
 
 
 def _short(backbone_id: str) -> str:
-    return backbone_id[:19] + "…" if len(backbone_id) > 20 else backbone_id
+    return backbone_id[:_SHORT] + "…" if len(backbone_id) > _SHORT + 1 else backbone_id
+
+
+def _check_damage(found: str, wanted: str) -> None:
+    """Raise if two hashes begin alike, which those of two backbones do not."""
+    if found[:_SHORT] == wanted[:_SHORT]:
+        place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
+                     min(len(found), len(wanted)))  # fmt: skip
+        raise MismatchError(
+            f"adapter must be of the bundle's backbone, {wanted}, got {found}, which differs from "
+            f"character {place + 1} on: one of the two files is damaged; get it again"
+        )
 
 
 def _target_finding(target: Target, manifest: Manifest, kind: str | None) -> str | None:

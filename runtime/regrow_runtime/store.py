@@ -120,9 +120,7 @@ class Store:
             allow_downgrade: take a version below the newest that the user ever had.
         """
         user, label = clean(user, "user"), clean(label, "label") if label else ""
-        data = source if isinstance(source, bytes) else _incoming(Path(source))
-        adapter = Adapter.from_bytes(data, "adapter" if isinstance(source, bytes) else str(source))
-        _check_fit(adapter, bundle)
+        data, adapter = check_incoming(source, bundle)
         digest = hashlib.sha256(data).hexdigest()
         with self._changing() as db:
             number = self._index.number(user, version, digest, allow_downgrade)
@@ -143,7 +141,8 @@ class Store:
         """
         with self._index.change() as db:
             entry = self._index.get(clean(user, "user"), version)
-            _check_fit(self._read(entry), bundle)
+            where = f"of user {entry.user!r}, version {entry.version},"
+            _check_fit(self._read(entry), bundle, where)
             db.execute(_ACTIVATE, (entry.user, entry.version))
             return replace(entry, active=True)
 
@@ -252,6 +251,7 @@ class Store:
     def _active(self, user: str) -> Installed:
         entry = self.active(user)
         if entry is None:
+            self._index.get(clean(user, "user"))  # says so if there is no such user
             raise UsageError(f"user must have an active adapter, got {user!r}: activate one first")
         return entry
 
@@ -332,14 +332,25 @@ class Store:
                     (self._pending / mark).unlink(missing_ok=True)
 
 
+def check_incoming(
+    source: str | Path | bytes, bundle: Bundle | Manifest | None = None
+) -> tuple[bytes, Adapter]:
+    """What `Store.add` reads and checks before anything is written."""
+    data = source if isinstance(source, bytes) else _incoming(Path(source))
+    where = "adapter" if isinstance(source, bytes) else str(source)
+    adapter = Adapter.from_bytes(data, where)
+    _check_fit(adapter, bundle, where)
+    return data, adapter
+
+
 def _incoming(path: Path) -> bytes:
     if path.is_symlink():
         raise UsageError(f"an adapter must be a file, got {path}: it is a link; give what it is of")
     return read_bytes(path, limit=MAX_FILE_BYTES, what="an adapter")
 
 
-def _check_fit(adapter: Adapter, bundle: Bundle | Manifest | None) -> None:
+def _check_fit(adapter: Adapter, bundle: Bundle | Manifest | None, where: str) -> None:
     if isinstance(bundle, Manifest):
         check_fit(adapter, bundle)
     elif bundle is not None:
-        bundle.check(adapter).require()
+        replace(bundle.check(adapter), name=where).require()

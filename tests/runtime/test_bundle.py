@@ -319,6 +319,13 @@ def test_every_mismatch_stands_in_one_error(bundle, make_adapter):
     assert caught.value.findings == findings
 
 
+def test_an_id_that_is_damaged_late_is_told_from_where(bundle, make_adapter):
+    adapter = make_adapter()
+    damaged = adapter.backbone_id[:40] + "f" + adapter.backbone_id[41:]
+    with pytest.raises(MismatchError, match=f"got {damaged}, which differs from character 41 on"):
+        bundle.swap(replace(adapter, backbone_id=damaged), name="x")
+
+
 def test_of_very_many_mismatches_the_first_are_shown(bundle, make_adapter):
     targets = tuple(Target(f"other{i:02}", 8, 8) for i in range(30))
     with pytest.raises(MismatchError) as caught:

@@ -174,6 +174,29 @@ def test_no_such_file(regrow, tmp_path, bundle_folder, arrays):
     _one_line(found, 2, str(missing), "no such file")
 
 
+def test_what_is_there_but_of_another_kind(regrow, bundle_folder, arrays, adapter_file, tmp_path):
+    """Never "no such": a file where a folder should be, a folder where a file should be."""
+    graph = bundle_folder / "backbone.onnx"
+    _one_line(regrow("run", graph, "--input", arrays), 2, str(graph), "it is a file")
+    _one_line(regrow("verify", adapter_file), 2, str(adapter_file), "it is a file")
+    found = regrow("run", bundle_folder, "--input", tmp_path)
+    _one_line(found, 2, f"must be an .npz file, got {tmp_path}: it is a folder")
+    found = regrow("verify", bundle_folder, "--adapter", tmp_path)
+    _one_line(found, 2, f"must be a file, got {tmp_path}: it is a folder")
+    found = regrow("profile", "--compare", tmp_path, tmp_path)
+    _one_line(found, 2, f"folder with profile.json, got {tmp_path}: a folder without it")
+
+
+def test_inspect_of_what_lies_beside_adapters(regrow, bundle_folder, tmp_path):
+    graph = bundle_folder / "backbone.onnx"
+    _one_line(regrow("inspect", graph), 2, "it is an ONNX graph: give the folder of its bundle")
+    dense = tmp_path / "x.onnx_adapter"
+    dense.write_bytes(b"TORT of another kind")
+    _one_line(regrow("inspect", dense), 2, "must be a regrow adapter", "dense tensors for ONNX")
+    other = dense.rename(tmp_path / "x.bin")
+    _one_line(regrow("inspect", other), 1, "another kind of file, which is no regrow adapter")
+
+
 def test_a_broken_adapter(regrow, bundle_folder, arrays, adapter_file):
     adapter_file.write_bytes(adapter_file.read_bytes()[:-1])
     _one_line(regrow("inspect", adapter_file), 1, str(adapter_file), "safetensors")
@@ -191,6 +214,8 @@ def test_an_adapter_of_another_backbone(regrow, bundle_folder, arrays, make_adap
 def test_a_broken_bundle(regrow, bundle_copy, arrays):
     (bundle_copy / "manifest.json").write_text("{}", encoding="utf-8")
     _one_line(regrow("run", bundle_copy, "--input", arrays), 1, "manifest.json")
+    (bundle_copy / "manifest.json").write_text("{", encoding="utf-8")
+    _one_line(regrow("run", bundle_copy, "--input", arrays), 1, "copy the bundle again, or export")
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04broken", b"no zip"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_run_with_a_user_of_the_store(regrow, files, bundle, bundle_folder, pixe
         )
     code, _, err = regrow(*run, "--user", "bob")
     assert (code, err) == (
-        2, ["regrow: user must have an active adapter, got 'bob': activate one first"]
+        2, ["regrow: user 'bob' must have an adapter in the store, got none: list shows all"]
     )  # fmt: skip
     for more in ((), ("--user", "ana", "--adapter", files[0])):
         code, _, err = regrow(*run, *more)
@@ -113,7 +114,9 @@ def test_a_broken_store_is_told_line_by_line(regrow, files, tmp_path):
         (("activate", "S", "bob"), 2, "user 'bob' must have an adapter in the store, got none"),
         (("remove", "S", "ana"), 2, "give one of --version and --all"),
         (("remove", "S", "ana", "--version", "1", "--all"), 2, "give one of --version and --all"),
-        (("rollback", "S", "bob"), 2, "user must have an active adapter, got 'bob'"),
+        (("rollback", "S", "bob"), 2, "user 'bob' must have an adapter in the store, got none"),
+        (("rollback", "S", "ana"), 2, "user must have an active adapter, got 'ana'"),
+        (("list", "F"), 2, "it is a file"),
         (("frob",), 2, "No such command 'frob'"),
     ],
 )
@@ -123,6 +126,28 @@ def test_wrong_usage(regrow, files, tmp_path, arguments, code, text):
     found = regrow("store", *(places.get(word, word) for word in arguments))
     assert (found[0], found[1], len(found[2])) == (code, [], 1)
     assert text in found[2][0]
+
+
+def test_what_is_refused_makes_no_store(regrow, files, probed_folder, make_adapter, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(files[0].read_bytes()[:-9])
+    other = replace(make_adapter(), backbone_id="sha256:" + "cd" * 32)
+    other.save(tmp_path / "other.safetensors")
+    made = make_adapter()
+    zeros = {n: replace(c, values=0 * c.values) for n, c in made.coefficients.items()}
+    replace(made, coefficients=zeros).save(tmp_path / "idle.safetensors")
+    store, fits = tmp_path / "store", ("--bundle", probed_folder)
+    for user, name, more, code, words in (
+        ("ana", "gone", (), 2, "no such file"),
+        ("ana", "cut.safetensors", (), 1, "must be a whole safetensors file"),
+        ("a/b", "0.safetensors", (), 2, "user must be 1 to 255 bytes"),
+        ("ana", "0.safetensors", ("--bundle", tmp_path / "none"), 2, "no such folder"),
+        ("ana", "other.safetensors", fits, 1, "must be of the bundle's backbone"),
+        ("ana", "idle.safetensors", fits, 1, f"adapter {tmp_path}/idle.safetensors must change"),
+    ):
+        found = regrow("store", "add", store, user, tmp_path / name, *more)
+        assert (found[0], found[1], len(found[2])) == (code, [], 1)
+        assert words in found[2][0]
+        assert not store.exists()
 
 
 def test_inspect_lists_a_store(regrow, files, tmp_path):

@@ -416,8 +416,10 @@ def test_a_folder_per_user(
     with pytest.raises(UsageError, match=r"label must be left out for .*got 'digit'"):
         load_data(tmp_path, vit, label="digit")
     (tmp_path / "cid").mkdir()
-    with pytest.raises(UsageError, match=r"one folder per class, got .*cid without any"):
+    with pytest.raises(UsageError, match=r"USER/CLASS/file .*: cid has no folders per class in it"):
         load_data(tmp_path, vit, users="folder")
+    with pytest.raises(UsageError, match=r"of one user: leave out --users"):
+        load_data(tmp_path / "bob", vit, users="folder")
 
 
 def test_data_without_users_has_none() -> None:

@@ -192,7 +192,7 @@ _GOOD = "text,label\nred,x\nblue,y\n"
         (
             "text,kind\nred,x\n",
             {},
-            r"column of labels \(label.*got text, kind: name one with label",
+            r"column of labels \(label.*got text, kind: name one with --label",
         ),
         (_GOOD, {"label": ""}, r"must have a column of labels"),
         (_GOOD, {"label": "kind"}, "label must name a column of text, label, got 'kind'"),
@@ -316,7 +316,7 @@ def test_the_command_line_takes_a_table(
     assert done.code == 0, done.err
     assert done.json["labels"] == ["a", "b"]
     done = cli(*command, "--force", *options)
-    assert (done.code, "got one, two, kind, who: name one with text" in done.err) == (2, True)
+    assert (done.code, "got one, two, kind, who: name one with --text" in done.err) == (2, True)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------

@@ -236,7 +236,10 @@ def _load_huggingface(folder: Path) -> Backbone:
                 torch_dtype=torch.float32,
             )  # fmt: skip
         except Exception as error:  # transformers raises many kinds on broken directories
-            raise FormatError(f"{folder} could not be loaded: {_first_line(error)}") from error
+            broken = "; copy or fetch it again" if isinstance(error, SafetensorError) else ""
+            raise FormatError(
+                f"{folder} could not be loaded: {_first_line(error)}{broken}"
+            ) from error
     head = find_head(model, _classes(model))
     parts = tuple(f"{layer}." for layer in head)
     missing = [name for name in info["missing_keys"] if not name.startswith(parts)]
@@ -389,7 +392,10 @@ def _stored(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
+        raise FormatError(
+            f"{path} must be a whole safetensors file, got a broken one: copy it again, or "
+            f"compress the model again ({error})"
+        ) from None
     return tensors
 
 

@@ -97,7 +97,9 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise FormatError(f"{path} must be a whole safetensors file, got a broken header")
+            raise FormatError(
+                f"{path} must be a whole safetensors file, got a broken header: copy it again"
+            )
         try:
             header = json.loads(stream.read(length))
             return [
@@ -106,7 +108,10 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
                 if name != "__metadata__"
             ]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FormatError(f"{path} must be a whole safetensors file: {error}") from None
+            raise FormatError(
+                f"{path} must be a whole safetensors file, got a broken one: copy it again "
+                f"({error})"
+            ) from None
 
 
 def _entry(

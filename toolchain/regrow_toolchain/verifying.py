@@ -9,6 +9,7 @@ from pathlib import Path
 
 from regrow_format.adapter import Adapter
 from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.files import no_file
 from regrow_format.manifest import MANIFEST, Manifest
 from regrow_runtime import Bundle
 from regrow_runtime.checks import Check
@@ -42,7 +43,7 @@ def verify(
     folder, paths = Path(folder), [Path(path) for path in adapters]
     for path in paths:
         if not path.is_file():
-            raise UsageError(f"an adapter must be a file, got {path}: no such file")
+            raise UsageError(f"an adapter must be a file, got {path}: {no_file(path)}")
     manifest = Manifest.load(folder)
     findings = [*_files(folder, manifest), *_unlisted(folder, manifest)]
     if any(found.result == "failed" for found in findings):

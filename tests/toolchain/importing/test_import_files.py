@@ -16,7 +16,7 @@ from regrow_toolchain.importing import import_peft
 
 Cli = Callable[..., Any]
 Room = Any  # see conftest.py
-K = "base_model.model.blocks.0.k"
+Q, K = "base_model.model.blocks.0.q", "base_model.model.blocks.0.k"
 
 
 def test_from_a_bundle_and_from_a_backbone(room: Room) -> None:
@@ -119,6 +119,23 @@ def test_layers_that_are_missing_are_all_listed(room: Room) -> None:
         )
     room.write(tensors={f"{K}.lora_B.weight": np.ones((8, 2), "f4")})
     assert "blocks.0.k must be 8 -> 4, got 8 -> 8" in room.refusal("backbone")
+
+
+def test_an_adapter_of_another_model_is_one_line(room: Room) -> None:
+    """Where some layers are there, those that are not are listed; where none is, that is said."""
+    names = {f"{Q}.{part}": f"base_model.model.h.0.{part}" for part in ("lora_A", "lora_B")}
+    moved = {f"{new}.weight": room.tensors[f"{old}.weight"] for old, new in names.items()}
+    gone = dict.fromkeys(f"{old}.weight" for old in names)
+    room.write(tensors=moved | gone)
+    assert "h.0 must be a slot of the bundle, got none: export it with" in room.refusal()
+    gone |= {f"{K}.{part}.weight": None for part in ("lora_A", "lora_B")}
+    room.write(tensors=moved | gone)
+    for base in ("bundle", "backbone"):
+        assert room.refusal(base).startswith(
+            f"{room.path}/peft must be of {room.path}/{base} to fit, got none of its 1 layers "
+            "there, such as h.0: it was trained on another model"
+        )
+        assert "\n" not in room.refusal(base)
 
 
 def test_bundles_that_take_no_adapters(room: Room) -> None:

@@ -140,7 +140,7 @@ def _label(source: Source, table: Table) -> str | None:
     if not found or source.label == "":
         raise UsageError(
             f"{table.path} must have a column of labels ({', '.join(LABEL_NAMES)}), "
-            f"got {_columns(table)}: name one with label"
+            f"got {_columns(table)}: name one with --label"
         )
     return found[0]
 
@@ -161,7 +161,7 @@ def _texts(source: Source, table: Table, label: str | None) -> tuple[str, ...]:
     if len(found) != 1:
         raise UsageError(
             f"{table.path} must have a column `text`, or one of words besides labels and users, "
-            f"got {_columns(table)}: name one with text, or two with a comma between"
+            f"got {_columns(table)}: name one with --text, or two with a comma between"
         )
     return (found[0],)
 

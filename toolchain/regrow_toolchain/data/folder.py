@@ -76,6 +76,12 @@ def _samples(source: Source) -> list[_Sample]:
     if source.users is None:
         return _by_class(source.path, "")
     users = _folders(source.path, "one folder per user")
+    for user in users:
+        if not any(p.is_dir() for p in user.iterdir()):
+            raise UsageError(
+                f"data must be a folder of USER/CLASS/file with users `folder`, got {source.path}: "
+                f"{user.name} has no folders per class in it (of one user: leave out --users)"
+            )
     return [sample for user in users for sample in _by_class(user, user.name)]
 
 

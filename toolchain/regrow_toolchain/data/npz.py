@@ -53,7 +53,10 @@ def array_data(source: Source, arrays: Arrays) -> Dataset:
     if label is None and not learns_itself:
         if source.labels == "optional":
             return _unlabelled(source, arrays, None)
-        raise UsageError(f"{source.path} must have an array `labels`, got {sorted(arrays)}")
+        raise UsageError(
+            f"{source.path} must have an array `labels`, got {sorted(arrays)}: "
+            "name one with --label"
+        )
     users = _users(source, arrays)
     if label is None:
         inputs = _inputs(source, arrays, others)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.fields import parse_json
-from regrow_format.files import read_bytes
+from regrow_format.files import no_folder, read_bytes
 from regrow_format.manifest import MANIFEST, Manifest
 from regrow_format.methods import get_method
 from regrow_inputs.extras import pip_line
@@ -96,7 +96,7 @@ def read_base(path: str | Path, method: str) -> Base:
         return _of_compressed(path)
     if (path / _HF_CONFIG).is_file():
         return _of_huggingface(path)
-    found = "a folder with neither" if path.is_dir() else "no such folder"
+    found = "a folder with neither" if path.is_dir() else no_folder(path)
     raise UsageError(
         f"--backbone must be a bundle ({MANIFEST}) or a backbone ({_CONFIG}, {_HF_CONFIG}), "
         f"got {path}: {found}"

@@ -88,6 +88,7 @@ def import_peft(
 
 def _targets(folder: Path, kind: PeftKind, stored: Stored, base: Base) -> tuple[Target, ...]:
     """Sorted by the UTF-8 bytes of their names, after checking that all of it fits."""
+    _check_model(folder, stored, base)
     findings: list[str] = []
     targets = []
     for layer in sorted(stored.layers, key=str.encode):
@@ -104,6 +105,19 @@ def _targets(folder: Path, kind: PeftKind, stored: Stored, base: Base) -> tuple[
     if findings:
         raise MismatchError(f"{folder} does not fit {base.where}:", findings)
     return tuple(targets)
+
+
+def _check_model(folder: Path, stored: Stored, base: Base) -> None:
+    """Raise if no layer at all is the backbone's, of which there are some."""
+    known = base.layers.keys() | base.head.keys()
+    if base.layers and stored.layers and not known & stored.layers.keys():
+        count, first = len(stored.layers), min(stored.layers)
+        slots = "slot" in base.change  # of a bundle
+        hint = ", or the bundle was exported for other layers (--target)" if slots else ""
+        raise MismatchError(
+            f"{folder} must be of {base.where} to fit, got none of its {count} layers there, such "
+            f"as {first}: it was trained on another model{hint}"
+        )
 
 
 def _check_size(layout: Layout) -> None:

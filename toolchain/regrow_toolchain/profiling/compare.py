@@ -44,7 +44,8 @@ def read_profile(path: Path) -> dict[str, Any]:
     """
     file = path / "profile.json" if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"profile must be a folder with profile.json, got {path}: no such file")
+        found = "a folder without it" if path.is_dir() else "no such file"
+        raise UsageError(f"profile must be a folder with profile.json, got {path}: {found}")
     fields = parse_json(read_bytes(file, limit=_MAX_BYTES, what="a profile"), str(file))
     record = fields.rest()
     if record.get("kind") != "regrow-profile":

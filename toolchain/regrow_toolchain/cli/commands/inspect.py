@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from regrow_format.manifest import Manifest
 
 _SHOWN = 12
+# Files beside adapters that people come upon here.
+_OTHERS = {
+    ".onnx": "an ONNX graph: give the folder of its bundle",
+    ".onnx_adapter": "an adapter's dense tensors for ONNX Runtime: give the adapter itself",
+}
 
 
 @click.command("inspect")
@@ -47,6 +52,10 @@ def inspect_command(
     from regrow_format.manifest import MANIFEST, Manifest
     from regrow_runtime.index import INDEX as STORE_INDEX
 
+    if path.is_file() and (kind := _OTHERS.get(path.suffix)):
+        raise UsageError(
+            f"path must be a regrow adapter, a .safetensors file, got {path}: it is {kind}"
+        )
     if path.is_file():
         result = _adapter(Adapter.load(path), path)
     elif (path / MANIFEST).is_file():

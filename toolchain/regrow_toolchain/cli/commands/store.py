@@ -64,15 +64,20 @@ def _add(
 
     STORE is made if it is not there. What is there already stays as it is.
     """
-    from regrow_runtime.store import Store
+    from regrow_runtime.index import INDEX, clean
+    from regrow_runtime.store import Store, check_incoming
 
+    fits = _opened(bundle)
+    if not (store / INDEX).is_file():  # what is refused makes no store
+        clean(user, "user")
+        check_incoming(file, fits)
     with Store(store) as opened:
         entry = opened.add(
             user,
             file,
             version=version,
             label=label,
-            bundle=_opened(bundle),
+            bundle=fits,
             activate=activate,
             allow_downgrade=allow_downgrade,
         )
