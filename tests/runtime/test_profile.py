@@ -327,6 +327,8 @@ def test_compare_refuses_other_uses(regrow, bundle_folder, tmp_path):
         (("--sustained", "soon"), "sustained must be a time such as 30s"),
         (("--sustained", "0s"), "sustained must be a time"),
         (("--memory-limit", "12 apples"), "memory limit must be a size such as 128MB"),
+        (("--memory-limit", "2"), "must be at least 1 MB, got '2', which is 2 bytes: give a unit"),
+        (("--memory-limit", "0MB"), "memory limit must be a size such as 128MB"),
     ],
 )
 def test_settings_that_make_no_sense(regrow, bundle_folder, tmp_path, options, words):

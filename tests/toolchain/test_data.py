@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from regrow_toolchain.data import (
     load_inputs,
     split,
 )
+from regrow_toolchain.forms import LABEL_WORDS
 from regrow_toolchain.training import logits_of
 
 
@@ -420,6 +422,13 @@ def test_a_folder_per_user(
         load_data(tmp_path, vit, users="folder")
     with pytest.raises(UsageError, match=r"of one user: leave out --users"):
         load_data(tmp_path / "bob", vit, users="folder")
+
+
+def test_names_of_labels_are_told_as_they_are(cli: Callable[..., Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert f"By default {LABEL_WORDS}" in page
+    for command in ("adapt", "compress", "export"):
+        assert LABEL_WORDS in " ".join(cli(command, "--help").out.split())
 
 
 def test_data_without_users_has_none() -> None:

@@ -41,6 +41,15 @@ def test_readme_names_the_two_commands() -> None:
     assert (README.parent / "docs" / "report.png").is_file()
 
 
+def test_what_the_readme_writes_is_in_the_tour() -> None:
+    """Somebody types the lines in the repository, and finds it as it was."""
+    text = README.read_text(encoding="utf-8")
+    part = text[text.index("## On the device") : text.index("## What it looks like inside")]
+    commands = re.findall(r"^    (regrow .*)$", part, flags=re.MULTILINE)
+    written = re.findall(r"(?:store add|store list|--store|-o) (\S+)", "\n".join(commands))
+    assert written == ["tour/store"] * 3 + ["tour/profile"]
+
+
 def test_every_link_of_the_documents_leads_somewhere() -> None:
     root = README.parent
     documents = [*root.glob("*.md"), *root.glob("*/*.md"), *root.glob("docs/*.md")]

@@ -1,8 +1,11 @@
-"""What data may be, in words: for errors and help alike. Imports nothing."""
+"""What data may be, and what its labels are called, in words: for errors and help alike. Imports nothing."""
 
 from __future__ import annotations
 
-__all__ = ["DATA"]
+__all__ = ["DATA", "LABEL_NAMES", "LABEL_WORDS"]
+
+LABEL_NAMES = ("label", "labels", "category", "intent", "y")  # of columns and arrays, by default
+LABEL_WORDS = ", ".join(f"`{name}`" for name in LABEL_NAMES[:-1]) + f" or `{LABEL_NAMES[-1]}`"
 
 DATA = (
     "a folder with one folder of pictures or .wav files per class, an .npz, a .csv, .tsv or "

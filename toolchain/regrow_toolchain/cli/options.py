@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..forms import DATA
+from ..forms import DATA, LABEL_WORDS
 from . import printable
 
 __all__ = [
@@ -116,8 +116,7 @@ def data_options(what: str, *, required: bool = False) -> Callable[[F], F]:
             ),
             click.option(
                 "--label", metavar="NAME",
-                help="Column or array with the labels; by default `label`, `labels`, `category` "
-                "or `intent`.",
+                help=f"Column or array with the labels; by default {LABEL_WORDS}.",
             ),
             click.option(
                 "--text", metavar="NAME",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from regrow_format.errors import UsageError
 
+from ..forms import LABEL_NAMES
+
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
 __all__ = ["LABEL_NAMES", "Source", "arguments"]
-
-LABEL_NAMES = ("label", "labels", "category", "intent", "y")
 
 # Arguments of forward that are no data, and options of transformers' models.
 _NO_DATA = {"labels", "label", "return_dict", "use_cache", "head_mask"}

@@ -18,6 +18,7 @@ __all__ = ["Cell", "Settings", "parse_settings"]
 _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600}
 _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
           "GIB": 2**30}  # fmt: skip
+_LEAST = 10**6  # nothing starts in less: a unit was forgotten
 _QUICK: dict[str, Any] = {
     "runs": 24, "seconds": 0.4, "rounds": 4, "residents": "1,10,100", "tokens": 4
 }  # fmt: skip
@@ -112,6 +113,11 @@ def _seconds(text: str) -> float:
 def _size(text: str) -> int:
     """128000000 from "128MB"."""
     found = _with_unit(text.upper(), _BYTES)
-    if found is None or found < 1 or found > 2**50:
+    if found is None or found > 2**50:
         raise UsageError(f"memory limit must be a size such as 128MB or 64MiB, got {text!r}")
+    if found < _LEAST:
+        raise UsageError(
+            f"memory limit must be at least 1 MB, got {text!r}, which is {found:.4g} bytes: give a "
+            "unit, such as 128MB or 64MiB"
+        )
     return int(found)
