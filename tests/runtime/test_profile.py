@@ -223,6 +223,16 @@ def test_words_of_strangers_are_escaped(record):
     assert any("<script>x</script>|y" in line for line in record_lines(evil))
 
 
+@pytest.mark.parametrize(("kind", "told"), [("RLIMIT_DATA", True), ("cgroup v2 memory.max", False)])
+def test_what_a_limit_counts_is_told_beside_the_answer(record, kind, told):
+    from regrow_toolchain.profiling.text import notes
+
+    fit = {**record["fit"], "kind": kind, "answer": "Fits in 66 MB: no."}
+    lines = notes({**record, "fit": fit})
+    after = lines[lines.index("Fits in 66 MB: no.") + 1 :]
+    assert (bool(after) and "counts private memory that is reserved" in after[0]) is told
+
+
 def test_a_language_model_and_many_cases_are_drawn(record):
     """The cases by names short enough for a phone; adapters' long names are cut at the end."""
     from regrow_toolchain.pages.words import GAP

@@ -1,4 +1,4 @@
-"""What data may be, and what its labels are called, in words: for errors and help alike. Imports nothing."""
+"""What data may be and what labels are called, in words, for errors and help. Imports nothing."""
 
 from __future__ import annotations
 

@@ -13,6 +13,11 @@ from .wording import energy_words, failed, left_out
 __all__ = ["comparison_lines", "comparison_markdown", "record_lines", "record_markdown"]
 
 Record = Mapping[str, Any]
+_RESERVED = (
+    "RLIMIT_DATA counts private memory that is reserved, used or not, and a library may reserve "
+    "less where there is less, so the stage that fails may be a later one under a smaller limit; "
+    "what is used is the private RAM in the table."
+)
 
 
 def record_lines(record: Record) -> list[str]:
@@ -37,6 +42,8 @@ def notes(record: Record) -> list[str]:
     ]
     if record["fit"]:
         lines.append(record["fit"]["answer"])
+        if record["fit"]["kind"] == "RLIMIT_DATA":
+            lines.append(_RESERVED)
     if record["language"] and not record["language"]["cache"]:
         lines.append("The bundle has no key-value cache: each token is a run over all of them.")
     return [line.replace(GAP, " ") for line in (*lines, *failed(record), *left_out(record))]
