@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from regrow_format.adapter import Adapter, Target
 from regrow_format.errors import MismatchError, UsageError
 from regrow_format.methods import get_method
+from regrow_runtime.slots import check_damage
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +197,7 @@ def check_adapter(source: ExportSource, adapter: Adapter) -> None:
             in one error.
     """
     if adapter.backbone_id != source.backbone_id:
+        check_damage(adapter.backbone_id, source.backbone_id)
         raise MismatchError(
             f"adapter must be of this backbone, {source.backbone_id:.19}…, "
             f"got one of another, {adapter.backbone_id:.19}…: export the backbone that it was "

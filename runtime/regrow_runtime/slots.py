@@ -22,7 +22,16 @@ from regrow_format.philox import key_of
 
 from .slotkinds import Feeds, basis_mismatch, slot_feeds, slot_kind
 
-__all__ = ["HEAD_FILE", "Feeds", "Resident", "check_fit", "expand", "load_head", "stack"]
+__all__ = [
+    "HEAD_FILE",
+    "Feeds",
+    "Resident",
+    "check_damage",
+    "check_fit",
+    "expand",
+    "load_head",
+    "stack",
+]
 
 HEAD_FILE = "head.safetensors"
 _MAX_HEAD_BYTES = 1 << 30
@@ -85,7 +94,7 @@ def check_fit(adapter: Adapter, manifest: Manifest, *, any_backbone: bool = Fals
             f"(such as {min(adapter.extra)}) for which a bundle has no slots"
         )
     if adapter.backbone_id != manifest.backbone_id and not any_backbone:
-        _check_damage(adapter.backbone_id, manifest.backbone_id)
+        check_damage(adapter.backbone_id, manifest.backbone_id)
         more = f" ({len(findings)} of its layers do not fit either)" if findings else ""
         raise MismatchError(
             f"adapter must be of the bundle's backbone, {_short(manifest.backbone_id)}, "
@@ -113,13 +122,13 @@ def _short(backbone_id: str) -> str:
     return backbone_id[:_SHORT] + "…" if len(backbone_id) > _SHORT + 1 else backbone_id
 
 
-def _check_damage(found: str, wanted: str) -> None:
+def check_damage(found: str, wanted: str) -> None:
     """Raise if two hashes begin alike, which those of two backbones do not."""
     if found[:_SHORT] == wanted[:_SHORT]:
         place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
                      min(len(found), len(wanted)))  # fmt: skip
         raise MismatchError(
-            f"adapter must be of the bundle's backbone, {wanted}, got {found}, which differs from "
+            f"adapter must be of this backbone, {wanted}, got {found}, which differs from "
             f"character {place + 1} on: one of the two files is damaged; get it again"
         )
 

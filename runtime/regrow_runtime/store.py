@@ -30,7 +30,7 @@ from .slots import check_fit
 if TYPE_CHECKING:
     from .bundle import Bundle, SwapCost
 
-__all__ = ["Installed", "Store"]
+__all__ = ["Installed", "Store", "check_incoming"]
 
 _ENDING = ".safetensors"
 _OF_USER = "WHERE user = ? ORDER BY version"
