@@ -72,6 +72,7 @@ def compress_command(
     from regrow_toolchain.carried import carry
     from regrow_toolchain.compressing import compress
     from regrow_toolchain.data import load_data
+    from regrow_toolchain.data.saved import is_saved
     from regrow_toolchain.reporting import build_report, write_report
 
     source = carry(load_backbone(model), preprocessor=preprocessor, labels=label_file)
@@ -83,8 +84,9 @@ def compress_command(
         )  # fmt: skip
     config = CompressConfig(**settings)
     asked = config.task != "auto" or source.task == "feature-extraction" or not source.labels
-    if samples is not None and samples.unlabelled and not asked:
-        way = "give a folder per class" if data and data.is_dir() else "name them with --label"
+    if data is not None and samples is not None and samples.unlabelled and not asked:
+        folder = data.is_dir() and not is_saved(data)
+        way = "give a folder per class" if folder else "name a column or an array with --label"
         click.echo(
             f"regrow: no labels found in {data}: it learns by imitation of the dense model "
             f"({way} for labels, or --task imitation to say that none are meant)",
