@@ -72,10 +72,13 @@ def new_words(model, mfcc, labels, steps=600):
     return {**model.state_dict(), "head.weight": head.weight.data, "head.bias": head.bias.data}
 
 
+def configured(rank):
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=["wq", "wv"])
+
+
 def lora(model, mfcc, labels, rank, seed):
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["wq", "wv"])
-    tuned = get_peft_model(model, config).train()
+    tuned = get_peft_model(model, configured(rank)).train()
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     order = torch.cat(
@@ -90,12 +93,12 @@ def lora(model, mfcc, labels, rank, seed):
     return tuned.eval()
 
 
-def graph(model, path):
-    """An ONNX file whose initializers have the module's names."""
+def graph(model, path, fold=False):
+    """An ONNX file; without folding its initializers have the module's names."""
     torch.onnx.export(
         model, (torch.zeros(1, 98, 40),), path, input_names=["mfcc"], output_names=["logits"],
         dynamic_axes={"mfcc": {0: "batch"}, "logits": {0: "batch"}},
-        dynamo=False, do_constant_folding=False,
+        dynamo=False, do_constant_folding=fold,
     )  # fmt: skip
 
 

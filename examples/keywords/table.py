@@ -33,6 +33,7 @@ WAYS = {  # regrow's: arguments of `regrow adapt`
     ],
 }  # fmt: skip
 RANKS = (1, 4)
+OLIVE = "PEFT r = 4, Olive's extraction"
 # What a person types from weights and clips to a label, for the first user and for a further one.
 TYPED = {
     "regrow": ("sort, adapt --method head, ls, export, adapt, store add, run", "adapt, store add"),
@@ -128,6 +129,10 @@ class Table:
             [self.given.peers, HERE / "peers.py", "adapt", base, self.clips / "owners" / new, path,
              "--rank", rank, "--seed", seed]))  # fmt: skip
 
+    def olive(self, base, files):
+        return self.once(files / "olive.onnx_adapter", lambda: run(
+            [self.given.peers, HERE / "peers_olive.py", base, files, "--rank", 4]))  # fmt: skip
+
     def cases(self):
         """(row, new speaker, seed, how to measure it)."""
         names = self.speakers()
@@ -145,6 +150,13 @@ class Table:
                     yield f"PEFT r = {rank}, `LoraAdapter`", new, seed, slots
                     merged = ["merged", files / "slots.onnx", files / "merged.onnx"]
                     yield f"PEFT r = {rank}, merged", new, seed, merged
+                    if self.given.olive and rank == 4:
+                        yield (
+                            OLIVE,
+                            new,
+                            seed,
+                            ["slots", files / "olive.onnx", self.olive(base, files)],
+                        )
 
     def measured(self, new, seed, row, case):
         """What a fresh process found, kept."""
@@ -216,7 +228,10 @@ def costs(row, seconds):
         users = [x for name, x in seconds.items() if re.fullmatch(rf"peers/.*-r{rank}-\d+", name)]
         spent = {"words": median("base/"), "export": 0.0, "user": float(np.median(users))}
         lines = lines_of(HERE / "peers.py") + lines_of(KWT, "Block", "Kwt", "Mfcc", "read_wav")
-    typed = [x.count(",") + 1 for x in TYPED[row.split()[0]]]
+        if row == OLIVE:
+            spent["user"] += float(np.median([x for n, x in seconds.items() if "olive" in n]))
+            lines += lines_of(HERE / "peers_olive.py")
+    typed = [x.count(",") + 1 + (row == OLIVE) for x in TYPED[row.split()[0]]]
     minutes = [sum(spent.values()) / 60, spent["user"] / 60]
     return {"cpu_seconds": spent, "minutes": minutes, "lines": lines, "commands": typed}
 
@@ -269,6 +284,9 @@ def main():
         parser.add_argument(name, type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--peers", default=sys.executable, help="Python of the peers' environment")
+    parser.add_argument(
+        "--olive", action="store_true", help="also Olive, in the peers' environment"
+    )
     parser.add_argument("--speakers", nargs="+", default=["george", "jackson", "lucas", "nicolas"])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
