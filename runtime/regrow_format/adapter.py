@@ -24,6 +24,7 @@ from .methods import Method, get_method
 from .methods.base import MAX_FEATURES
 from .philox import check_seed
 from .quantize import pack, packed_width, quantize, scale_shape, unpack
+from .record import Record
 from .target_rows import Target, target_rows, targets_of
 
 __all__ = [
@@ -129,8 +130,8 @@ class Probe:
     input: str = ""
 
 
-@dataclass(frozen=True)
-class Validated:
+@dataclass(frozen=True, eq=False, repr=False)
+class Validated(Record):
     """A score on samples that training did not see, before and after adaptation."""
 
     variant: str

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .errors import RegrowError, UsageError
 from .integers import PackedSigns, integer_product
 from .philox import key_of, philox4x32, philox_words
+from .record import Record
 
 __all__ = [
     "PHILOX_SIGN",
@@ -59,8 +60,8 @@ class Role(IntEnum):
     SAMPLING = 5  # of tokens: block is the token's place, vector the sample's row
 
 
-@dataclass(frozen=True)
-class BasisSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class BasisSpec(Record):
     """Names the basis that an adapter was trained with, as it stands in the adapter file.
 
     Kinds: "philox-sign", "peft-mt19937" (what PEFT draws from the seed) and "stored"; `fields` are

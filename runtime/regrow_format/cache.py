@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .errors import FormatError
 from .fields import Fields
+from .record import Record
 
 __all__ = ["CacheSpec", "CacheTensor", "parse_cache"]
 
@@ -22,8 +23,8 @@ _INPUTS = _NEEDED | {"position_ids"}
 _MAX_SIZE = 1 << 24
 
 
-@dataclass(frozen=True)
-class CacheTensor:
+@dataclass(frozen=True, eq=False, repr=False)
+class CacheTensor(Record):
     """Keys or values of a layer: graph input `past` [batch, heads, past length, head_dim], and
     graph output `present` [batch, heads, past length + length, head_dim].
     """
@@ -34,8 +35,8 @@ class CacheTensor:
     head_dim: int
 
 
-@dataclass(frozen=True)
-class CacheSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class CacheSpec(Record):
     """What the manifest says of the cache.
 
     Attributes:

@@ -16,6 +16,7 @@ from .cache import CacheSpec, parse_cache
 from .errors import FormatError, UsageError
 from .fields import Fields, dump_json, parse_json
 from .files import no_folder, read_bytes, sha256_file
+from .record import Record
 
 __all__ = [
     "FORMAT",
@@ -53,8 +54,8 @@ _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8,
            "float16", "float32", "float64")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class TensorSpec(Record):
     """A graph input or output; a dimension is a number, or a name if it is dynamic."""
 
     name: str
@@ -62,8 +63,8 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-@dataclass(frozen=True)
-class GraphSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class GraphSpec(Record):
     """One ONNX file; `inputs` are those that a caller must feed, slots are not among them."""
 
     name: str
@@ -72,8 +73,8 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclass(frozen=True)
-class StoredWeight:
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredWeight(Record):
     """Where the default of a weight slot stands: float32, little-endian, [in, out]."""
 
     file: str
@@ -81,8 +82,8 @@ class StoredWeight:
     orientation: str = "in_out"
 
 
-@dataclass(frozen=True)
-class Slot:
+@dataclass(frozen=True, eq=False, repr=False)
+class Slot(Record):
     """Where an adapter enters: graph inputs with a default, by part.
 
     Kinds: "low_rank", parts A [n, in, r] and B [n, r, out] with r = 0 by default; "delta", part D
@@ -106,8 +107,8 @@ class Slot:
     weight: StoredWeight | None = None
 
 
-@dataclass(frozen=True)
-class SeededSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class SeededSpec(Record):
     """How a seeded graph takes an adapter: its method, config and targets are built in.
 
     `inputs` maps "seed" and every coefficient tensor (and "<tensor>.scale") to a graph input; it is
@@ -122,8 +123,8 @@ class SeededSpec:
     inputs: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class ExpanderSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpanderSpec(Record):
     """A graph that makes slots' tensors of adapters' numbers, for one method, config and targets.
 
     `inputs` are what a `SeededSpec` lists; `outputs` are names of slots' inputs.
@@ -138,16 +139,16 @@ class ExpanderSpec:
     outputs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class FileEntry:
+@dataclass(frozen=True, eq=False, repr=False)
+class FileEntry(Record):
     """Size in bytes and hex SHA-256 of a file of the bundle."""
 
     size: int
     sha256: str
 
 
-@dataclass(frozen=True)
-class Checks:
+@dataclass(frozen=True, eq=False, repr=False)
+class Checks(Record):
     """What the device's own checks need.
 
     Attributes:
@@ -162,8 +163,8 @@ class Checks:
     partitions: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Score:
+@dataclass(frozen=True, eq=False, repr=False)
+class Score(Record):
     """What the variant costs on samples: `fp32` is torch's score, `variant` the bundle's."""
 
     metric: str
@@ -173,8 +174,8 @@ class Score:
     variant: float
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, eq=False, repr=False)
+class Manifest(Record):
     """`manifest.json`. `parity` holds what was measured against torch at export, by name."""
 
     mode: str

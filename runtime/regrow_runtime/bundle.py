@@ -24,6 +24,7 @@ from regrow_format.basis import BasisCache
 from regrow_format.cache import CacheSpec
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
+from regrow_format.record import Record
 
 from .blend import as_weight, blend
 from .checks import Check, Prober
@@ -37,8 +38,8 @@ if os.environ["ORT_DISABLE_TELEMETRY"] != "0":  # on Windows, or if it was impor
     ort.disable_telemetry_events()
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, eq=False, repr=False)
+class Profile(Record):
     """What to spend RAM on.
 
     Attributes:
@@ -69,8 +70,8 @@ PROFILES = {
 _NARROW = ("fp16", "int4")
 
 
-@dataclass(frozen=True)
-class SwapCost:
+@dataclass(frozen=True, eq=False, repr=False)
+class SwapCost(Record):
     """What a swap cost, in milliseconds and bytes.
 
     `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a

@@ -16,6 +16,7 @@ from regrow_format.adapter import Probe
 from regrow_format.errors import FormatError, MismatchError
 from regrow_format.files import read_bytes
 from regrow_format.manifest import Manifest
+from regrow_format.record import Record
 
 from .slots import Feeds, Resident
 
@@ -28,8 +29,8 @@ _RTOL, _ATOL = 1e-3, 1e-4  # as an export is held to
 _NOTHING = 1e-6  # a change of less than this share of the outputs is rounding
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, eq=False, repr=False)
+class Check(Record):
     """What the probe found.
 
     Attributes:

@@ -14,6 +14,7 @@ from regrow_format.basis import Role
 from regrow_format.cache import positions
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.philox import check_seed, key_of, philox_words
+from regrow_format.record import Record
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -34,8 +35,8 @@ class Settings(TypedDict, total=False):
     stop: Sequence[int] | None
 
 
-@dataclass(frozen=True)
-class Generated:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generated(Record):
     """What a call made, and what it cost.
 
     Attributes:
