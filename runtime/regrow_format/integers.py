@@ -97,6 +97,8 @@ class PackedSigns:
             import onnxruntime as ort
 
             options = _options(ort)
+            # Else every product leaves holes in memory, of its sums' size, between what it gave.
+            options.enable_cpu_mem_arena = True
             value = ort.OrtValue.ortvalue_from_numpy(signs)
             options.add_external_initializers(["b"], [value])
             model = _PACKED % tuple(map(_varint, signs.shape))

@@ -172,9 +172,10 @@ def main() -> None:
     text = given.document.read_text(encoding="utf-8") if given.document else ""
     for name, found in results.items():
         about = found["machine"]
+        cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
         where = (
-            f"{about['cpu']}, {about['cores']} cores, one thread used; ONNX Runtime "
-            f"{about['onnxruntime']}, NumPy {about['numpy']}, Python {about['python']}."
+            f"{about['cpu']}, {cores}, one thread used; ONNX Runtime {about['onnxruntime']}, "
+            f"NumPy {about['numpy']}, Python {about['python']}."
         )
         drawn = "\n".join([*TASKS[name](found), "", where])
         if not given.document:
