@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from regrow_format.adapter import Adapter
+from regrow_format.manifest import Manifest
 from regrow_toolchain.backbone import load_backbone
+from regrow_toolchain.importing.base import factored
 
 pytestmark = pytest.mark.slow
 
@@ -219,3 +221,13 @@ def test_help_answers_at_once(run: Run, command: str | None) -> None:
         assert outcome.out.startswith(f"Usage: regrow {command or ''}".rstrip())
         assert outcome.err == ""
     assert sorted(seconds)[1] < 0.5
+
+
+def test_a_bundle_tells_which_layers_are_factored(workshop: Any) -> None:
+    """By the names in its graph, as `regrow import` asks for."""
+    bundle = workshop.room / "bundle"
+    names = {slot.target for slot in Manifest.load(bundle).slots if slot.kind != "head"}
+    assert len(names) == 12
+    for place in (bundle, workshop.room / "small"):
+        assert set(factored(place, names)) == names
+    assert factored(workshop.room / "vit", names) == ()

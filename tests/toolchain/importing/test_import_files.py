@@ -70,7 +70,7 @@ def test_a_compressed_backbone_is_told(room: Room, cli: Cli) -> None:
     words = "1 of the 2 layers are factored there (blocks.0.q), so this adapter was trained on a"
     assert words in said("backbone")
     graph = room.path / "bundle" / "m.onnx"
-    for data in (b"/blocks/0/q/up/MatMul", b"blocks.0.q.up.bias"):
+    for data in (b"/blocks.0/q/base/up/MatMul", b"blocks.0.q.base.up.bias"):
         graph.write_bytes(b"\0" + data + b"\0")
         assert words in said("bundle")
     graph.write_bytes(b"blocks.0.q.weight blocks.0.q.uproot /blocks/0/q/MatMul")

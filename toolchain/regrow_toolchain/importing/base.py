@@ -6,6 +6,7 @@ say which layers are its head, and the identity leaves the head out: that needs 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -114,12 +115,7 @@ def factored(path: str | Path, layers: Iterable[str]) -> tuple[str, ...]:
         if not graph.is_file() or graph.stat().st_size > _MAX_GRAPH:
             return ()
         data = graph.read_bytes()
-        return tuple(
-            name
-            for name in layers
-            if any(f"{name}.up".replace(".", mark).encode() + end in data
-                   for mark, end in ((".", b".bias"), (".", b".weight"), ("/", b"/")))
-        )  # fmt: skip
+        return tuple(name for name in layers if re.search(_pair(name), data))
     if not (path / _CONFIG).is_file():
         return ()
     fields = parse_json(
@@ -127,6 +123,14 @@ def factored(path: str | Path, layers: Iterable[str]) -> tuple[str, ...]:
     )
     pairs = {plan.take("name", str) for plan in fields.objects("layers")}
     return tuple(name for name in layers if name in pairs)
+
+
+def _pair(layer: str) -> bytes:
+    """What a graph calls a part of the pair at `layer`: in a slot (`base`), in names of nodes or of
+    weights.
+    """
+    path = re.escape(layer.encode()).replace(rb"\.", rb"[./]")
+    return path + rb"(?:[./]base)?[./]up[./]"
 
 
 def _of_bundle(path: Path, method: str) -> Base:
