@@ -12,6 +12,7 @@ import signal
 import sys
 from importlib import import_module
 from keyword import iskeyword
+from types import FrameType
 from typing import Any
 
 import click
@@ -33,6 +34,7 @@ COMMANDS = {
 }
 
 _INTERRUPTED = 130
+_LATER = 0.05  # seconds
 
 
 class _LazyGroup(click.Group):
@@ -73,11 +75,24 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 usage, 130 interrupted."""
     # A polite kill ends like Ctrl-C: temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "setitimer") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGALRM, _interrupt)
     sys.exit(_run(arguments))
 
 
 def _terminate(_number: int, _frame: Any) -> None:
     raise SystemExit(128 + signal.SIGTERM)
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. While packages are imported it waits: some abort where it strikes in their C++."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, _LATER)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str] | None) -> int:
