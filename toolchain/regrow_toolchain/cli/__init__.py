@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from importlib import import_module
+from importlib.machinery import ExtensionFileLoader
 from keyword import iskeyword
 from types import FrameType
 from typing import Any
@@ -86,9 +87,9 @@ def _terminate(_number: int, _frame: Any) -> None:
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
-    """Ctrl-C. While packages are imported it waits: some abort where it strikes in their C++."""
+    """Ctrl-C. While a compiled module is loaded it waits: some abort where it strikes them."""
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
             signal.setitimer(signal.ITIMER_REAL, _LATER)
             return
         frame = frame.f_back
