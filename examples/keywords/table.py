@@ -259,7 +259,9 @@ ROWS = {  # as docs/keywords.md has them
     "10th percentile, % (lowest to highest seed)": lambda x: with_range(x, "p10"),
     "speakers harmed": lambda x: f"{x['harmed']} of {x['cases']}",
     "bytes per user": lambda x: f"{x['bytes']:,.0f}",
-    "swap from a file: first, later, ms": lambda x: f"{x['first_swap']:.2f}, {x['swap']:.2f}",
+    "swap from a file: first, later, ms of CPU": lambda x: (
+        f"{x['first_swap']:.2f}, {x['swap']:.2f}"
+    ),
     "latency p50, p99, ms of CPU": lambda x: f"{x['p50']:.2f}, {x['p99']:.2f}",
     "peak RAM of the process, MB": lambda x: f"{x['peak_mb']:.0f}",
     "commands typed: first user, a further one": lambda x: "{}, {}".format(*x["commands"]),
