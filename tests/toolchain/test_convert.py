@@ -163,7 +163,7 @@ def test_no_torch_is_needed(bundle: Path, tmp_path: Path, start: Callable[..., A
     program += "from regrow_toolchain.cli import main; main()"
     for to in FORMATS:
         process = start(
-            "convert", tmp_path / "a.safetensors", "-o", tmp_path / to, "--to", to,
+            "convert", tmp_path / "a.safetensors", "-o", tmp_path / f"user.{to}", "--to", to,
             "--bundle", bundle, program=program,
         )  # fmt: skip
         _, err = process.communicate(timeout=60)
