@@ -7,7 +7,7 @@ allocated: sizes against the header, shapes against what the method's config say
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .methods import Method, get_method
 from .methods.base import MAX_FEATURES
 from .philox import check_seed
 from .quantize import pack, packed_width, quantize, scale_shape, unpack
-from .record import Record
+from .record import Frozen, Record
 from .target_rows import Target, target_rows, targets_of
 
 __all__ = [
@@ -53,8 +53,7 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1", "U32": "<u4"}
 _FLOATS = ("F16", "F32")
 
 
-@dataclass(frozen=True, eq=False)
-class Coefficients:
+class Coefficients(Frozen):
     """Stacked vectors of numbers, as stored.
 
     Attributes:
@@ -96,8 +95,7 @@ class Coefficients:
         return self.values.astype(np.float32) * scale
 
 
-@dataclass(frozen=True, eq=False)
-class HeadLayer:
+class HeadLayer(Frozen):
     """One linear layer of a task head: weight float32 [classes, in], bias float32 [classes]."""
 
     name: str
@@ -105,8 +103,7 @@ class HeadLayer:
     bias: NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
+class Head(Frozen):
     """A task head of the adapter's own, with the names of its classes.
 
     `storage` is how its numbers are stored, "fp16" or "fp32".
@@ -117,8 +114,7 @@ class Head:
     storage: str = "fp16"
 
 
-@dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(Frozen):
     """What the model gives for the bundle's probe input: 1 to 64 numbers, float16 [m].
 
     Attributes:
@@ -130,7 +126,6 @@ class Probe:
     input: str = ""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Validated(Record):
     """A score on samples that training did not see, before and after adaptation."""
 
@@ -141,8 +136,7 @@ class Validated(Record):
     samples: int
 
 
-@dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(Frozen):
     """What an adapter file holds.
 
     Attributes:

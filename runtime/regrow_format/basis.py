@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from typing import Any
 
@@ -60,7 +60,6 @@ class Role(IntEnum):
     SAMPLING = 5  # of tokens: block is the token's place, vector the sample's row
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class BasisSpec(Record):
     """Names the basis that an adapter was trained with, as it stands in the adapter file.
 
@@ -70,7 +69,7 @@ class BasisSpec(Record):
 
     kind: str = "philox-sign"
     version: int = 1
-    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 PHILOX_SIGN = BasisSpec()

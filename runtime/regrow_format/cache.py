@@ -6,7 +6,6 @@ The same graph computes a prompt (a past of length 0) and every token after it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ _INPUTS = _NEEDED | {"position_ids"}
 _MAX_SIZE = 1 << 24
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class CacheTensor(Record):
     """Keys or values of a layer: graph input `past` [batch, heads, past length, head_dim], and
     graph output `present` [batch, heads, past length + length, head_dim].
@@ -35,7 +33,6 @@ class CacheTensor(Record):
     head_dim: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class CacheSpec(Record):
     """What the manifest says of the cache.
 

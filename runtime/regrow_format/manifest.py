@@ -7,7 +7,7 @@ and preprocessing files, and a probe. `docs/bundle-format.md` describes it for o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,7 +54,6 @@ _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8,
            "float16", "float32", "float64")  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class TensorSpec(Record):
     """A graph input or output; a dimension is a number, or a name if it is dynamic."""
 
@@ -63,7 +62,6 @@ class TensorSpec(Record):
     shape: tuple[int | str, ...]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class GraphSpec(Record):
     """One ONNX file; `inputs` are those that a caller must feed, slots are not among them."""
 
@@ -73,7 +71,6 @@ class GraphSpec(Record):
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class StoredWeight(Record):
     """Where the default of a weight slot stands: float32, little-endian, [in, out]."""
 
@@ -82,7 +79,6 @@ class StoredWeight(Record):
     orientation: str = "in_out"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Slot(Record):
     """Where an adapter enters: graph inputs with a default, by part.
 
@@ -107,7 +103,6 @@ class Slot(Record):
     weight: StoredWeight | None = None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class SeededSpec(Record):
     """How a seeded graph takes an adapter: its method, config and targets are built in.
 
@@ -123,7 +118,6 @@ class SeededSpec(Record):
     inputs: Mapping[str, str]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class ExpanderSpec(Record):
     """A graph that makes slots' tensors of adapters' numbers, for one method, config and targets.
 
@@ -139,7 +133,6 @@ class ExpanderSpec(Record):
     outputs: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class FileEntry(Record):
     """Size in bytes and hex SHA-256 of a file of the bundle."""
 
@@ -147,7 +140,6 @@ class FileEntry(Record):
     sha256: str
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Checks(Record):
     """What the device's own checks need.
 
@@ -163,7 +155,6 @@ class Checks(Record):
     partitions: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Score(Record):
     """What the variant costs on samples: `fp32` is torch's score, `variant` the bundle's."""
 
@@ -174,7 +165,6 @@ class Score(Record):
     variant: float
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Manifest(Record):
     """`manifest.json`. `parity` holds what was measured against torch at export, by name."""
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeGuard
 
 from .errors import FormatError
 from .methods.base import MAX_FEATURES
+from .record import Record
 
 __all__ = ["Target", "target_rows", "targets_of"]
 
@@ -24,8 +24,7 @@ _MAX_CHARACTERS = 1 << 24
 Row = list[str | int]
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Record):
     """A layer that the adapter changes, or a norm (in = out): its module path and its widths."""
 
     name: str

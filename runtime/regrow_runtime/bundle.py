@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -38,7 +37,6 @@ if os.environ["ORT_DISABLE_TELEMETRY"] != "0":  # on Windows, or if it was impor
     ort.disable_telemetry_events()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Profile(Record):
     """What to spend RAM on.
 
@@ -70,7 +68,6 @@ PROFILES = {
 _NARROW = ("fp16", "int4")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class SwapCost(Record):
     """What a swap cost, in milliseconds and bytes.
 

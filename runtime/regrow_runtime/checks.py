@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ _RTOL, _ATOL = 1e-3, 1e-4  # as an export is held to
 _NOTHING = 1e-6  # a change of less than this share of the outputs is rounding
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Check(Record):
     """What the probe found.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -35,7 +34,6 @@ class Settings(TypedDict, total=False):
     stop: Sequence[int] | None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Generated(Record):
     """What a call made, and what it cost.
 

@@ -9,12 +9,12 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.files import no_folder, sync
+from regrow_format.record import Record
 
 __all__ = ["Index", "Installed", "clean"]
 
@@ -53,8 +53,7 @@ _ONE = "WHERE user = ? AND version = ?"
 _TYPES = [str, int, str, int, str, str, str, int, int]
 
 
-@dataclass(frozen=True)
-class Installed:
+class Installed(Record):
     """An adapter in a store.
 
     Attributes:
