@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -17,7 +19,7 @@ from regrow_inputs.extras import pip_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["need", "quiet", "require_export", "steady_torch"]
+__all__ = ["give_back", "need", "quiet", "require_export", "steady_torch"]
 
 # Their progress and hints are for people who call them by hand; findings reach us as exceptions.
 _CHATTY = ("optimum", "transformers", "torch.onnx")
@@ -41,6 +43,16 @@ def need(name: str) -> None:
         raise RegrowError(
             f"export needs {name}, which could not be imported ({error}): {pip_line('export')}"
         ) from error
+
+
+def give_back() -> None:
+    """What was freed goes back to the system, where the C library keeps it: an exporter's peak
+    follows, of four copies of the weights.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:  # glibc's
+        trim(0)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from regrow_format.cache import CacheSpec
 from regrow_format.errors import RegrowError, UsageError
 
 from .cache import cache_names, cache_of
-from .extras import need
+from .extras import give_back, need
 from .flow import check_flow
 from .graph import OPSET
 from .inputs import completed, made_inputs
@@ -81,6 +81,7 @@ def trace(
     try:
         learn_folds(model, lambda: run_torch(model, made), _BATCH)
         copied = shared_copy(model)  # exporters change attributes of what they trace
+        give_back()
         if config is not None:
             traced = _trace_optimum(copied, past or config, made, path)
         else:

@@ -28,7 +28,8 @@ _MAY_IMPORT = {
     "regrow_export": {"regrow_format", "regrow_runtime", "regrow_inputs"},
     "regrow_toolchain": {"regrow_format", "regrow_runtime", "regrow_inputs", "regrow_export"},
 }
-_HEAVY = ("torch", "onnx", "transformers", "numpy", "onnxruntime", "safetensors", "rich", "PIL")
+_HEAVY = ("torch", "onnx", "transformers", "numpy", "onnxruntime", "safetensors", "rich", "PIL",
+          "sklearn")  # fmt: skip
 
 
 def _loaded(code: str) -> set[str]:
@@ -44,6 +45,19 @@ def _loaded(code: str) -> set[str]:
 
 def test_importing_the_package_brings_nothing_heavy() -> None:
     assert _loaded("import regrow_toolchain") == set()
+
+
+def test_transformers_comes_without_scikit_learn() -> None:
+    """And the rest of the process can have it all the same."""
+    pytest.importorskip("transformers")
+    code = """
+from regrow_toolchain.backbone import quiet_transformers
+with quiet_transformers():
+    from transformers import GenerationMixin
+"""
+    assert "transformers" in _loaded(code)
+    assert "sklearn" not in _loaded(code)
+    assert "sklearn" in _loaded(f"{code}\nimport sklearn")
 
 
 def test_the_command_line_brings_nothing_heavy() -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +332,7 @@ def _plan(part: Fields) -> Plan:
 
 def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
     """The model's structure without weights; non-persistent buffers are made as usual."""
+    _transformers()
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
 
@@ -504,8 +507,7 @@ def _task(model: nn.Module) -> str:
 
 def _model_class(folder: Path) -> Any:
     """The transformers class that config.json names; no code of the directory is run."""
-    import transformers
-
+    transformers = _transformers()
     path = folder / _HF_CONFIG
     config = parse_json(read_bytes(path, limit=_MAX_JSON, what="a config"), str(path))
     names = config.strings("architectures")
@@ -517,9 +519,28 @@ def _model_class(folder: Path) -> Any:
     return found
 
 
+@cache
+def _transformers() -> Any:
+    """The package, as if scikit-learn were not installed where neither is imported yet.
+
+    It needs that for a kind of generation which is not used here, and scikit-learn imports pandas
+    and pyarrow where it finds them: up to 190 MB, which an export has better uses for.
+    """
+    spare = {"sklearn", "transformers"}.isdisjoint(sys.modules)
+    if spare:
+        sys.modules["sklearn"] = None  # type: ignore[assignment] # how Python says: not to be had
+    try:
+        import transformers.utils.import_utils
+    finally:
+        if spare:
+            del sys.modules["sklearn"]
+    return transformers
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' advice and bars off the terminal; its errors still come."""
+    _transformers()
     from transformers.utils import logging
 
     level = logging.get_verbosity()
