@@ -104,7 +104,8 @@ def comparison_notes(found: Record) -> list[str]:
         "A difference counts if the rank interval (97 %) of the ratio, over the fresh processes "
         "that each profile took, does not hold 1, and if it is over 5 %. For times it must be over "
         f"{100 * found['floor']:.0f} % here: more than the machine and other programs can do. "
-        "Times are compared without what a thread waited for a core.",
+        "Times are compared without what a thread waited for a core: A and B can be below what the "
+        "two profiles show.",
         _crowd(found["crowd"]),
         f"The machine: a fixed piece of work took {found['machine']:.2f} times as long in B.",
     ]
