@@ -12,9 +12,10 @@ from regrow_format.basis import BasisCache, BasisSpec, Role, locations, sign_bit
 from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_format.manifest import Manifest, Slot
 
-from .bundle import PROFILES, Bundle, Profile, SwapCost
+from .bundle import Bundle, SwapCost
 from .checks import Check
 from .generate import Generated, Generation
+from .sessions import PROFILES, Profile
 
 __all__ = [
     "PROFILES",

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# ONNX Runtime sends telemetry by default since 1.29; a device has not asked for that.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-import onnxruntime as ort
-
 from regrow_format.adapter import Adapter
 from regrow_format.basis import BasisCache
 from regrow_format.cache import CacheSpec
-from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_format.record import Record
 
@@ -29,43 +23,13 @@ from .blend import as_weight, blend
 from .checks import Check, Prober
 from .generate import Generated, Generation, Ids, Settings
 from .health import History, recorded, report
+from .sessions import PROFILES, Profile, first_line, open_session, profile_of, run_options
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
-__all__ = ["PROFILES", "Bundle", "Profile", "SwapCost", "session_options"]
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
-if os.environ["ORT_DISABLE_TELEMETRY"] != "0":  # on Windows, or if it was imported before
-    ort.disable_telemetry_events()
-
-
-class Profile(Record):
-    """What to spend RAM on.
-
-    Attributes:
-        basis_cache_bytes: how much of a basis may be kept between swaps.
-        prepack: let ONNX Runtime keep a second, faster copy of the weights, and widen those of
-            fewer bits once. Without it weights stay in the file, of which the system maps pages.
-        arena: let ONNX Runtime keep what a run freed for the next one; else it is given back.
-        resident_bytes: how much RAM resident adapters may take. Beyond, those that were not used
-            for longest are dropped, but never the active one, nor one that has just been loaded.
-        batch: samples that `run_all` gives to a run.
-    """
-
-    basis_cache_bytes: int
-    prepack: bool
-    arena: bool
-    resident_bytes: int = 256 << 20
-    batch: int = 64
-
-
-PROFILES = {
-    "speed": Profile(basis_cache_bytes=64 << 20, prepack=True, arena=True),
-    "memory": Profile(
-        basis_cache_bytes=0, prepack=False, arena=False, resident_bytes=64 << 20, batch=4
-    ),
-}
-
-# Variants whose weights are widened to be computed with.
-_NARROW = ("fp16", "int4")
+__all__ = ["Bundle", "SwapCost"]
 
 
 class SwapCost(Record):
@@ -99,7 +63,7 @@ class Bundle:
         self.manifest = manifest
         self.basis = BasisCache(profile.basis_cache_bytes)
         self._session = session
-        self._run_options = _run_options(profile, session)
+        self._run_options = run_options(profile, session)
         self._swap_lock = threading.Lock()
         self._residents: dict[str, Resident] = {}
         self._resident_bytes, self._batch = profile.resident_bytes, profile.batch
@@ -135,14 +99,12 @@ class Bundle:
             FormatError: its files are not those that were exported.
         """
         folder = Path(path)
-        settings = _profile(profile)
+        settings = profile_of(profile)
         manifest = Manifest.load(folder)
         manifest.check_files(folder)
-        narrow = not settings.prepack and manifest.variant in _NARROW and not session_options
-        chosen = session_options or _session_options(settings, threads, narrow, options or {})
-        # Folding would make float32 of weights that are stored in fewer bits, for good.
-        disabled = ["ConstantFolding"] if narrow else []
-        session = _session(folder, manifest, chosen, providers, disabled)
+        session = open_session(
+            folder, manifest, settings, threads, providers, options or {}, session_options
+        )
         if manifest.cache is not None:
             _check_cache(manifest.cache, session, folder / manifest.graphs[0].file)
         return cls(folder, manifest, session, settings)
@@ -401,7 +363,7 @@ class Bundle:
             values: list[NDArray[Any]] = self._session.run(names, feeds, self._run_options)
         except Exception as error:
             shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
-            reason = _first_line(error)
+            reason = first_line(error)
             if "allocate" in reason:  # as ONNX Runtime says it
                 raise RegrowError(
                     f"memory must suffice for {shapes}, got less: run fewer samples at once, or "
@@ -505,76 +467,12 @@ def _ms(start: float) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _profile(profile: str | Profile) -> Profile:
-    if isinstance(profile, Profile):
-        return profile
-    if profile not in PROFILES:
-        raise UsageError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    return PROFILES[profile]
-
-
-def session_options(profile: str | Profile, threads: int | None = None) -> ort.SessionOptions:
-    """What `Bundle.open` gives ONNX Runtime: to be changed, then given as `session_options`."""
-    return _session_options(_profile(profile), threads, narrow=False, entries={})
-
-
-def _session_options(
-    settings: Profile, threads: int | None, narrow: bool, entries: Mapping[str, str]
-) -> ort.SessionOptions:
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads must be at least 1, got {threads}")
-    options = ort.SessionOptions()
-    # ONNX Runtime warns once per overridable initializer, and prints errors that it also raises.
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads or 0
-    # Its planner reserves room for all weights, though they are mapped: RLIMIT_DATA counts that.
-    options.enable_mem_pattern = settings.arena
-    if narrow:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if not settings.prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    for name, value in entries.items():
-        if not (isinstance(name, str) and name and isinstance(value, str)):
-            raise UsageError(f"options must be strings by name, got {name!r:.40}: {value!r:.40}")
-        options.add_session_config_entry(name, value)
-    return options
-
-
-def _run_options(settings: Profile, session: ort.InferenceSession) -> ort.RunOptions | None:
-    """That an arena is given back after a run: less than what the C library keeps without one."""
-    if settings.arena or not session.get_session_options().enable_cpu_mem_arena:
-        return None
-    options = ort.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options
-
-
-def _session(
-    folder: Path,
-    manifest: Manifest,
-    options: ort.SessionOptions,
-    providers: Sequence[str],
-    disabled: Sequence[str],
-) -> ort.InferenceSession:
-    path = folder / manifest.graphs[0].file
-    try:
-        return ort.InferenceSession(
-            str(path), options, providers=list(providers), disabled_optimizers=list(disabled)
-        )
-    except Exception as error:
-        raise FormatError(f"{path} could not be opened: {_first_line(error)}") from error
-
-
 def _check_cache(cache: CacheSpec, session: ort.InferenceSession, path: Path) -> None:
     given, made = (
         {value.name: value.shape for value in values}
         for values in (session.get_inputs(), session.get_outputs())
     )
     cache.check_graph(given, made, str(path))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:1000]
 
 
 def _read(source: str | Path | Adapter, name: str | None) -> tuple[Adapter, str]:

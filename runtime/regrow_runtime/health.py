@@ -9,13 +9,14 @@ from functools import wraps
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-import onnxruntime as ort
-
 from regrow_format.errors import RegrowError
 
+from .sessions import VERSION
 from .slots import Resident
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
+
     from .bundle import Bundle, SwapCost
 
 __all__ = ["History", "recorded", "report"]
@@ -70,7 +71,7 @@ def report(
         "last_failure": past.last_failure,
         "file_bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         "basis_bytes": bundle.basis.nbytes,
-        "onnxruntime": ort.__version__,
+        "onnxruntime": VERSION,
         "profile": profile,
         "threads": session.get_session_options().intra_op_num_threads,
         "providers": session.get_providers(),

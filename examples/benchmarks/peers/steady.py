@@ -86,7 +86,7 @@ def regrow_many(room: Room, _name: str) -> dict[str, Any]:
     from dataclasses import replace
 
     from regrow_runtime import Bundle
-    from regrow_runtime.bundle import PROFILES
+    from regrow_runtime.sessions import PROFILES
 
     counts = COUNTS[:2] if room.small else COUNTS
     files = _copies(room.adapter(), max(counts), room)

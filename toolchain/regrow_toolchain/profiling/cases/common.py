@@ -13,7 +13,7 @@ import numpy as np
 
 from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
-from regrow_runtime.bundle import PROFILES, Profile
+from regrow_runtime.sessions import PROFILES, Profile
 from regrow_toolchain.measure import CoreWait, own_ms
 from regrow_toolchain.measure.waiting import Reading
 

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from regrow_runtime import Bundle
-from regrow_runtime.bundle import session_options
+from regrow_runtime.sessions import session_options
 
 from ..worker import Reporter
 from .common import Case, feeds_of, timed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regrow_runtime.bundle import PROFILES
+from regrow_runtime.sessions import PROFILES
 
 from ..worker import Reporter
 from .common import Case, feeds_of, open_bundle

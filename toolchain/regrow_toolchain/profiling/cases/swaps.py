@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from regrow_runtime import Bundle
-from regrow_runtime.bundle import PROFILES, Profile, SwapCost
+from regrow_runtime.bundle import SwapCost
+from regrow_runtime.sessions import PROFILES, Profile
 
 from ..worker import Reporter
 from .common import Case, Stopwatch, calibrate, feeds_of, open_bundle
