@@ -87,13 +87,21 @@ def _terminate(_number: int, _frame: Any) -> None:
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
-    """Ctrl-C. While a compiled module is loaded it waits: some abort where it strikes them."""
+    """Ctrl-C. While compiled modules are loaded it waits: some abort where it strikes them."""
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+        if _is_loading(frame):
             signal.setitimer(signal.ITIMER_REAL, _LATER)
             return
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _is_loading(frame: FrameType) -> bool:
+    """Whether it loads a compiled module, or torch, whose modules call its C++ as they load."""
+    if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+        return True
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return frame.f_code.co_name == "<module>" and package == "torch"
 
 
 def _run(arguments: list[str] | None) -> int:
