@@ -97,8 +97,12 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
 
 
 def _is_loading(frame: FrameType) -> bool:
-    """Whether it loads a compiled module, or torch, whose modules call its C++ as they load."""
+    """Whether it loads a compiled module, or torch, whose modules call its C++ as they load; or
+    cleans up after an import, where Python would swallow the interrupt.
+    """
     if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+        return True
+    if frame.f_code.co_filename == "<frozen importlib._bootstrap>" and frame.f_code.co_name == "cb":
         return True
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
     return frame.f_code.co_name == "<module>" and package == "torch"
