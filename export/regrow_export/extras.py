@@ -46,8 +46,8 @@ def need(name: str) -> None:
 
 
 def give_back() -> None:
-    """What was freed goes back to the system, where the C library keeps it: an exporter's peak
-    follows, of four copies of the weights.
+    """Give freed memory back to the system, where the C library keeps it: before an exporter, which
+    holds four copies of the weights at once.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

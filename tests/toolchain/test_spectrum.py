@@ -229,6 +229,11 @@ def test_ranks_that_suit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {(768, 768, 192, 197): 48, (768, 3072, 307, 197): 12, (3072, 768, 307, 197): 12}
     found = kernels.suited_ranks(shapes, 8)
     assert list(found.values()) == [192, 288, 288]
+    # A ViT-Base's parameters stay within 3 % of what the ratio says.
+    factors = sum(found[s] * (s[0] + s[1]) * n for s, n in shapes.items())
+    dense = sum(s[0] * s[1] * n for s, n in shapes.items())
+    whole = 86_567_656
+    assert abs((whole - dense + factors) / (whole / 2) - 1) < 0.03
     # With made-up times, tiles of 16: of the multiples of 8 near 80, 80 is as good as it gets.
     monkeypatch.setattr(kernels, "layer_ms", lambda shape, tokens: float(-(-shape[1] // 16)))
     assert kernels.suited_ranks({(320, 320, 81, 50): 1}, 8) == {(320, 320, 81, 50): 80}
