@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow_toolchain.backbone import Backbone, load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
 from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.huggingface import quiet_transformers
 
 SMALL = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 128}  # fmt: skip

@@ -19,10 +19,11 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_toolchain.backbone import Backbone, load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
 from regrow_toolchain.compressing import Compressed, compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
+from regrow_toolchain.huggingface import quiet_transformers
 from regrow_toolchain.training import batches, cosine, deterministic, logits_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
-from regrow_toolchain.backbone import Backbone, load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
 from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
+from regrow_toolchain.huggingface import quiet_transformers
 from regrow_toolchain.lowrank import LowRankLinear
 from regrow_toolchain.training import logits_of
 

@@ -13,10 +13,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from regrow_toolchain.backbone import load_backbone, quiet_transformers
+from regrow_toolchain.backbone import load_backbone
 from regrow_toolchain.cli.commands.run import run_command
 from regrow_toolchain.cli.generation import generated, generated_lines, goes_on
 from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.huggingface import quiet_transformers
 
 RATE = 4000
 WORDS = ["low", "high", "silence"]

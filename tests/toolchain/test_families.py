@@ -21,10 +21,10 @@ from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import (
     Backbone,
     load_backbone,
-    quiet_transformers,
     save_backbone,
 )
 from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.huggingface import quiet_transformers
 from regrow_toolchain.lowrank import apply_plan
 from regrow_toolchain.rules import plan_layers
 from regrow_toolchain.targets import find_targets

@@ -7,7 +7,7 @@ import pytest
 
 from regrow_format.errors import FormatError
 from regrow_inputs import SoundPreprocessor
-from regrow_toolchain.backbone import quiet_transformers
+from regrow_toolchain.huggingface import quiet_transformers
 
 with quiet_transformers():
     from transformers import (

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from regrow_format.errors import FormatError, UsageError
 from regrow_inputs import TextPreprocessor
-from regrow_toolchain.backbone import quiet_transformers
+from regrow_toolchain.huggingface import quiet_transformers
 
 with quiet_transformers():
     from transformers import (

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.backbone import load_backbone, save_backbone
 from regrow_toolchain.calibration import first_tensor
 from regrow_toolchain.compressing import compress
+from regrow_toolchain.huggingface import quiet_transformers
 from regrow_toolchain.lowrank import LowRankLinear, apply_plan
 from regrow_toolchain.macs import count_macs, example_inputs
 from regrow_toolchain.rules import plan_layers, plans_of, survey

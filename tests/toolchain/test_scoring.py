@@ -14,9 +14,10 @@ import torch
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import Score
 from regrow_runtime import Bundle
-from regrow_toolchain.backbone import Backbone, load_backbone, quiet_transformers
+from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.huggingface import quiet_transformers
 
 Arrays = dict[str, np.ndarray]
 Model = Callable[[str, dict[str, Any]], Backbone]

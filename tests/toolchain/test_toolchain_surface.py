@@ -51,7 +51,7 @@ def test_transformers_comes_without_scikit_learn() -> None:
     """And the rest of the process can have it all the same."""
     pytest.importorskip("transformers")
     code = """
-from regrow_toolchain.backbone import quiet_transformers
+from regrow_toolchain.huggingface import quiet_transformers
 with quiet_transformers():
     from transformers import GenerationMixin
 """

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from regrow_format.manifest import MANIFEST
 from regrow_inputs import PREPROCESSOR, ImagePreprocessor
 
 from .backbone_id import INDEX, backbone_id, memory_id
+from .huggingface import import_transformers, quiet_transformers
 from .lowrank import Plan, apply_plan
 from .plain import FUNCTION, check_finite, check_weights, declared, made_by, tied, unique_tensors
 from .sentences import with_pooling, write_pooling
@@ -332,7 +330,7 @@ def _plan(part: Fields) -> Plan:
 
 def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
     """The model's structure without weights; non-persistent buffers are made as usual."""
-    _transformers()
+    import_transformers()
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
 
@@ -507,7 +505,7 @@ def _task(model: nn.Module) -> str:
 
 def _model_class(folder: Path) -> Any:
     """The transformers class that config.json names; no code of the directory is run."""
-    transformers = _transformers()
+    transformers = import_transformers()
     path = folder / _HF_CONFIG
     config = parse_json(read_bytes(path, limit=_MAX_JSON, what="a config"), str(path))
     names = config.strings("architectures")
@@ -517,39 +515,6 @@ def _model_class(folder: Path) -> Any:
             f"{path}: architectures must name a model class of transformers, got {list(names)}"
         )
     return found
-
-
-@cache
-def _transformers() -> Any:
-    """The package, as if scikit-learn were not installed where neither is imported yet.
-
-    It needs that for a kind of generation which is not used here, and scikit-learn imports pandas
-    and pyarrow where it finds them: up to 190 MB, which an export has better uses for.
-    """
-    spare = {"sklearn", "transformers"}.isdisjoint(sys.modules)
-    if spare:
-        sys.modules["sklearn"] = None  # type: ignore[assignment] # how Python says: not to be had
-    try:
-        import transformers.utils.import_utils
-    finally:
-        if spare:
-            del sys.modules["sklearn"]
-    return transformers
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice and bars off the terminal; its errors still come."""
-    _transformers()
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _first_line(error: Exception) -> str:

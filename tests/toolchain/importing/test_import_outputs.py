@@ -16,8 +16,9 @@ from torch import nn
 
 from regrow_runtime import Adapter, Bundle
 from regrow_toolchain.applying import applied
-from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.backbone import load_backbone, save_backbone
 from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.huggingface import quiet_transformers
 from regrow_toolchain.importing import import_peft
 
 # Or not to load: vera_A and vera_B, which are drawn again.

@@ -12,8 +12,9 @@ import torch
 
 from regrow_format.adapter import Adapter
 from regrow_runtime import Bundle, Coefficients, MismatchError
-from regrow_toolchain.backbone import load_backbone, quiet_transformers, save_backbone
+from regrow_toolchain.backbone import load_backbone, save_backbone
 from regrow_toolchain.exporting import export_backbone
+from regrow_toolchain.huggingface import quiet_transformers
 from regrow_toolchain.importing import import_peft
 
 

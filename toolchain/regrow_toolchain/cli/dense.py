@@ -19,7 +19,8 @@ def inspect_dense(
     from regrow_toolchain.extras import need
 
     need("export", "regrow inspect MODEL")
-    from regrow_toolchain.backbone import load_structure, quiet_transformers
+    from regrow_toolchain.backbone import load_structure
+    from regrow_toolchain.huggingface import quiet_transformers
     from regrow_toolchain.lowrank import apply_plan
     from regrow_toolchain.rules import plans_of, survey
 

@@ -86,7 +86,7 @@ class Encoder:
         return found
 
     def _tokens(self, *texts: Any, **options: Any) -> dict[str, Any]:
-        from ..backbone import quiet_transformers
+        from ..huggingface import quiet_transformers
 
         with quiet_transformers():
             try:
@@ -204,7 +204,7 @@ def _tokenizer(backbone: Backbone) -> tuple[Any, Path]:
         )
     from transformers import AutoTokenizer
 
-    from ..backbone import quiet_transformers
+    from ..huggingface import quiet_transformers
 
     with quiet_transformers():
         try:

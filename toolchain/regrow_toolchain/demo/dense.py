@@ -12,8 +12,8 @@ from torch import nn
 from regrow_format.fields import dump_json
 from regrow_inputs import PREPROCESSOR
 
-from ..backbone import quiet_transformers
 from ..data import Dataset
+from ..huggingface import quiet_transformers
 from ..progress import progress
 from ..training import augment, batches, check_loss, cosine, deterministic, logits_of
 
