@@ -25,6 +25,7 @@ from .bundle_expanders import check_expanders
 from .cache import cache_names
 from .expander import adapter_inputs, graph_storage, splice
 from .feeds import Feeds, expansion_feeds, head_feeds, head_slots, model_head, target_slot
+from .fusions import keep_gelu
 from .graph import describe, free_deltas, open_slots, opset_of, specs
 from .measure import Measure
 from .merge import merged_model, with_extra
@@ -227,6 +228,7 @@ def _write(
     fed: Sequence[str] = (),
 ) -> Checker:
     """Save the graph, its metadata in it, and open it in ONNX Runtime."""
+    keep_gelu(traced.graph)
     check_slot_inputs(traced.graph, _input_names(slots))
     metadata = {"backbone_id": source.backbone_id, "mode": mode, "task": source.task}
     describe(traced.graph, metadata | {"variant": precision})
