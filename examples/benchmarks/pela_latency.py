@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -37,6 +38,7 @@ SMALL = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_atten
 # Name, ratio, ranks, precision, and whether every layer has a slot.
 VARIANTS = (
     ("dense", 1.0, "", "fp32", False),
+    ("dense, torch.onnx", 1.0, "", "torch", False),
     ("2, paper's ranks", 2.0, "paper", "fp32", False),
     ("2, kernels", 2.0, "kernels", "fp32", False),
     ("3, paper's ranks", 3.0, "paper", "fp32", False),
@@ -50,6 +52,17 @@ VARIANTS = (
     ("dense, int8, slots", 1.0, "", "int8", True),
     ("2, kernels, int8, slots", 2.0, "kernels", "int8", True),
 )
+
+KINDS = ("torch.onnx", "int8", "quantize_dynamic", "slots")
+OTHERS = {
+    "dense": "dense, torch.onnx",
+    "2, paper's ranks": "dense, torch.onnx",
+    "2, kernels": "dense, torch.onnx",
+    "3, paper's ranks": "dense, torch.onnx",
+    "3, kernels": "dense, torch.onnx",
+    "dense, int8": "dense, quantize_dynamic",
+    "2, kernels, int8": "dense, quantize_dynamic",
+}
 
 # Refuses AMX (arch_prctl 158, ARCH_REQ_XCOMP_PERM) by a filter of system calls.
 WITHOUT_AMX = """
@@ -68,26 +81,57 @@ if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(
 """
 
 
-# A process with nothing but ONNX Runtime in it: median milliseconds, and memory.
+# A process with nothing but ONNX Runtime in it: milliseconds of so many runs as a line asks for.
 TIMED = """
 import json, sys, time
 import numpy as np, onnxruntime
 from regrow_toolchain.measure import read_memory
-graph, threads, repeat, side = sys.argv[1], *map(int, sys.argv[2:])
+graph, threads, side = sys.argv[1], *map(int, sys.argv[2:])
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = threads, 3
 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 feed = {"pixel_values": np.zeros((1, 3, side, side), np.float32)}
-times = []
-for _ in range(repeat + 5):
-    start = time.perf_counter()
-    session.run(None, feed)
-    times.append((time.perf_counter() - start) * 1e3)
-memory = read_memory()
-megabytes = [round((part or 0) / 1e6) for part in (memory.rss_anon, memory.peak)]
-print(json.dumps({"ms": float(np.median(times[5:])), "rss_mb": megabytes[0],
-                  "peak_mb": megabytes[1]}))
+for line in sys.stdin:
+    times = []
+    for _ in range(int(line)):
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append((time.perf_counter() - start) * 1e3)
+    memory = read_memory()
+    megabytes = [round((part or 0) / 1e6) for part in (memory.rss_anon, memory.peak)]
+    print(json.dumps({"ms": times, "rss_mb": megabytes[0], "peak_mb": megabytes[1]}), flush=True)
 """
+
+
+class Timed:
+    """A model in its process, which sleeps until it is asked."""
+
+    def __init__(self, graph: Path, args: argparse.Namespace) -> None:
+        code = WITHOUT_AMX + TIMED if args.without_amx else TIMED
+        command = [sys.executable, "-c", code, str(graph), str(args.threads), str(args.side)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.medians: list[float] = []
+        self.memory: dict[str, int] = {}
+        self.ask(5)
+
+    def ask(self, runs: int) -> float:
+        """The median of so many runs, in milliseconds, after one that is not counted."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{runs + 1}\n")
+        self.process.stdin.flush()
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit("a model's process ended early: its error stands above")
+        found = json.loads(line)
+        self.memory = {part: found[part] for part in ("rss_mb", "peak_mb")}
+        return float(np.median(found["ms"][1:]))
+
+    def turn(self, runs: int) -> None:
+        self.medians.append(self.ask(runs))
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
 def write_dense(folder: Path, small: bool) -> Path:
@@ -100,17 +144,18 @@ def write_dense(folder: Path, small: bool) -> Path:
 
 def export(backbone: Backbone, out: Path, precision: str, side: int, slots: bool) -> Path:
     """The graph, made once; `quantize_dynamic` fails on empty slots, and its graph has none."""
-    if precision != "stock":
+    if precision not in ("stock", "torch"):
         if not out.exists():
             mode = "swappable" if slots else "merged"
             export_backbone(backbone, out, precision=precision, mode=mode)
         return out / "backbone.onnx"
-    if (out / "stock.onnx").is_file():
-        return out / "stock.onnx"
+    plain, graph = out / "plain.onnx", out / "stock.onnx"
+    wanted = graph if precision == "stock" else plain
+    if wanted.is_file():
+        return wanted
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     out.mkdir(exist_ok=True)
-    plain, graph = out / "plain.onnx", out / "stock.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -118,11 +163,12 @@ def export(backbone: Backbone, out: Path, precision: str, side: int, slots: bool
             opset_version=18,
             input_names=["pixel_values"], output_names=["logits"], dynamo=False,
         )  # fmt: skip
-    kinds = ["MatMul", "Gemm"]
-    quantize_dynamic(
-        plain, graph, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds
-    )
-    return graph
+    if precision == "stock":
+        kinds = ["MatMul", "Gemm"]
+        quantize_dynamic(
+            plain, graph, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds
+        )
+    return wanted
 
 
 class Logits(torch.nn.Module):
@@ -137,36 +183,36 @@ class Logits(torch.nn.Module):
         return logits
 
 
-def in_own_process(graph: Path, args: argparse.Namespace, side: int) -> dict[str, float]:
-    numbers = [str(number) for number in (args.threads, args.repeat, side)]
-    code = WITHOUT_AMX + TIMED if args.without_amx else TIMED
-    command = [sys.executable, "-c", code, str(graph), *numbers]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--small", action="store_true", help="a tiny model, seconds")
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--repeat", type=int, default=60, help="runs of a process")
-    options.add_argument("--turns", type=int, default=3, help="processes of a variant")
+    options.add_argument("--repeat", type=int, default=4, help="runs of a turn")
+    options.add_argument("--turns", type=int, default=30)
     options.add_argument("--without-amx", action="store_true", help="products of smaller machines")
     options.add_argument("--keep", type=Path, help="where exported models are, or will be")
     options.add_argument("--side", type=int, default=224, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.small:
-        args.repeat, args.turns, args.side = 3, 1, 32
+        args.repeat, args.turns, args.side = 3, 2, 32
     with tempfile.TemporaryDirectory() as room:
-        rows = compare(args, args.keep or Path(room))
-    for row in rows:
-        print(row)
+        timed = compare(args, args.keep or Path(room))
+    rows = []
+    for row, model in timed:
+        ms = {
+            "ms": round(float(np.median(model.medians)), 2),
+            "least_ms": round(min(model.medians), 2),
+        }
+        rows.append(row | ms | model.memory)
+        print(rows[-1])
+    found = ratios({row["row"]: (row, model) for row, model in timed})
+    for ratio in found:
+        print(ratio)
     print(json.dumps({"task": "latency", "threads": args.threads, "amx": not args.without_amx,
-                      "rows": rows, "ratios": ratios(rows)}))  # fmt: skip
+                      "rows": rows, "ratios": found}))  # fmt: skip
 
 
-def compare(args: argparse.Namespace, room: Path) -> list[dict[str, Any]]:
+def compare(args: argparse.Namespace, room: Path) -> list[tuple[dict[str, Any], Timed]]:
     dense = load_backbone(write_dense(room / "dense", args.small))
     made: dict[tuple[float, str], Backbone] = {(1.0, ""): dense}
     rows, graphs = [], []
@@ -179,13 +225,18 @@ def compare(args: argparse.Namespace, room: Path) -> list[dict[str, Any]]:
         size = sum(f.stat().st_size for f in files if f.is_file())
         graphs.append(graph)
         found = sorted({plan.rank for plan in backbone.layers})
-        rows.append({"row": name, "parameters": backbone.parameters, "ranks": found, "bytes": size,
-                     "ms": float("inf")})  # fmt: skip
+        rows.append({"row": name, "parameters": backbone.parameters, "ranks": found, "bytes": size})
+    return list(zip(rows, time_in_turns(graphs, args), strict=True))
+
+
+def time_in_turns(graphs: list[Path], args: argparse.Namespace) -> list[Timed]:
+    models = [Timed(graph, args) for graph in graphs]
     for _ in range(args.turns):
-        for row, graph in zip(rows, graphs, strict=True):
-            new = in_own_process(graph, args, args.side)
-            row |= new if new["ms"] < row["ms"] else {}
-    return rows
+        for model in models:
+            model.turn(args.repeat)
+    for model in models:
+        model.close()
+    return models
 
 
 def factored(dense: Backbone, folder: Path, ratio: float, ranks: str) -> Backbone:
@@ -195,20 +246,21 @@ def factored(dense: Backbone, folder: Path, ratio: float, ranks: str) -> Backbon
     return load_backbone(folder)
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Each against the dense model of its kind."""
-    by = {row["row"]: row for row in rows}
-    found = {}
-    for name, row in by.items():
-        endings = [part for part in ("int8", "quantize_dynamic", "slots") if part in name]
-        against = ", ".join(["dense", *endings])
-        if name != against:
-            found[name] = {
-                "against": against,
-                "latency": round(row["ms"] / by[against]["ms"], 3),
-                "bytes": round(row["bytes"] / by[against]["bytes"], 3),
-                "parameters": round(row["parameters"] / by[against]["parameters"], 3),
-            }
+def ratios(timed: dict[str, tuple[dict[str, Any], Timed]]) -> list[dict[str, Any]]:
+    """Each against the dense model of its kind, and against what one would have without regrow."""
+    found = []
+    for name, (row, model) in timed.items():
+        endings = [part for part in KINDS if part in name]
+        for against in (", ".join(["dense", *endings]), OTHERS.get(name, name)):
+            if against != name:
+                base, other = timed[against]
+                turns = np.array(model.medians) / np.array(other.medians)
+                low, middle, high = np.percentile(turns, (10, 50, 90)).round(3).tolist()
+                found.append({
+                    "row": name, "against": against, "latency": middle, "p10": low, "p90": high,
+                    "least": round(min(model.medians) / min(other.medians), 3),
+                    **{part: round(row[part] / base[part], 3) for part in ("bytes", "parameters")},
+                })  # fmt: skip
     return found
 
 

@@ -6,8 +6,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -20,6 +24,7 @@ from regrow_toolchain.calibration import calibrated
 from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
+from regrow_toolchain.exporting import export_backbone
 from regrow_toolchain.factoring import factor
 from regrow_toolchain.lowrank import apply_plan, factorize
 from regrow_toolchain.rules import Layer, plan_layers, survey
@@ -179,12 +184,15 @@ def test_other_budgets(
 ) -> None:
     """Milliseconds that are made up: the MLP costs ten times as much, so its ranks are lower."""
 
-    def made_up(shape: tuple[int, ...], tokens: int) -> float:
+    def made_up(shape: tuple[int, ...], tokens: int, precision: str) -> float:
+        assert precision == "int8"
         slow = 10 if max(shape) == 64 else 1
         return slow * tokens * sum(a * b for a, b in pairwise(shape)) / 1e6
 
     monkeypatch.setattr(factoring, "layer_ms", made_up)
-    config = CompressConfig(budget=budget, epochs=0, multiple=1, slow_layers="factor")
+    config = CompressConfig(
+        budget=budget, epochs=0, multiple=1, slow_layers="factor", precision="int8"
+    )
     found = factor(backbone.model, dataset(60, 1), config)
     ranks = {w: sum(x.rank for x in found.layers if max(x.in_features, x.out_features) == w)
              for w in (32, 64)}  # fmt: skip
@@ -200,7 +208,7 @@ def test_a_layer_that_is_no_faster_stays_dense(
     backbone: Backbone, dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        kernels, "latency", lambda wide, high, _r, _t: (1.0, 2.0 if wide == high else 0.5)
+        kernels, "latency", lambda wide, high, *_: (1.0, 2.0 if wide == high else 0.5)
     )
     monkeypatch.setattr(kernels, "_SMALL_MACS", 0)
     config = CompressConfig(ranks="paper", epochs=0, slow_layers="dense")
@@ -217,11 +225,34 @@ def test_times_are_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.slower(640, 640, 320, 100)
     assert not kernels.slower(64, 64, 16, 10)
     assert asked == []
-    assert not kernels.slower(640, 640, 160, 100)
-    assert asked == [(640, 640, 160, 100)]
+    assert not kernels.slower(640, 640, 160, 100, "int8")
+    assert asked == [(640, 640, 160, 100, "int8")]
     monkeypatch.undo()
     assert all(ms > 0 for ms in kernels.latency(32, 48, 8, 4))
     assert kernels.layer_ms((32, 48), 4) > 0
+
+
+def test_int8_layers_are_timed_as_they_are_exported(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timed graph's operators are those that an export of the layer has."""
+    made: list[bytes] = []
+    real = onnxruntime.InferenceSession
+
+    def kept(model: bytes, *args: Any, **more: Any) -> Any:
+        made.append(model)
+        return real(model, *args, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", kept)
+    kernels.layer_ms.__wrapped__((32, 8, 64), 4, "int8")
+    monkeypatch.undo()
+    timed = onnx.load_from_string(made[0]).graph
+    export_backbone(backbone, tmp_path / "bundle", mode="merged", precision="int8")
+    exported = onnx.load(tmp_path / "bundle" / "backbone.onnx").graph
+    first = next(i for i, n in enumerate(exported.node) if n.op_type == "MatMulInteger")
+    kinds = [node.op_type for node in timed.node]
+    assert kinds == 2 * [node.op_type for node in exported.node[first - 1 : first + 4]]
+    assert {tuple(t.dims) for t in timed.initializer} == {(32, 8), (8,), (8, 64), (64,)}
 
 
 def test_ranks_that_suit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +266,7 @@ def test_ranks_that_suit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = 86_567_656
     assert abs((whole - dense + factors) / (whole / 2) - 1) < 0.03
     # With made-up times, tiles of 16: of the multiples of 8 near 80, 80 is as good as it gets.
-    monkeypatch.setattr(kernels, "layer_ms", lambda shape, tokens: float(-(-shape[1] // 16)))
+    monkeypatch.setattr(kernels, "layer_ms", lambda shape, *_: float(-(-shape[1] // 16)))
     assert kernels.suited_ranks({(320, 320, 81, 50): 1}, 8) == {(320, 320, 81, 50): 80}
     # Too few parameters would be left: the paper's.
     assert kernels.suited_ranks({(768, 768, 208, 197): 1}, 8) == {(768, 768, 208, 197): 208}

@@ -195,6 +195,7 @@ class _Job:
         )
         result.report = {
             "ratio": config.ratio,
+            "precision": config.precision,
             "source": source.backbone_id,
             "parameters": {"dense": source.parameters, "compressed": result.parameters},
         }

@@ -58,6 +58,11 @@ class CompressConfig:
         "the same; auto: dense where ranks are global.",
         choices=("auto", "dense", "factor"),
     )
+    precision: str = setting(
+        "fp32",
+        "What the layers will be exported in: kernels, slow layers and times are measured so.",
+        choices=("fp32", "int8"),
+    )
     task: str = setting(
         "auto",
         "What is learnt beside the dense model's features: the labels, or without any the dense "

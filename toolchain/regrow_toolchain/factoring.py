@@ -86,7 +86,7 @@ def factor(model: nn.Module, data: Dataset | None, config: CompressConfig) -> Fa
     start = _start(config, data)
     if config.ranks == "kernels":
         sample = one_sample(data) if data is not None else {}
-        layers = _suited(model, layers, sample, config.multiple)
+        layers = _suited(model, layers, sample, config)
     if start == "svd":
         return _plainly(model, data, layers, config)
     assert data is not None
@@ -157,7 +157,7 @@ def _ranked(
     """One budget for all: what the paper's ranks would take of it."""
     free = [layer for layer in layers if layer.rank]
     tokens = tokens_by_layer(model, free, sample)
-    cost = _cost(config.budget, tokens)
+    cost = _cost(config, tokens)
     if config.budget == "time":
         budget = sum(cost(layer, 0) for layer in free) / config.ratio
     else:
@@ -170,7 +170,7 @@ def _suited(
     model: nn.Module,
     layers: tuple[Layer, ...],
     sample: Mapping[str, torch.Tensor],
-    multiple: int,
+    config: CompressConfig,
 ) -> tuple[Layer, ...]:
     """Ranks near the paper's that are computed faster."""
     free = [layer for layer in layers if layer.rank]
@@ -179,7 +179,7 @@ def _suited(
     def shape(layer: Layer) -> Shape:
         return (layer.in_features, layer.out_features, layer.rank, tokens[layer.name])
 
-    ranks = suited_ranks(Counter(map(shape, free)), multiple)
+    ranks = suited_ranks(Counter(map(shape, free)), config.multiple, config.precision)
     return tuple(
         replace(layer, rank=ranks[shape(layer)]) if layer.rank else layer for layer in layers
     )
@@ -191,7 +191,7 @@ def _with_rank(layer: Layer, rank: int | None) -> Layer:
     return replace(layer, rank=rank) if rank else layer.kept_dense("worth its cost")
 
 
-def _cost(budget: str, tokens: Mapping[str, int]) -> Cost:
+def _cost(config: CompressConfig, tokens: Mapping[str, int]) -> Cost:
     def parameters(layer: Layer, rank: int) -> float:
         wide, high = layer.in_features, layer.out_features
         return rank * (wide + high) if rank else wide * high
@@ -202,9 +202,9 @@ def _cost(budget: str, tokens: Mapping[str, int]) -> Cost:
     def milliseconds(layer: Layer, rank: int) -> float:
         ends = (layer.in_features, layer.out_features)
         shape = (ends[0], rank, ends[1]) if rank else ends
-        return layer_ms(shape, tokens[layer.name])
+        return layer_ms(shape, tokens[layer.name], config.precision)
 
-    return {"parameters": parameters, "macs": macs, "time": milliseconds}[budget]
+    return {"parameters": parameters, "macs": macs, "time": milliseconds}[config.budget]
 
 
 def _fast(
@@ -217,11 +217,13 @@ def _fast(
     if config.slow_layers == "factor":
         return layers
     tokens = tokens_by_layer(model, [layer for layer in layers if layer.rank], sample)
+
+    def slow(layer: Layer) -> bool:
+        ends = (layer.in_features, layer.out_features)
+        return slower(*ends, layer.rank, tokens[layer.name], config.precision)
+
     return tuple(
-        layer.kept_dense("factors are no faster")
-        if layer.rank
-        and slower(layer.in_features, layer.out_features, layer.rank, tokens[layer.name])
-        else layer
+        layer.kept_dense("factors are no faster") if layer.rank and slow(layer) else layer
         for layer in layers
     )
 

@@ -1,4 +1,8 @@
-"""How long ONNX Runtime takes for a layer, dense or as two factors: measured once per shape."""
+"""How long ONNX Runtime takes for a layer, dense or as two factors: measured once per shape.
+
+In the precision that will be exported: where int8 products are fast, rounding what goes into them
+and widening what comes out take most of the time, and other layers are worth factoring.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +34,25 @@ Shape = tuple[int, int, int, int]
 
 
 @cache
-def layer_ms(shape: tuple[int, ...], tokens: int) -> float:
+def layer_ms(shape: tuple[int, ...], tokens: int, precision: str = "fp32") -> float:
     """Milliseconds of products through widths `shape`, such as (768, 192, 768), on one thread."""
-    return _best([_session(shape)], [_tokens(shape, tokens)])[0]
+    return _best([_session(shape, precision)], [_tokens(shape, tokens)])[0]
 
 
 @cache
-def latency(in_features: int, out_features: int, rank: int, tokens: int) -> Latency:
+def latency(
+    in_features: int, out_features: int, rank: int, tokens: int, precision: str = "fp32"
+) -> Latency:
     """Milliseconds (dense, factored), timed in turns so that a busy machine slows both alike."""
     shapes = ((in_features, out_features), (in_features, rank, out_features))
     feeds = [_tokens(shape, tokens) for shape in shapes]
-    dense, factored = _best([_session(shape) for shape in shapes], feeds)
+    dense, factored = _best([_session(shape, precision) for shape in shapes], feeds)
     return dense, factored
 
 
-def slower(in_features: int, out_features: int, rank: int, tokens: int) -> bool:
+def slower(
+    in_features: int, out_features: int, rank: int, tokens: int, precision: str = "fp32"
+) -> bool:
     """Whether two factors take longer than the dense layer, by more than noise.
 
     Where the factors need as many multiplications, or the layer is small, that alone decides.
@@ -53,11 +61,13 @@ def slower(in_features: int, out_features: int, rank: int, tokens: int) -> bool:
         return True
     if tokens * in_features * out_features < _SMALL_MACS:
         return False
-    dense, factored = latency(in_features, out_features, rank, tokens)
+    dense, factored = latency(in_features, out_features, rank, tokens, precision)
     return factored > dense * (1 + _SMALL_SHARE)
 
 
-def suited_ranks(shapes: Mapping[Shape, int], multiple: int) -> dict[Shape, int]:
+def suited_ranks(
+    shapes: Mapping[Shape, int], multiple: int, precision: str = "fp32"
+) -> dict[Shape, int]:
     """For each shape (in, out, rank, tokens) a rank near its own that is computed faster.
 
     Candidates lie between 8 % below and 3 % above it: multiples of 32, two threads' tiles, or if
@@ -72,7 +82,7 @@ def suited_ranks(shapes: Mapping[Shape, int], multiple: int) -> dict[Shape, int]
         widest = max(options, key=lambda shape: len(options[shape]))
         options[widest] = options[widest][:1]
     times = {
-        (shape, rank): layer_ms((shape[0], rank, shape[1]), shape[3]) * count
+        (shape, rank): layer_ms((shape[0], rank, shape[1]), shape[3], precision) * count
         for shape, count in shapes.items()
         for rank in options[shape]
     }
@@ -108,25 +118,20 @@ def _tokens(shape: Sequence[int], tokens: int) -> dict[str, Any]:
     return {"x": draw.standard_normal((tokens, shape[0]), dtype=np.float32)}
 
 
-def _session(shape: Sequence[int]) -> Any:
+def _session(shape: Sequence[int], precision: str) -> Any:
     """x [tokens, shape[0]] times weights, one after the other."""
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 
-    draw = np.random.Generator(np.random.PCG64(0))
     pairs = list(itertools.pairwise(shape))
     names = ["x", *(f"y{i}" for i in range(len(pairs)))]
-    weights = [
-        numpy_helper.from_array(draw.standard_normal(pair, dtype=np.float32), f"w{i}")
-        for i, pair in enumerate(pairs)
-    ]
-    nodes = [
-        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(len(pairs))
-    ]
+    product = _rounded_product if precision == "int8" else _product
+    parts = [product(names[i], names[i + 1], *pair) for i, pair in enumerate(pairs)]
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width])
         for name, width in (("x", shape[0]), (names[-1], shape[-1]))
     ]
+    nodes, weights = ([item for part in parts for item in part[kind]] for kind in (0, 1))
     graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     options = onnxruntime.SessionOptions()
@@ -135,6 +140,38 @@ def _session(shape: Sequence[int]) -> Any:
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _product(x: str, y: str, wide: int, high: int) -> tuple[list[Any], list[Any]]:
+    """Nodes and initializers of y = x W with W [wide, high]."""
+    from onnx import helper, numpy_helper
+
+    weight = np.random.Generator(np.random.PCG64(0)).standard_normal((wide, high), dtype=np.float32)
+    node = helper.make_node("MatMul", [x, f"{y}.w"], [y])
+    return [node], [numpy_helper.from_array(weight, f"{y}.w")]
+
+
+def _rounded_product(x: str, y: str, wide: int, high: int) -> tuple[list[Any], list[Any]]:
+    """The same in int8, as export writes it: ONNX Runtime makes one operator of it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.Generator(np.random.PCG64(0))
+    tensors: dict[str, np.ndarray] = {
+        "w": draw.integers(-127, 128, (wide, high), dtype=np.int8),
+        "scale": np.full(high, 0.01, np.float32),
+        "zeros": np.zeros(high, np.int8),
+    }
+    w, scale, zeros, codes, step, zero, sums, floats, both = (
+        f"{y}.{part}" for part in (*tensors, "codes", "step", "zero", "sums", "floats", "both")
+    )
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", [x], [codes, step, zero]),
+        helper.make_node("MatMulInteger", [codes, w, zero, zeros], [sums]),
+        helper.make_node("Cast", [sums], [floats], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [step, scale], [both]),
+        helper.make_node("Mul", [floats, both], [y]),
+    ]
+    return nodes, [numpy_helper.from_array(t, f"{y}.{name}") for name, t in tensors.items()]
 
 
 def _best(sessions: Sequence[Any], feeds: Sequence[dict[str, Any]]) -> list[float]:

@@ -32,7 +32,7 @@ def build_report(done: Compressed, source: Backbone, data: Dataset | None) -> di
 
     Multiplications and latencies are those of one sample: the data's first, else a made-up one.
     What cannot be known is None. Latencies are the best of some runs in ONNX Runtime on one thread
-    of this machine, of the layer alone.
+    of this machine, of the layer alone, in `precision`.
     """
     inputs = one_sample(data) if data is not None else example_inputs(source.model)
     names = [layer.name for layer in done.factored.layers]
@@ -73,7 +73,8 @@ def _layer(done: Compressed, source: Backbone, name: str, tokens: int | None) ->
     if tokens:
         shape = (layer.in_features, layer.out_features, layer.rank, tokens)
         row["tokens"] = tokens
-        row["milliseconds"] = dict(zip(("dense", "factored"), latency(*shape), strict=True))
+        times = latency(*shape, done.backbone.report["precision"])
+        row["milliseconds"] = dict(zip(("dense", "factored"), times, strict=True))
     return row
 
 
@@ -104,7 +105,10 @@ def render(report: Mapping[str, Any]) -> str:
         start = f" (start {scores['start']:.4f})" if "start" in scores else ""
         name = f"{report['metric']}, {report['samples']} samples"
         rows.append(f"| {name} | {shown[0]} | {shown[1]}{start} | |")
-    about = f"Ratio {report['ratio']:g}; multiplications are one sample's."
+    about = (
+        f"Ratio {report['ratio']:g}; multiplications are one sample's, milliseconds those of a "
+        f"layer alone in {report['precision']}, one thread."
+    )
     lines = ["# Compression", "", about, ""]
     lines += ["| | dense | compressed | share |", "|---|---|---|---|", *rows, ""]
     lines += ["## Layers", "", "| layer | in | out | rank | error | dense ms | factored ms |"]
