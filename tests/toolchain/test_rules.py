@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "ViT": ("ViTConfig", PICTURE, "ViTForImageClassification", 12),
     "DeiT": ("DeiTConfig", PICTURE, "DeiTForImageClassificationWithTeacher", 12),
     "Swin": ("SwinConfig", SWIN, "SwinForImageClassification", 15),
+    "Swin v2": ("Swinv2Config", SWIN, "Swinv2ForImageClassification", 15),
+    "BLIP's pictures": ("BlipVisionConfig", PICTURE, "BlipVisionModel", 8),
     "BERT": ("BertConfig", TEXT, "BertForSequenceClassification", 12),
     "RoBERTa": ("RobertaConfig", TEXT, "RobertaForSequenceClassification", 12),
     "MiniLM": ("BertConfig", TEXT, "BertModel", 12),

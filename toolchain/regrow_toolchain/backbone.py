@@ -337,7 +337,12 @@ def _empty_model(folder: Path, plans: tuple[Plan, ...]) -> nn.Module:
     model_class = _model_class(folder)
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            # As its from_pretrained does. AutoConfig does not know every part of a model, but what
+            # neither knows is none.
+            kind = model_class.config_class
+            if kind.get_config_dict(folder)[0].get("model_type") != kind.model_type:
+                AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = kind.from_pretrained(folder, local_files_only=True)
             with init_empty_weights(include_buffers=False):
                 model: Any = model_class(config)
             if (folder / "generation_config.json").is_file():  # such as what ends a text
@@ -518,4 +523,6 @@ def _model_class(folder: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """With the second where the first one ends in a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])

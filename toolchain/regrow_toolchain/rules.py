@@ -22,8 +22,9 @@ from .targets import find_targets
 
 __all__ = ["Layer", "plan_layers", "plans_of", "survey"]
 
-# Layers with fewer outputs hold too little to be worth two products (as in the paper's code).
-_LEAST_OUTPUTS = 10
+# Layers with fewer outputs hold too little to be worth two products (as in the paper's code), and
+# so do those with fewer inputs (such as Swin v2's of a position's two coordinates).
+_LEAST_WIDTH = 10
 # By what a model's type or class begins with: path patterns of layers that stay dense, and why.
 _EXCEPTIONS = {
     "swin": {
@@ -105,7 +106,8 @@ def _ranked(layer: Layer, ratio: float) -> Layer:
     if rank < 1:
         raise UsageError(
             f"ratio must leave every layer a rank of 1 or more, got {ratio}, which leaves "
-            f"{layer.name} ({layer.in_features} -> {layer.out_features}) none"
+            f"{layer.name} ({layer.in_features} -> {layer.out_features}) none: take a smaller one, "
+            "or keep that layer dense (--keep-dense)"
         )
     return replace(layer, rank=rank)
 
@@ -144,8 +146,10 @@ class _Rule:
             return "" if name in self.only else "not asked for"
         if not (self.stacks and name.startswith(self.stacks)):
             return "outside of the blocks"
-        if layer.out_features < _LEAST_OUTPUTS:
-            return f"fewer than {_LEAST_OUTPUTS} outputs"
+        if layer.out_features < _LEAST_WIDTH:
+            return f"fewer than {_LEAST_WIDTH} outputs"
+        if layer.in_features < _LEAST_WIDTH:
+            return f"fewer than {_LEAST_WIDTH} inputs"
         found = (why for pattern, why in self.exceptions.items() if fnmatchcase(name, pattern))
         return next(found, "")
 
