@@ -229,6 +229,28 @@ def test_blocks_of_blocks_are_compared_one_by_one() -> None:
         feature_blocks(model, "stage")
 
 
+def test_a_list_in_a_list_is_no_block() -> None:
+    """SegFormer keeps lists of layers in a list: the layers are called, the lists are not."""
+    from transformers import SegformerConfig, SegformerForImageClassification
+
+    config = SegformerConfig(hidden_sizes=[16, 32], depths=[1, 2], num_attention_heads=[1, 2],
+                             num_encoder_blocks=2, sr_ratios=[2, 1])  # fmt: skip
+    model = SegformerForImageClassification(config).eval()
+    apply_plan(model, plan_layers(model, 2))
+    found = feature_blocks(model)
+    stages = "segformer.encoder.block"
+    assert found == (f"{stages}.0.0", f"{stages}.1.0", f"{stages}.1.1")
+    seen = BlockFeatures(model, found)
+    model(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert len(seen.take()) == len(found)
+    seen.close()
+
+
+def test_blocks_that_are_not_called_are_an_error() -> None:
+    with pytest.raises(UsageError, match="blocks must be modules that the model calls"):
+        feature_loss([], [])
+
+
 def test_the_teacher_stays_as_it_is(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     flags = [p.requires_grad for p in backbone.model.parameters()]

@@ -23,7 +23,8 @@ def feature_blocks(model: nn.Module, pattern: str = "") -> tuple[str, ...]:
     Args:
         pattern: of lists of blocks, by ending (`encoder.layer`) or as a shell pattern over the
             whole path. Without it: the stacks that hold factored layers; where such a stack keeps
-            all of them in stacks of its own, as Swin's stages keep them in blocks, those.
+            all of them in stacks of its own, as Swin's stages keep them in blocks, those. A list
+            in a list (SegFormer, Funnel) is no block: it is not called.
 
     Raises:
         UsageError: the pattern matches no list of modules.
@@ -50,12 +51,19 @@ def _inner(model: nn.Module, name: str) -> list[str]:
     pairs = [n for n, m in stack.named_modules(prefix=name) if isinstance(m, LowRankLinear)]
     if not pairs:
         return []
-    deeper = [f"{name}.{key}.{n}" for key, block in stack.named_children()
-              for n, _ in block_lists(block)]  # fmt: skip
+    deeper = [f"{name}.{key}{n}" for key, block in stack.named_children()
+              for n in _stacks_in(block)]  # fmt: skip
     inside = tuple(f"{n}." for n in deeper)
     if not deeper or not all(pair.startswith(inside) for pair in pairs):
         return [name]
     return [found for n in deeper for found in _inner(model, n)]
+
+
+def _stacks_in(block: nn.Module) -> list[str]:
+    """Path endings of the stacks in a block, which may be a list of blocks itself."""
+    if isinstance(block, nn.ModuleList):
+        return [""]
+    return [f".{name}" for name, _ in block_lists(block)]
 
 
 class BlockFeatures:
@@ -107,7 +115,15 @@ def feature_loss(
         mask: [batch, tokens], 0 for padding, which does not count; None if there is none.
         relative: divide each block's error by the mean square of the teacher's features, so that
             blocks, and models, with larger numbers do not weigh more.
+
+    Raises:
+        UsageError: there are no features.
     """
+    if not teacher:
+        raise UsageError(
+            "blocks must be modules that the model calls, got none that it did: name their list "
+            "(--blocks), or do without feature distillation (--alpha 0)"
+        )
     losses = [
         _block_loss(s.float(), t.float(), mask, relative)
         for s, t in zip(student, teacher, strict=True)
