@@ -283,8 +283,51 @@ def test_the_report(room: Path, cli: Callable[..., Any]) -> None:
     assert row["tokens"] == 10
     assert min(row["milliseconds"].values()) > 0
     assert [epoch["number"] for epoch in report["epochs"]] == [0, 1, 2]
+    scores = [epoch["score"] for epoch in report["epochs"]]
+    assert scores[report["kept_epoch"]] == report["scores"]["compressed"] == max(scores)
     text = (room / "small" / "report.md").read_text(encoding="utf-8")
     assert f"| `{row['name']}` | 64 | 32 | {row['rank']} |" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "said", "unsaid"),
+    [
+        (
+            ("--epochs", 2, "--lr", 3.0, "--holdout", 0.4),
+            "kept the start: none of 2 epochs",
+            "plain",
+        ),
+        (("--epochs", 2, "--keep", "last"), "kept epoch 2 of 2", "kept the start"),
+        (("--epochs", 0), "accuracy on 9 held-back samples", "after training"),
+        (("--epochs", 1, "--holdout", 0), "no samples held back, so no score", "plain SVD"),
+    ],
+)
+def test_what_came_of_the_training_is_told(
+    room: Path, cli: Callable[..., Any], more: tuple[object, ...], said: str, unsaid: str
+) -> None:
+    done = cli(*_arguments(room, *more))
+    assert done.code == 0, done.err
+    assert said in done.out
+    assert unsaid not in done.out
+
+
+def test_options_of_training_without_data_are_told(room: Path, cli: Callable[..., Any]) -> None:
+    model, out = room / "vit", room / "small"
+    done = cli("compress", model, "-o", out, "--ratio", 3, "--label-smoothing", 0, "--epochs", 5)
+    assert done.code == 0
+    assert "without --data nothing is trained: no effect of --epochs, --label-smoothing" in done.err
+
+
+def test_scores_of_other_weights_are_not_kept(room: Path, cli: Callable[..., Any]) -> None:
+    assert cli(*_arguments(room, "--epochs", 1)).code == 0
+    small = load_backbone(room / "small")
+    assert "scores" in save_backbone(small, room / "same").report
+    with torch.no_grad():
+        small.model.get_parameter("classifier.bias").zero_()
+    save_backbone(small, room / "tuned")
+    report = load_backbone(room / "tuned").report
+    assert not {"scores", "metric", "samples"} & report.keys()
+    assert report["parameters"]["compressed"] == small.parameters
 
 
 def test_it_is_tuned_whole_adapted_and_exported(
@@ -335,7 +378,7 @@ def test_both_factors_are_int8(backbone: Backbone, tmp_path: Path) -> None:
     [
         (("--ratio", "0.5"), "--ratio"),
         (("--ratio", "40"), "ratio must leave every layer a rank of 1 or more, got 40.0"),
-        (("--calibration", "1"), "calibration must have 2 samples or more, got 1"),
+        (("--calibration", "1"), "'--calibration': 1 is not in the range x>=2"),
         (("--only", "nothing"), "nothing"),
         (("--blocks", "nothing"), "blocks must match a list of modules, got 'nothing'"),
     ],

@@ -220,7 +220,7 @@ def test_ratio_one_costs_no_parameters(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("ratio", [0.99, 0, -2, math.nan, math.inf])
 def test_a_ratio_below_one_is_refused(backbone: Backbone, ratio: float) -> None:
-    with pytest.raises(UsageError, match="ratio must be at least 1, got"):
+    with pytest.raises(UsageError, match="ratio must be a finite number of at least 1, got"):
         plan_layers(backbone.model, ratio)
 
 

@@ -155,6 +155,18 @@ def test_text_is_multiplied_as_much_less(family: str) -> None:
         assert count_macs(model, inputs) < 0.7 * before
 
 
+def test_counting_leaves_a_module_in_two_places_as_it_was() -> None:
+    """T5's encoder and decoder have one table of embeddings, as one module."""
+    settings = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1,
+                "num_heads": 2}  # fmt: skip
+    model = transformers.T5EncoderModel(transformers.T5Config(**settings)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert count_macs(model, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}) > 0
+    after = model.state_dict()
+    assert all(type(tensor) is Tensor for tensor in after.values())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 # -- every family, there and back ------------------------------------------------------------------
 
 
@@ -214,6 +226,12 @@ def test_only_and_keep_dense(vit: nn.Module) -> None:
     layers = {layer.name: layer for layer in survey(vit, 2, keep_dense=("query",))}
     assert layers["classifier"].why_dense == "outside of the blocks"
     assert layers["vit.encoder.layer.0.attention.attention.query"].why_dense == "as asked for"
+
+
+def test_the_largest_ratio_is_told(vit: nn.Module) -> None:
+    with pytest.raises(UsageError, match=r"got 16\.5, which leaves .* none: take at most 16,"):
+        survey(vit, 16.5)
+    assert all(layer.rank for layer in survey(vit, 16) if not layer.why_dense)
 
 
 def test_a_layer_outside_of_the_blocks_can_be_asked_for() -> None:

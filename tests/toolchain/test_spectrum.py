@@ -289,14 +289,14 @@ def test_a_layer_that_no_sample_reaches_stays_dense(
 def test_one_sample_is_no_calibration(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
     with pytest.raises(UsageError, match="calibration must have 2 samples or more, got 1: give"):
         compress(backbone, dataset(1, 1), CompressConfig(epochs=0))
-    with pytest.raises(UsageError, match="calibration must have 2 samples or more, got 1: give"):
+    with pytest.raises(UsageError, match="calibration must be at least 2, got 1"):
         compress(backbone, dataset(30, 1), CompressConfig(epochs=0, calibration=1))
 
 
 def test_what_needs_samples_says_so(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="data must be given for start outputs"):
         compress(backbone, config=CompressConfig(start="outputs"))
-    with pytest.raises(UsageError, match="ranks must be paper for start svd, got global"):
+    with pytest.raises(UsageError, match="ranks must be paper or kernels for start svd, got global"):
         compress(backbone, config=CompressConfig(ranks="global"))
 
 

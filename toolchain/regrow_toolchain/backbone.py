@@ -7,6 +7,7 @@ error.
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -457,7 +458,7 @@ def save_backbone(
             "backbone_id": identity,
             "head": list(backbone.head),
             "layers": [asdict(plan) for plan in backbone.layers],
-            "report": backbone.report,
+            "report": _still_true(backbone, folder / WEIGHTS),
             **({"function": backbone.function} if backbone.function else {}),
             **({"labels": list(backbone.labels)} if backbone.function else {}),
         }
@@ -466,6 +467,19 @@ def save_backbone(
     backbone.backbone_id = identity
     backbone.files = tuple(out / file.name for file in backbone.files)
     return backbone
+
+
+def _still_true(backbone: Backbone, weights: Path) -> dict[str, Any]:
+    """The report, without scores if the weights are no more those that were loaded.
+
+    What was just compressed has no id yet, and was scored as it is. The id leaves out the head.
+    """
+    before = [file.parent / WEIGHTS for file in backbone.files[:1]]
+    same = all(path.is_file() and filecmp.cmp(path, weights, shallow=False) for path in before)
+    same = not backbone.backbone_id or (bool(before) and same)
+    scored = () if same else ("metric", "scores", "samples")
+    backbone.report = {name: value for name, value in backbone.report.items() if name not in scored}
+    return backbone.report
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:

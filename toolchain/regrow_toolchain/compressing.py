@@ -44,6 +44,7 @@ class Compressed:
         metric: what the scores are, such as "accuracy".
         factored: what became of each layer.
         history: what each epoch gave; epoch 0 is the start.
+        kept: number of the epoch that the result is of.
     """
 
     backbone: Backbone
@@ -54,6 +55,7 @@ class Compressed:
     factored: Factored
     metric: str = "accuracy"
     history: Sequence[Epoch] = field(default_factory=tuple)
+    kept: int = 0
 
 
 def compress(
@@ -135,6 +137,7 @@ class _Job:
         self.backbone, self.factored, self.task, self.held = backbone, factored, task, held
         self.student = factored.model
         self.history: Sequence[Epoch] = ()
+        self.kept = 0
         self.dense, self.start = self._score(backbone.model), self._score(self.student)
 
     def _score(self, model: nn.Module) -> float:
@@ -162,7 +165,7 @@ class _Job:
                 plan=self.factored.as_tensor(),
             )  # fmt: skip
             training.run(place, resume=resume)
-        self.history = training.history
+        self.history, self.kept = training.history, training.kept
         self.start = training.history[0].score
 
     def result(self, config: CompressConfig) -> Compressed:
@@ -178,8 +181,9 @@ class _Job:
             backbone.report["scores"] = {n: s for n, s in scores.items() if math.isfinite(s)}
             backbone.report["samples"] = samples
         return Compressed(
-            backbone, self.dense, self.start, after, samples, self.factored, metric, self.history
-        )
+            backbone, self.dense, self.start, after, samples, self.factored, metric, self.history,
+            self.kept,
+        )  # fmt: skip
 
     def _backbone(self, config: CompressConfig) -> Backbone:
         source = self.backbone

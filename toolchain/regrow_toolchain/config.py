@@ -37,7 +37,7 @@ class CompressConfig:
         "(activations), or what the model gives (outputs); auto: outputs, or svd without data.",
         choices=("auto", "svd", "activations", "outputs"),
     )
-    calibration: int = setting(256, "Samples that the start looks at.", low=1)
+    calibration: int = setting(256, "Samples that the start looks at.", low=2)
     ranks: str = setting(
         "auto",
         "Ranks: the paper's formula for every layer, ranks near it that ONNX Runtime computes "
@@ -51,7 +51,12 @@ class CompressConfig:
         "milliseconds in ONNX Runtime as measured here (time).",
         choices=("parameters", "macs", "time"),
     )
-    multiple: int = setting(8, "Ranks that are not the paper's are multiples of this.", low=1)
+    multiple: int = setting(
+        8,
+        "Ranks that are not the paper's are multiples of this, but in layers whose paper's rank is "
+        "lower.",
+        low=1,
+    )
     slow_layers: str = setting(
         "auto",
         "A layer that ONNX Runtime computes no faster in factors stays dense, or is factored all "

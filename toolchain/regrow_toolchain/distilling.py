@@ -231,6 +231,17 @@ class Distilling:
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
+    @property
+    def kept(self) -> int:
+        """The number of the epoch that is kept; 0 is the start."""
+        return next(e.number for e in reversed(self.history) if self._is_kept(e))
+
+    def _is_kept(self, epoch: Epoch) -> bool:
+        scores = [e.score for e in self.history if not math.isnan(e.score)]
+        if self.config.keep == "last" or not scores:
+            return True
+        return epoch.score == (max if self.task.higher_is_better else min)(scores)
+
     def _keep(self) -> None:
         self._set(self.best)
 

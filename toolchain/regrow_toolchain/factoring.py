@@ -17,6 +17,7 @@ from .allocation import Cost, allocate
 from .calibration import calibrated, tokens_of
 from .config import CompressConfig
 from .data import Dataset
+from .huggingface import quiet_if_loaded
 from .kernels import Shape, layer_ms, slower, suited_ranks
 from .lowrank import LowRankLinear, Plan, apply_plan, finite_weight
 from .macs import example_inputs
@@ -115,7 +116,10 @@ def _start(config: CompressConfig, data: Dataset | None) -> str:
     if start != "svd" and data is None:
         raise UsageError(f"data must be given for start {start}, got none")
     if start == "svd" and config.ranks == "global":
-        raise UsageError("ranks must be paper for start svd, got global: give data")
+        raise UsageError(
+            "ranks must be paper or kernels for start svd, got global: for one budget, give --data "
+            "and --start outputs or activations"
+        )
     return start
 
 
@@ -248,7 +252,8 @@ def tokens_by_layer(
     if not inputs:
         return dict.fromkeys(names, _NO_TOKENS)
     try:
-        found = tokens_of(model, names, inputs)
+        with quiet_if_loaded():
+            found = tokens_of(model, names, inputs)
     except RegrowError:
         if sample:
             raise

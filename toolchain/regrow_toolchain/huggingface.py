@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
-__all__ = ["import_transformers", "quiet_transformers"]
+__all__ = ["import_transformers", "quiet_if_loaded", "quiet_transformers"]
 
 
 @cache
@@ -42,3 +42,10 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def quiet_if_loaded() -> Iterator[None]:
+    """The same around what a model does, which may be none of transformers."""
+    with quiet_transformers() if "transformers" in sys.modules else nullcontext():
+        yield

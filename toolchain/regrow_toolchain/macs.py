@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regrow_format.errors import RegrowError
+
+from .huggingface import quiet_if_loaded
 
 __all__ = ["count_macs", "example_inputs"]
 
@@ -39,23 +41,36 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    named = (*model.named_parameters(), *model.named_buffers())
     with FakeTensorMode(), torch.no_grad():
-        weights = {name: _empty(value) for name, value in named}
+        weights = {name: _empty(value) for name, value in _owned(model)}
         feeds = {name: _empty(value) for name, value in inputs.items()}
         try:
             with (
+                quiet_if_loaded(),
                 sdpa_kernel(SDPBackend.MATH),
                 FlopCounterMode(display=False) as counter,
                 _NoNumbers(),  # type: ignore[no-untyped-call]
             ):
-                functional_call(model, weights, kwargs=feeds)
+                functional_call(model, weights, kwargs=feeds, tie_weights=False)
         except Exception as error:  # whatever a model does with a number that is not there
             raise RegrowError(
                 f"multiplications could not be counted for {type(model).__name__}: "
                 f"{type(error).__name__}"
             ) from error
     return int(counter.get_total_flops()) // 2
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones of every module that has one.
+
+    A module that stands in two places (T5's embeddings) is there once: `functional_call` would put
+    what it swapped in first back last, and leave the model without numbers.
+    """
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for part in (module.named_parameters, module.named_buffers):
+            for name, value in part(recurse=False, remove_duplicate=False):
+                yield start + name, value
 
 
 def _empty(value: Tensor) -> Tensor:

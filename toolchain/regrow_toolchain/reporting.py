@@ -44,6 +44,7 @@ def build_report(done: Compressed, source: Backbone, data: Dataset | None) -> di
         "macs": {"dense": _macs(source, inputs), "compressed": _macs(result, inputs)},
         "start_samples": done.factored.samples,
         "epochs": as_rows(done.history),
+        "kept_epoch": done.kept,
         "layers": [_layer(done, source, name, tokens.get(name)) for name in names],
     }
 
@@ -113,7 +114,7 @@ def render(report: Mapping[str, Any]) -> str:
     lines += ["| | dense | compressed | share |", "|---|---|---|---|", *rows, ""]
     lines += ["## Layers", "", "| layer | in | out | rank | error | dense ms | factored ms |"]
     lines += ["|---|---|---|---|---|---|---|", *map(_layer_row, report["layers"]), ""]
-    return "\n".join(lines + _epochs(report["epochs"]))
+    return "\n".join(lines + _epochs(report["epochs"], report["kept_epoch"]))
 
 
 def _compared(name: str, values: Mapping[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _layer_row(row: Mapping[str, Any]) -> str:
     return f"{begin} {row['rank']} | {row['relative_error']:.3f} | {both} |"
 
 
-def _epochs(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _epochs(epochs: Sequence[Mapping[str, Any]], kept: int) -> list[str]:
     if not epochs:
         return []
     keys = ("loss", "base", "fd", "rwp", "score")
@@ -140,4 +141,4 @@ def _epochs(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
     for epoch in epochs:
         cells = ("" if epoch[key] is None else f"{epoch[key]:.4f}" for key in keys)
         lines.append(f"| {epoch['number']} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", f"Epoch {kept} is kept; 0 is the start.", ""]

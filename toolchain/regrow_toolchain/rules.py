@@ -88,7 +88,7 @@ def survey(
         UsageError: `ratio` is below 1 or so large that a rank is 0, or a pattern matches nothing.
     """
     if not (math.isfinite(ratio) and ratio >= 1):
-        raise UsageError(f"ratio must be at least 1, got {ratio}")
+        raise UsageError(f"ratio must be a finite number of at least 1, got {ratio}")
     named = {target.name for target in find_targets(model, only)} if only else None
     kept = {target.name for target in find_targets(model, keep_dense)} if keep_dense else set()
     outcome = _Rule(model, named, kept)
@@ -97,19 +97,28 @@ def survey(
         high, wide = dense_weight(module).shape
         layer = Layer(name, wide, high, module.bias is not None)
         why = outcome.why_dense(layer)
-        found.append(layer.kept_dense(why) if why else _ranked(layer, ratio))
+        found.append(layer.kept_dense(why) if why else replace(layer, rank=_rank(layer, ratio)))
+    _check_ranks(found, ratio)
     return tuple(found)
 
 
-def _ranked(layer: Layer, ratio: float) -> Layer:
-    rank = rank_for(layer.in_features, layer.out_features, ratio)
-    if rank < 1:
-        raise UsageError(
-            f"ratio must leave every layer a rank of 1 or more, got {ratio}, which leaves "
-            f"{layer.name} ({layer.in_features} -> {layer.out_features}) none: take a smaller one, "
-            "or keep that layer dense (--keep-dense)"
-        )
-    return replace(layer, rank=rank)
+def _rank(layer: Layer, ratio: float) -> int:
+    return rank_for(layer.in_features, layer.out_features, ratio)
+
+
+def _check_ranks(layers: Sequence[Layer], ratio: float) -> None:
+    """Raise `UsageError` for a layer to factor without a rank; it says the largest ratio."""
+    factored = [layer for layer in layers if not layer.why_dense]
+    if all(layer.rank for layer in factored):
+        return
+    least = min(factored, key=lambda layer: layer.in_features * layer.out_features
+                / (layer.in_features + layer.out_features))  # fmt: skip
+    most = least.in_features * least.out_features / (least.in_features + least.out_features)
+    raise UsageError(
+        f"ratio must leave every layer a rank of 1 or more, got {ratio}, which leaves {least.name} "
+        f"({least.in_features} -> {least.out_features}) none: take at most "
+        f"{math.floor(most * 10) / 10:g}, or keep it dense (--keep-dense)"
+    )
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .tables import table
+from .tables import giga, table
 
 __all__ = ["dense_lines", "inspect_dense"]
 
@@ -82,7 +82,7 @@ def dense_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"ratio {result['ratio']:g}: {dense:,} parameters become {small:,}"]
     before, after = (result["macs"][k] for k in ("dense", "compressed"))
     if before and after:
-        lines.append(f"{before / 1e9:.2f} GMACs become {after / 1e9:.2f}, for one sample")
+        lines.append(f"{giga(before)} GMACs become {giga(after)}, for one sample")
     return [*lines, *_left_last(head, rows)]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["cost", "percent", "score", "size", "table"]
+__all__ = ["cost", "giga", "percent", "score", "size", "table"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -42,6 +42,11 @@ def score(value: float | None, metric: str) -> str:
         return "no score"
     share = "accuracy" in metric or "agreement" in metric
     return percent(value) if share else f"{value:.4g}"
+
+
+def giga(count: int | None) -> str:
+    """Multiply-adds in units of 10⁹, with four digits."""
+    return "not known" if count is None else f"{count / 1e9:.4g}"
 
 
 def cost(found: Mapping[str, Any]) -> str:

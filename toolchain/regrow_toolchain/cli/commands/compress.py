@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from regrow_toolchain.cli.options import (
     carried_options,
@@ -20,8 +23,11 @@ from regrow_toolchain.cli.options import (
     path_argument,
     resumable,
 )
-from regrow_toolchain.cli.tables import score, table
+from regrow_toolchain.cli.tables import giga, score, table
 from regrow_toolchain.config import CompressConfig
+
+_WITHOUT_DATA = {"ratio", "start", "ranks", "multiple", "slow_layers", "precision", "threads"}
+_WITH_DATA = {item.name for item in fields(CompressConfig) if item.metadata} - _WITHOUT_DATA
 
 
 @click.command("compress")
@@ -68,6 +74,8 @@ def compress_command(
     check_state(state, resume)
     if data is not None:
         check_data(data)
+    elif unused := _given(_WITH_DATA):
+        click.echo(f"regrow: without --data nothing is trained: no effect of {unused}", err=True)
     from regrow_toolchain.backbone import load_backbone, save_backbone
     from regrow_toolchain.carried import carry
     from regrow_toolchain.compressing import compress
@@ -109,8 +117,21 @@ def compress_command(
         "metric": report.get("metric"),
         "scores": report.get("scores"),
         "samples": done.samples,
+        "epochs": max(len(done.history) - 1, 0),
+        "kept_epoch": done.kept,
     }
-    emit(result, _lines(result), as_json=as_json)
+    emit(result, _lines(result, data), as_json=as_json)
+
+
+def _given(names: Collection[str]) -> str:
+    """Which of the options stand on the command line."""
+    context = click.get_current_context()
+    found = [
+        name
+        for name in context.params
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(found))
 
 
 def check_state(state: Path, resume: bool) -> None:
@@ -125,26 +146,38 @@ def check_state(state: Path, resume: bool) -> None:
         click.echo(f"regrow: nothing to resume at {state}: it starts anew", err=True)
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
+def _lines(result: dict[str, Any], data: Path | None) -> list[str]:
     parameters, macs = result["parameters"], result["macs"]
     scores, metric = result["scores"] or {}, result["metric"] or ""
+    kinds = [("dense", "dense", "dense"), ("factored", "compressed", "start")]
+    if result["epochs"]:
+        kinds.append(("after training", "compressed", "compressed"))
     rows = [
-        [name, f"{parameters[kind]:,}", _giga(macs[kind]), score(scores.get(key), metric)]
-        for name, kind, key in (
-            ("dense", "dense", "dense"),
-            ("factored", "compressed", "start"),
-            ("after training", "compressed", "compressed"),
-        )
+        [name, f"{parameters[kind]:,}", giga(macs[kind]), score(scores.get(key), metric)]
+        for name, kind, key in kinds
     ]
-    samples = result["samples"]
-    note = f"{metric} on {samples} held-back samples" if samples else "no data, so plain SVD"
     head = ["model", "parameters", "GMACs", metric or "score"]
     return [
-        *table(head, rows if samples else rows[:2]),
-        f"{result['layers']} layers factored; {note}",
+        *table(head, rows),
+        f"{result['layers']} layers factored; {_measured(result, data)}",
+        *_kept(result),
         f"wrote {result['out']}, with report.md",
     ]
 
 
-def _giga(macs: int | None) -> str:
-    return "not known" if macs is None else f"{macs / 1e9:.3g}"
+def _measured(result: dict[str, Any], data: Path | None) -> str:
+    if data is None:
+        return "no data, so plain SVD"
+    samples = result["samples"]
+    if samples:
+        return f"{result['metric']} on {samples} held-back samples"
+    return "no samples held back, so no score"
+
+
+def _kept(result: dict[str, Any]) -> list[str]:
+    epochs, kept = result["epochs"], result["kept_epoch"]
+    if not epochs:
+        return []
+    if not kept:
+        return [f"kept the start: none of {epochs} epochs was better (try a lower --lr)"]
+    return [f"kept epoch {kept} of {epochs}"]
