@@ -99,7 +99,7 @@ def _untraced(model: nn.Module, error: Exception) -> RegrowError:
         return RegrowError(
             "architecture must be an encoder or a decoder alone, got "
             f"{getattr(own, 'model_type', 'one')}, which has both: give package.module:function "
-            f"that returns one of them ({_first_line(error)})"
+            f"that returns one of them, and --inputs ({_first_line(error)})"
         )
     return RegrowError(
         f"model must be one that torch.onnx can trace, got {_first_line(error)}: give "
@@ -149,11 +149,27 @@ def _optimum_config(model: nn.Module, task: str, has_inputs: bool) -> Any | None
             "onnx", model=model, task=TasksManager.map_from_synonym(task),
             library_name="transformers",
         )  # fmt: skip
-        return _with_outputs(make(model.config), getattr(model, "extra_outputs", {}))
+        config = _with_outputs(make(model.config), getattr(model, "extra_outputs", {}))
     except (KeyError, ValueError) as error:
         if has_inputs:
             return None
         raise _unknown(own, task) from error
+    if not (lost := _no_arguments(model, config)):
+        return config
+    if has_inputs:
+        return None
+    raise UsageError(
+        f"inputs must be given for {type(model).__name__}, a part of what optimum exports for "
+        f"{own.model_type} (it takes no {', '.join(lost)}), got none (--inputs FILE.npz on the "
+        "command line): torch.onnx traces it then"
+    )
+
+
+def _no_arguments(model: nn.Module, config: Any) -> list[str]:
+    """Inputs of optimum's config that the model does not take: it is an encoder alone."""
+    known = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return [] if takes_all else [name for name in config.inputs if name not in known]
 
 
 def _unknown(own: Any, task: str) -> UsageError:

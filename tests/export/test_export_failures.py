@@ -208,6 +208,25 @@ def test_architectures_that_optimum_does_not_export(refused, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_an_encoder_of_two_needs_inputs_and_is_exported_with_them(refused, tmp_path):
+    """optimum's config is of the whole: torch.onnx traces the part."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=60, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8
+    )
+    model = transformers.T5EncoderModel(config).eval()
+    encoder = ExportSource(model, "feature-extraction", "sha256:00")
+    target = ["encoder.block.0.layer.0.SelfAttention.q"]
+    refused(
+        r"inputs must be given for T5EncoderModel, .* for t5 \(it takes no decoder_input_ids\)",
+        source=encoder, inputs=None, targets=target,
+    )  # fmt: skip
+    ids = {"input_ids": np.arange(12).reshape(2, 6)}
+    manifest = export_bundle(encoder, tmp_path / "b", targets=target, inputs=ids)
+    assert manifest.parity["base_max_abs"] < 1e-4
+
+
 class _Deciding(torch.nn.Module):
     """Takes a number out of a tensor; `way` says of which."""
 

@@ -33,6 +33,7 @@ SOUND = {**SMALL, "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "vocab_size": 60}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4],
         "window_size": 4}  # fmt: skip
+T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CLIP = {"text_config": TEXT, "vision_config": PICTURE, "projection_dim": 16}
 
 # Family: config, its settings, model class, factored layers.
@@ -46,6 +47,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "RoBERTa": ("RobertaConfig", TEXT, "RobertaForSequenceClassification", 12),
     "MiniLM": ("BertConfig", TEXT, "BertModel", 12),
     "GPT-2": ("GPT2Config", GPT, "GPT2LMHeadModel", 8),
+    "T5's encoder": ("T5Config", T5, "T5EncoderModel", 12),
     "Llama": ("LlamaConfig", DECODER, "LlamaForCausalLM", 14),
     "Qwen2": ("Qwen2Config", DECODER, "Qwen2ForCausalLM", 14),
     "CLIP": ("CLIPConfig", CLIP, "CLIPModel", 24),

@@ -296,7 +296,7 @@ def test_one_sample_is_no_calibration(backbone: Backbone, dataset: Callable[...,
 def test_what_needs_samples_says_so(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="data must be given for start outputs"):
         compress(backbone, config=CompressConfig(start="outputs"))
-    with pytest.raises(UsageError, match="ranks must be paper or kernels for start svd, got global"):
+    with pytest.raises(UsageError, match="must be paper or kernels for start svd, got global"):
         compress(backbone, config=CompressConfig(ranks="global"))
 
 

@@ -53,6 +53,11 @@ class LowRankLinear(nn.Module):
         """V Uᵀ [out_features, in_features], the weight that the pair stands for."""
         return self.up.weight @ self.down.weight
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight`, for models that read it of a layer (T5 asks for its dtype)."""
+        return self.dense_weight()
+
     def merged_with(self, a: Tensor, b: Tensor) -> LowRankLinear:
         """The pair of rank + r that also computes (x a) b, exactly; a [in, r], b [r, out]."""
         rank = self.rank + a.shape[1]

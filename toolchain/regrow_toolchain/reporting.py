@@ -107,8 +107,9 @@ def render(report: Mapping[str, Any]) -> str:
         name = f"{report['metric']}, {report['samples']} samples"
         rows.append(f"| {name} | {shown[0]} | {shown[1]}{start} | |")
     about = (
-        f"Ratio {report['ratio']:g}; multiplications are one sample's, milliseconds those of a "
-        f"layer alone in {report['precision']}, one thread."
+        f"Ratio {report['ratio']:g}; multiplications are one sample's, the dense model's bytes "
+        f"four a parameter, milliseconds those of a layer alone in {report['precision']}, one "
+        "thread."
     )
     lines = ["# Compression", "", about, ""]
     lines += ["| | dense | compressed | share |", "|---|---|---|---|", *rows, ""]
