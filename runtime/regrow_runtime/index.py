@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import sqlite3
 import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ _MAX_BYTES = 255
 _MAX_VERSION = 2**53 - 1  # what JavaScript counts to
 _PATHS_AND_TURNS = set("/\\\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _BROKEN = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _PRAGMAS = (
@@ -102,6 +105,10 @@ def clean(text: str, what: str) -> str:
     return text
 
 
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
 class Index:
     """The open index, for one thread at a time."""
 
@@ -165,13 +172,29 @@ class Index:
     def change(self) -> Iterator[sqlite3.Connection]:
         """To write, all of it or nothing; meanwhile no other process or thread does."""
         with self.open() as db:
-            db.execute("BEGIN IMMEDIATE")
             try:
+                self._begin(db)
                 yield db
                 db.execute("COMMIT")
             finally:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+
+    def _begin(self, db: sqlite3.Connection) -> None:
+        """Take the write lock. SQLite itself looks ten times a second, and can wait in vain."""
+        end = time.monotonic() + self._timeout
+        db.execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    if _code(error) not in _BUSY or time.monotonic() >= end:
+                        raise
+                time.sleep(random.uniform(0.001, 0.008))  # who comes first is chance
+        finally:
+            db.execute(f"PRAGMA busy_timeout = {round(1000 * self._timeout)}")
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -184,8 +207,7 @@ class Index:
         except UnicodeDecodeError as error:  # in a message of SQLite's
             raise FormatError(f"{where} could not be used: it is broken") from error
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            if (code := _code(error)) in _BUSY:
                 raise RegrowError(
                     f"{self.folder} must be free, got busy: another process has been writing for "
                     f"{self._timeout:g} s; try again"

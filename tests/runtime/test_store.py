@@ -502,6 +502,21 @@ def test_a_busy_store_says_so(tmp_path, contents):
         assert store.add("ana", contents[1]).version == 2
 
 
+def test_a_change_waits_for_its_turn(tmp_path, contents):
+    with Store(tmp_path / "store", timeout=20) as store:
+        other = sqlite3.connect(
+            store.folder / "index.sqlite", isolation_level=None, check_same_thread=False
+        )
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+        release.start()
+        assert store.add("ana", contents[0], activate=True).version == 1
+        release.join()
+        other.close()
+        # Reading and the log's own locks are waited for as before.
+        assert store._index._db.execute("PRAGMA busy_timeout").fetchone() == (20_000,)
+
+
 def test_a_closed_store_and_a_forked_one(store, contents):
     store.add("ana", contents[0])
     process, store._index._process = store._index._process, 1
