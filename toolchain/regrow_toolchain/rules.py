@@ -23,8 +23,8 @@ from .targets import find_targets
 __all__ = ["Layer", "plan_layers", "plans_of", "survey"]
 
 # Layers with fewer outputs hold too little to be worth two products (as in the paper's code), and
-# so do those with fewer inputs (such as Swin v2's of a position's two coordinates).
-_LEAST_WIDTH = 10
+# so do those with hardly any inputs (such as Swin v2's of a position's two coordinates).
+_LEAST_OUTPUTS, _LEAST_INPUTS = 10, 4
 # By what a model's type or class begins with: path patterns of layers that stay dense, and why.
 _EXCEPTIONS = {
     "swin": {
@@ -155,10 +155,10 @@ class _Rule:
             return "" if name in self.only else "not asked for"
         if not (self.stacks and name.startswith(self.stacks)):
             return "outside of the blocks"
-        if layer.out_features < _LEAST_WIDTH:
-            return f"fewer than {_LEAST_WIDTH} outputs"
-        if layer.in_features < _LEAST_WIDTH:
-            return f"fewer than {_LEAST_WIDTH} inputs"
+        if layer.out_features < _LEAST_OUTPUTS:
+            return f"fewer than {_LEAST_OUTPUTS} outputs"
+        if layer.in_features < _LEAST_INPUTS:
+            return f"fewer than {_LEAST_INPUTS} inputs"
         found = (why for pattern, why in self.exceptions.items() if fnmatchcase(name, pattern))
         return next(found, "")
 
