@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 import onnx
 from onnx import TensorProto, helper
 
-from .graph import all_graphs, drop_unread
+from .graph import all_graphs, drop_initializers, drop_unread, read_names
 
 __all__ = ["keep_gelu"]
 
@@ -28,7 +28,7 @@ def keep_gelu(model: onnx.ModelProto) -> int:
         How many sums were changed.
     """
     fed = {value.name for value in model.graph.input}
-    reads = Counter(_read(model.graph))
+    reads = Counter(read_names(model.graph))
     changed = 0
     for graph in all_graphs(model.graph):
         biases = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in fed}
@@ -40,7 +40,7 @@ def keep_gelu(model: onnx.ModelProto) -> int:
             changed += 1
     if changed:
         drop_unread(model.graph)
-        _drop_initializers(model.graph, fed)
+        drop_initializers(model.graph, keep=fed)
     return changed
 
 
@@ -90,18 +90,3 @@ def _copied(graph: onnx.GraphProto, tensors: dict[str, TensorProto], name: str) 
         row.dims.insert(0, 1)
         tensors[copy] = row
     return copy
-
-
-def _read(graph: onnx.GraphProto) -> Iterator[str]:
-    for part in all_graphs(graph):
-        for node in part.node:
-            yield from node.input
-        yield from (output.name for output in part.output)
-
-
-def _drop_initializers(graph: onnx.GraphProto, keep: Collection[str]) -> None:
-    """Drop what nothing reads any more, in place: a new list would copy the weights."""
-    read = set(_read(graph)).union(keep)
-    for index in reversed(range(len(graph.initializer))):
-        if graph.initializer[index].name not in read:
-            del graph.initializer[index]

@@ -23,10 +23,12 @@ __all__ = [
     "add_input",
     "all_graphs",
     "describe",
+    "drop_initializers",
     "drop_unread",
     "free_deltas",
     "open_slots",
     "opset_of",
+    "read_names",
     "specs",
     "take_out",
 ]
@@ -161,6 +163,22 @@ def drop_unread(graph: onnx.GraphProto) -> None:
             return
         del graph.node[:]
         graph.node.extend(kept)
+
+
+def read_names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names that nodes read, in inner graphs too, and those of outputs; once for each reader."""
+    for part in all_graphs(graph):
+        for node in part.node:
+            yield from node.input
+        yield from (output.name for output in part.output)
+
+
+def drop_initializers(graph: onnx.GraphProto, *, keep: Collection[str]) -> None:
+    """Drop those that nothing reads but `keep`, in place: a new list would copy the weights."""
+    read = set(read_names(graph)).union(keep)
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in read:
+            del graph.initializer[index]
 
 
 def open_slots(model: onnx.ModelProto, slots: Sequence[SlotTensor]) -> None:

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from regrow_format.errors import RegrowError
 
 from .blocks import BlockWeight
-from .graph import INT4_OPSET, all_graphs, drop_unread
+from .graph import INT4_OPSET, all_graphs, drop_initializers, drop_unread
 from .precision import INT4_BLOCK, half, int4_blocks, int8_channels
 
 __all__ = ["check_slot_inputs", "store_weights"]
@@ -67,7 +67,8 @@ def store_weights(
     writer.finish(model.graph)
     del model.graph.value_info[:]
     drop_unread(model.graph)
-    _drop_unread_weights(model.graph, known)
+    others = {tensor.name for tensor in model.graph.initializer}.difference(known)
+    drop_initializers(model.graph, keep=others)
 
 
 def _raise_opset(model: onnx.ModelProto) -> None:
@@ -230,14 +231,6 @@ def _int4_tensor(name: str, packed: NDArray[np.uint8], rows: int) -> TensorProto
     low = np.append(low, np.zeros(len(low) % 2, dtype=np.uint8))
     raw = (low[0::2] | low[1::2] << 4).tobytes()
     return helper.make_tensor(name, TensorProto.INT4, (rows, len(packed)), raw, raw=True)
-
-
-def _drop_unread_weights(graph: onnx.GraphProto, names: Collection[str]) -> None:
-    read = {n for part in all_graphs(graph) for node in part.node for n in node.input}
-    read |= {output.name for output in graph.output}
-    kept = [t for t in graph.initializer if t.name in read or t.name not in names]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
 
 
 def check_slot_inputs(model: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -102,7 +102,7 @@ g (float[n, 4] x) => (float[n, 4] y)
     ("bias", "other", "names"),
     [("b", "one", {"b": 2}), ("same", "one", {"b/row": 2}), ("b", "b", {"b": 1, "b/row": 2})],
 )
-def test_a_bias_with_other_readers_is_copied(bias, other, names, tmp_path):
+def test_a_bias_with_other_readers_is_copied(bias, other, names):
     same = "same = Identity (b)" if bias == "same" else ""
     text = TEXT.replace("SAME", same).replace("BIAS", bias).replace("OTHER", other)
     model = parser.parse_model(text)
