@@ -234,6 +234,9 @@ def test_the_largest_ratio_is_told(vit: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"got 16\.5, which leaves .* none: take at most 16,"):
         survey(vit, 16.5)
     assert all(layer.rank for layer in survey(vit, 16) if not layer.why_dense)
+    narrow = nn.ModuleDict({"a": nn.Linear(1, 64), "b": nn.Linear(64, 64)})
+    with pytest.raises(UsageError, match=r"leaves a \(1 -> 64\) none: keep it dense"):
+        survey(narrow, 1, only=["a", "b"])
 
 
 def test_a_layer_outside_of_the_blocks_can_be_asked_for() -> None:

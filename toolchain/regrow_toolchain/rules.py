@@ -114,10 +114,10 @@ def _check_ranks(layers: Sequence[Layer], ratio: float) -> None:
     least = min(factored, key=lambda layer: layer.in_features * layer.out_features
                 / (layer.in_features + layer.out_features))  # fmt: skip
     most = least.in_features * least.out_features / (least.in_features + least.out_features)
+    lower = f"take at most {math.floor(most * 10) / 10:g}, or " if most >= 1 else ""
     raise UsageError(
         f"ratio must leave every layer a rank of 1 or more, got {ratio}, which leaves {least.name} "
-        f"({least.in_features} -> {least.out_features}) none: take at most "
-        f"{math.floor(most * 10) / 10:g}, or keep it dense (--keep-dense)"
+        f"({least.in_features} -> {least.out_features}) none: {lower}keep it dense (--keep-dense)"
     )
 
 
