@@ -25,11 +25,13 @@ from .checkpoint import Checkpoint
 from .cohort import Augmentation, Cohort
 from .config import AdaptConfig
 from .data import Dataset
+from .data.dataset import equal_samples, joined
 from .devices import accelerated
 from .fitting import Fitting, Stopped
+from .gate import Evidence, Verdict, judge
 from .heads import Heads
 from .methods import Trained, get_trainable
-from .people import Person, prepare
+from .people import Training, UserData, prepare
 from .probing import Prober
 from .settings import check_settings
 from .targets import find_targets
@@ -38,16 +40,23 @@ from .training import deterministic, frozen, measured
 
 __all__ = ["Adapted", "TrainingStopped", "adapt", "adapt_each", "adapt_users"]
 
-# Users in one pass: together they have about as many samples as keep two cores busy.
+# Adapters in one pass: together they have about as many samples as keep two cores busy, fewer
+# where the backbone is large, since memory grows with both.
 _SAMPLES_AT_ONCE = 256
+_SAMPLES_TIMES_PARAMETERS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A trained adapter with its scores on held-back samples (NaN if none were held back).
+    """A trained adapter with its scores on samples held back (NaN if none were).
 
     Attributes:
-        floor: the score of the best constant answer, for a head with classes of the user's own.
+        before: without the adapter; of a regression with a new head that of the constant answer.
+        after: with it, as its file stores it.
+        samples: how many were held back, in all folds together.
+        folds: 0 if `adapter` itself was judged; otherwise so many adapters were trained to be
+            judged, each with another part of the samples held back, and `adapter` has seen all.
+        verdict: whether it improves on none, see `gate.py`; None if nothing was held back.
         stopped: why training ended before its last step, if the loss was not finite.
     """
 
@@ -57,16 +66,14 @@ class Adapted:
     samples: int
     metric: str = "accuracy"
     higher_is_better: bool = True
-    floor: float = math.nan
+    folds: int = 0
+    verdict: Verdict | None = None
     stopped: Stopped | None = None
 
     @property
-    def helps(self) -> bool:
-        """Whether it is better than no adapter; without samples nobody knows: then it counts."""
-        if math.isnan(self.after):
-            return self.samples == 0
-        sign = 1 if self.higher_is_better else -1
-        return all(math.isnan(s) or sign * self.after > sign * s for s in (self.before, self.floor))
+    def improves(self) -> bool:
+        """Whether it is better than none; where nobody looked nobody knows: then it counts."""
+        return self.verdict is None or self.verdict.improves
 
 
 class TrainingStopped(RegrowError):
@@ -96,7 +103,9 @@ def adapt(
 
     Args:
         backbone: dense or compressed; its weights do not change.
-        data: the user's labelled samples; a share of them is held back for the scores.
+        data: the user's labelled samples. A share of them is held back to judge the adapter by; of
+            few samples (fewer than 20 held back) each is held back in one of five folds, which
+            trains six adapters in the place of one.
         targets: names or patterns of the layers to adapt; every linear layer of the blocks if none.
         held: samples to score on, instead of a share of `data`.
         loss: `loss(outputs, labels)`, one per sample or one for all, instead of the task's.
@@ -154,22 +163,19 @@ def adapt_each(
     _check(config, backbone)
     task = choose_task(config, data, backbone.task, loss)
     layers = find_targets(backbone.model, targets, method=config.method)
-    people = prepare(backbone, data, held, task, config)
-    if any(person.head != "keep" for person in people) and not backbone.head:
-        raise UsageError("backbone must have a head to train one, got none")
-    if any(person.head != "keep" for person in people):
-        _check_apart(layers, backbone)
+    users = prepare(backbone, data, held, task, config)
+    if any(user.result.head != "keep" for user in users):
+        _check_head(layers, backbone)
     prober = Prober(backbone.model, data.inputs)
     with ExitStack() as stack:
         stack.enter_context(deterministic(config.seed))
         stack.enter_context(frozen(backbone.model))
         stack.enter_context(rounded_weights(backbone.model, config.precision))
         accelerator = stack.enter_context(accelerated(backbone.model, config))
-        groups = list(_groups(people, config))
-        for group in groups:
+        for group, size in list(_groups(users, config, _parameters(backbone))):
             several = data.users is not None
             state = _checkpoint(checkpoint, backbone, group, layers, task, config, several)
-            job = _Job(backbone, task, layers, group, config, accelerator, prober)
+            job = _Job(backbone, task, layers, group, size, config, accelerator, prober)
             yield from job.run(state, resume=resume)
 
 
@@ -187,32 +193,46 @@ def _check(config: AdaptConfig, backbone: Backbone) -> None:
         raise UsageError("head must be auto, new or tune for method head, got keep")
 
 
-def _check_apart(layers: Sequence[Target], backbone: Backbone) -> None:
-    """Raise `UsageError` if a target is a layer of the head, which is replaced as a whole."""
+def _check_head(layers: Sequence[Target], backbone: Backbone) -> None:
+    """Raise `UsageError` if there is no head to train, or a target is a layer of it."""
+    if not backbone.head:
+        raise UsageError("backbone must have a head to train one, got none")
     if both := [target.name for target in layers if target.name in backbone.head]:
         raise UsageError(f"targets must not be layers of a head that is trained, got {both[0]}")
 
 
-def _groups(people: Sequence[Person], config: AdaptConfig) -> Iterator[list[Person]]:
-    """Users that are trained together: their heads are dealt with alike, and they fit in RAM."""
+def _parameters(backbone: Backbone) -> int:
+    return sum(parameter.numel() for parameter in backbone.model.parameters())
+
+
+def _groups(
+    users: Sequence[UserData], config: AdaptConfig, parameters: int
+) -> Iterator[tuple[list[UserData], int]]:
+    """Users that are dealt with together, their heads alike, and how many adapters fit in a pass.
+
+    A user's own trainings may take several passes, one after another.
+    """
     for head in ("keep", "tune", "new"):
-        alike = [person for person in people if person.head == head]
-        largest = max((min(config.batch_size, len(p.train)) for p in alike), default=1)
-        size = config.users_at_once or max(1, _SAMPLES_AT_ONCE // largest)
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
+        alike = [user for user in users if user.result.head == head]
+        trainings = [training for user in alike for training in user.trainings]
+        largest = max((min(config.batch_size, len(t.train)) for t in trainings), default=1)
+        samples = min(_SAMPLES_AT_ONCE, _SAMPLES_TIMES_PARAMETERS // max(parameters, 1))
+        size = config.users_at_once or max(1, samples // largest)
+        count = max(1, size // max((len(user.trainings) for user in alike), default=1))
+        for start in range(0, len(alike), count):
+            yield alike[start : start + count], size
 
 
 def _checkpoint(
     path: str | Path | None,
     backbone: Backbone,
-    people: Sequence[Person],
+    users: Sequence[UserData],
     layers: Sequence[Target],
     task: Task,
     config: AdaptConfig,
     several: bool,
 ) -> Checkpoint | None:
-    """Where the state of one pass is kept; of several, each has a file named by what it is of."""
+    """Where the state of a group is kept; of several, each has a file named by what it is of."""
     if path is None:
         return None
     digest = hashlib.sha256()
@@ -223,65 +243,109 @@ def _checkpoint(
     names = [target.name for target in layers]
     kind = [task.name, getattr(getattr(task, "loss", None), "__qualname__", "")]
     digest.update(repr([settings, own, names, kind, backbone.backbone_id]).encode())
-    for person in people:
-        for part in (person.train, person.validation):
-            arrays = {} if part is None else {"": part.labels, **part.inputs}
-            for name, array in arrays.items():
-                digest.update(f"{person.id} {person.head} {name} {array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
+    for user in users:
+        for training in user.trainings:
+            for part in (training.train, training.validation):
+                arrays = {} if part is None else {"": part.labels, **part.inputs}
+                for name, array in arrays.items():
+                    digest.update(f"{user.id} {training.head} {name} {array.shape}".encode())
+                    digest.update(np.ascontiguousarray(array).tobytes())
     identity = digest.hexdigest()
     return Checkpoint(Path(f"{path}.{identity[:16]}" if several else path), identity)
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one training.
+
+    Attributes:
+        measured: of the samples it had held back, with its adapter; None if there are none.
+    """
+
+    adapter: Adapter
+    measured: NDArray[np.float32] | None
+    stopped: Stopped | None
+
+
 class _Job:
-    """One pass: users that are trained together, and what becomes of each."""
+    """Users that are trained together, in one pass or several, and what becomes of each.
+
+    Args:
+        size: how many adapters are trained in a pass.
+    """
 
     def __init__(
         self,
         backbone: Backbone,
         task: Task,
         layers: tuple[Target, ...],
-        people: Sequence[Person],
+        users: Sequence[UserData],
+        size: int,
         config: AdaptConfig,
         accelerator: Any,
         prober: Prober,
     ) -> None:
         self.backbone, self.task, self.layers, self.prober = backbone, task, layers, prober
-        self.people, self.config, self.accelerator = people, config, accelerator
+        self.users, self.config, self.accelerator = users, config, accelerator
+        trainings = [training for user in users for training in user.trainings]
+        self.passes = [trainings[i : i + size] for i in range(0, len(trainings), size)]
 
     def run(self, checkpoint: Checkpoint | None, *, resume: bool) -> Iterator[tuple[str, Adapted]]:
-        """Train, then score each as its file stores it."""
-        config, people = self.config, self.people
-        method = get_trainable(config.method)
-        users = len(people)
-        trained = method.start(self.layers, config.method_settings, config.seed, users)
-        trained.storage, trained.group = config.storage, config.group
-        heads = self._heads()
-        fitting = Fitting(
-            self.backbone.model, trained, heads, self.task, self._cohort("train"), config,
-            accelerator=self.accelerator, lr=config.lr or method.default_lr,
-            validation=self._cohort("validation") if config.patience else None,
-        )  # fmt: skip
-        before = self._before()
-        count = "" if users == 1 else f", {users} users"
-        fitting.run(f"adapt ({config.method}{count})", checkpoint, resume=resume)
-        for user, person in enumerate(people):
-            adapter = self._adapter(trained, heads, user, person)
-            done = self._scored(adapter, person, before[user])
-            yield person.id, replace(done, stopped=fitting.stopped.get(user))
+        """Train, then judge each as its file stores it."""
+        outcomes: dict[Training, _Outcome] = {}
+        for number, trainings in enumerate(self.passes):
+            if checkpoint:
+                checkpoint.begin(number)
+            outcomes |= self._trained(number, trainings, checkpoint, resume=resume)
+        for user in self.users:
+            yield user.id, self._adapted(user, outcomes)
         if checkpoint:
             checkpoint.remove()
 
-    def _heads(self) -> Heads | None:
-        kind = self.people[0].head
+    def _trained(
+        self,
+        number: int,
+        trainings: Sequence[Training],
+        checkpoint: Checkpoint | None,
+        *,
+        resume: bool,
+    ) -> Iterator[tuple[Training, _Outcome]]:
+        """One pass."""
+        config, method = self.config, get_trainable(self.config.method)
+        trained = method.start(self.layers, config.method_settings, config.seed, len(trainings))
+        trained.storage, trained.group = config.storage, config.group
+        heads = self._heads(trainings)
+        fitting = Fitting(
+            self.backbone.model, trained, heads, self.task, self._cohort(trainings, "train"),
+            config, accelerator=self.accelerator, lr=config.lr or method.default_lr,
+            validation=self._cohort(trainings, "validation") if config.patience else None,
+        )  # fmt: skip
+        fitting.run(self._title(number), checkpoint, resume=resume)
+        if checkpoint:
+            checkpoint.end(config.steps, fitting.state)
+        for row, training in enumerate(trainings):
+            adapter = self._adapter(trained, heads, row, training.names)
+            yield training, self._measured_with(adapter, training, fitting.stopped.get(row))
+
+    def _title(self, number: int) -> str:
+        """What the progress bar of a pass says."""
+        users, folds = len(self.users), max(len(user.folds) for user in self.users)
+        parts = [self.config.method]
+        parts += [f"{users} users"] if users > 1 else []
+        parts += [f"{folds} folds"] if folds else []
+        passes = f", pass {number + 1} of {len(self.passes)}" if len(self.passes) > 1 else ""
+        return f"adapt ({', '.join(parts)}){passes}"
+
+    def _heads(self, trainings: Sequence[Training]) -> Heads | None:
+        kind = trainings[0].head
         if kind == "keep":
             return None
-        counts = [person.outputs for person in self.people]
+        counts = [training.outputs for training in trainings]
         return Heads(self.backbone, counts, fresh=kind == "new", seed=self.config.seed)
 
-    def _cohort(self, part: str) -> Cohort:
+    def _cohort(self, trainings: Sequence[Training], part: str) -> Cohort:
         config = self.config
-        parts = [getattr(person, part) for person in self.people]
+        parts = [getattr(training, part) for training in trainings]
         device = self.accelerator.device
         if part == "validation":
             return Cohort(parts, size=max(map(len, parts)), seed=config.seed, device=device)
@@ -291,60 +355,79 @@ class _Job:
             augmentation=augmentation,
         )  # fmt: skip
 
-    # -- scores -----------------------------------------------------------------------------------
+    # -- what it is worth -------------------------------------------------------------------------
 
     def _measured(self, data: Dataset) -> NDArray[np.float32]:
         return measured(self.backbone.model, self.task, data)
 
-    def _before(self) -> list[float]:
-        """Each user's score without an adapter."""
-        return [self._score_before(person) for person in self.people]
-
-    def _score_before(self, person: Person) -> float:
-        held = person.held
-        if not len(held):
-            return math.nan
-        if self.task.name == "regression" and person.head == "new":
-            return self._constant(person)
-        found = self._measured(held)
-        if person.head != "new":
-            return self.task.score(found, held.labels)
-        # By class names: labels that the backbone does not know are missed.
-        known = dict(enumerate(self.backbone.labels))
-        pairs = zip(found[:, 0], held.labels, strict=True)
-        return sum(known.get(int(a)) == person.names[int(t)] for a, t in pairs) / len(held)
-
-    def _constant(self, person: Person) -> float:
-        """The score of the best answer that does not look; NaN where there is no such thing."""
-        train, held = person.train.labels, person.held.labels
-        if person.head != "new" or not len(held):
-            return math.nan
-        if self.task.name == "classification":
-            return float((held == np.bincount(train).argmax()).mean())
-        return float(np.sqrt(np.square(held - train.mean(axis=0)).mean()))
-
-    def _scored(self, adapter: Adapter, person: Person, before: float) -> Adapted:
-        after = math.nan
+    def _measured_with(
+        self, adapter: Adapter, training: Training, stopped: Stopped | None
+    ) -> _Outcome:
+        found = None
         with applied(self.backbone.model, adapter):
-            adapter = replace(
-                adapter, probe=self.prober.probe(rounded=self.config.precision != "fp32")
-            )
-            if len(person.held):
-                after = self.task.score(self._measured(person.held), person.held.labels)
-        if len(person.held):
-            found = Validated(
-                self.config.precision, self.task.metric, before, after, len(person.held)
-            )
-            if math.isfinite(before) and math.isfinite(after):
-                adapter = replace(adapter, validated=(found,))
+            if len(training.held):
+                found = self._measured(training.held)
+            if any(training is user.result for user in self.users):
+                probe = self.prober.probe(rounded=self.config.precision != "fp32")
+                adapter = replace(adapter, probe=probe)
+        return _Outcome(adapter, found, stopped)
+
+    def _adapted(self, user: UserData, outcomes: Mapping[Training, _Outcome]) -> Adapted:
+        done, task = outcomes[user.result], self.task
+        if not user.judged:
+            nan = math.nan
+            return Adapted(
+                done.adapter, nan, nan, 0, task.metric, task.higher_is_better,
+                stopped=done.stopped,
+            )  # fmt: skip
+        evidence = self._evidence(user, outcomes)
+        answers = (evidence.constant if evidence.base is None else evidence.base, evidence.adapted)
+        before, after = (_score(task, evidence, answer) for answer in answers)
+        adapter, samples = done.adapter, len(evidence.labels)
+        if math.isfinite(before) and math.isfinite(after):
+            found = Validated(self.config.precision, task.metric, before, after, samples)
+            adapter = replace(adapter, validated=(found,))
         return Adapted(
-            adapter, before, after, len(person.held), self.task.metric,
-            self.task.higher_is_better, self._constant(person),
+            adapter, before, after, samples, task.metric, task.higher_is_better,
+            len(user.folds), judge(task, evidence), done.stopped,
         )  # fmt: skip
+
+    def _evidence(self, user: UserData, outcomes: Mapping[Training, _Outcome]) -> Evidence:
+        """All samples held back, fold by fold."""
+        held = joined([training.held for training in user.judged])
+        constants = [
+            self.task.constant(training.train.labels, training.held.labels)
+            for training in user.judged
+        ]
+        known = [constant for constant in constants if constant is not None]
+        return Evidence(
+            labels=held.labels,
+            groups=equal_samples(held),
+            folds=np.repeat(np.arange(len(user.judged)), [len(t.held) for t in user.judged]),
+            adapted=np.concatenate([_answers(outcomes[training]) for training in user.judged]),
+            base=self._base(held, user.result),
+            constant=np.concatenate(known) if known else None,
+        )
+
+    def _base(self, held: Dataset, training: Training) -> NDArray[np.float32] | None:
+        """What the model answers by itself; None if its head is not for this."""
+        if training.head != "new":
+            return self._measured(held)
+        if self.task.name == "regression":
+            return None
+        # By class names: labels that the backbone does not know are missed.
+        known = {name: index for index, name in enumerate(self.backbone.labels)}
+        theirs = np.array([known.get(name, -1) for name in training.names])
+        found = self._measured(replace(held, labels=theirs[held.labels], names=()))
+        mine = {int(index): own for own, index in enumerate(theirs) if index >= 0}
+        found[:, 0] = [mine.get(int(answer), -1) for answer in found[:, 0]]
+        return found
 
     # -- the file ---------------------------------------------------------------------------------
 
-    def _adapter(self, trained: Trained, heads: Heads | None, user: int, person: Person) -> Adapter:
+    def _adapter(
+        self, trained: Trained, heads: Heads | None, row: int, names: Sequence[str]
+    ) -> Adapter:
         config = self.config
         constants = get_method(config.method).constants(trained.config, trained.targets)
         return Adapter(
@@ -353,13 +436,27 @@ class _Job:
             seed=config.seed,
             backbone_id=self.backbone.backbone_id,
             targets=trained.targets,
-            coefficients=_stored(trained.values(user), constants, config),
+            coefficients=_stored(trained.values(row), constants, config),
             storage=config.storage,
             group=config.group or None,
             basis=trained.basis,
             stored_basis=trained.stored_basis,
-            head=heads.stored(user, person.names) if heads else None,
+            head=heads.stored(row, names) if heads else None,
         )
+
+
+def _answers(outcome: _Outcome) -> NDArray[np.float32]:
+    assert outcome.measured is not None  # of those who had samples held back
+    return outcome.measured
+
+
+def _score(task: Task, evidence: Evidence, answer: NDArray[np.float32] | None) -> float:
+    """The score that people read: the gate's, if it is the same."""
+    if answer is None:
+        return math.nan
+    if task.gate_metric == task.metric:
+        return task.gate_score(answer, evidence.labels, evidence.folds)
+    return task.score(answer, evidence.labels)
 
 
 def _stored(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,6 +25,9 @@ _SHARE = 20.0  # of the time that writing takes, that passes until the next
 class Checkpoint:
     """Where a training's state is kept from time to time.
 
+    Trainings that follow one another to one result share the file: `begin(1)` starts the second of
+    them, and keeps how the first ended.
+
     Args:
         path: the file.
         identity: digest of everything that decides the result: settings, samples, backbone.
@@ -32,6 +37,16 @@ class Checkpoint:
     def __init__(self, path: Path, identity: str, *, seconds: float = 10.0) -> None:
         self.path, self.identity, self.seconds = path, identity, seconds
         self._last = time.monotonic()
+        self._number = 0
+        self._ended: dict[int, _Moment] = {}
+
+    def begin(self, number: int) -> None:
+        """From here on, states are those of training `number`, from 0 on."""
+        self._number = number
+
+    def end(self, step: int, state: Callable[[], State]) -> None:
+        """How the training ended: kept with what is written of those after it."""
+        self._ended[self._number] = _Moment(step, _stored(state()))
 
     def save(self, step: int, state: Callable[[], State], *, now: bool = False) -> None:
         """Write the state after `step` steps, if it is time to, or `now`.
@@ -41,28 +56,35 @@ class Checkpoint:
         began = time.monotonic()
         if began - self._last < self.seconds and not now:
             return
-        data = save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()},
-            {"step": str(step), "identity": self.identity},
-        )
-        write_bytes(self.path, data)
+        moments = {**self._ended, self._number: _Moment(step, _stored(state()))}
+        tensors = {
+            f"{number}:{name}": tensor
+            for number, moment in moments.items()
+            for name, tensor in moment.state.items()
+        }
+        steps = json.dumps([moments[number].step for number in range(len(moments))])
+        write_bytes(self.path, save(tensors, {"steps": steps, "identity": self.identity}))
         self._last = time.monotonic()
         if self.seconds:  # 0 is after every step, whatever it takes
             self.seconds = max(self.seconds, _SHARE * (self._last - began))
 
     def load(self) -> tuple[int, State] | None:
-        """(steps done, state), or None if there is no file.
+        """(steps done, state) of the training that was begun; None if the file has none.
 
         Raises:
-            UsageError: it is of another training, or broken.
+            UsageError: the file is of another training, or broken.
         """
-        if not self.path.is_file():
-            return None
+        if self._number == 0 and self.path.is_file():
+            self._ended = self._read()
+        found = self._ended.get(self._number)
+        return None if found is None else (found.step, found.state)
+
+    def _read(self) -> dict[int, _Moment]:
         way_out = f"remove {self.path} to start anew"
         try:
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UsageError(
                 f"{self.path} must be a whole checkpoint: {error}; {way_out}"
@@ -72,8 +94,23 @@ class Checkpoint:
                 f"{self.path} must be of the same training (samples, settings, backbone) to be "
                 f"resumed, got another; {way_out}"
             )
-        return int(metadata["step"]), state
+        moments = {n: _Moment(step, {}) for n, step in enumerate(json.loads(metadata["steps"]))}
+        for name, tensor in tensors.items():
+            number, _, key = name.partition(":")
+            moments[int(number)].state[key] = tensor
+        return moments
 
     def remove(self) -> None:
         """Forget the state: the training is done."""
         self.path.unlink(missing_ok=True)
+
+
+class _Moment(NamedTuple):
+    """A training after so many steps."""
+
+    step: int
+    state: State
+
+
+def _stored(state: State) -> State:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -164,7 +164,11 @@ class AdaptConfig:
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
     shift: float = setting(0.6, "Augmentation: shift pictures by up to this many pixels.")
     noise: float = setting(0.15, "Augmentation: standard deviation of noise on pictures.")
-    holdout: float = setting(0.2, "Share of the data kept to score the adapter before and after.")
+    holdout: float = setting(
+        0.2,
+        "Share of the data held back to judge the adapter by; where that are fewer than 20 "
+        "samples, each is held back in one of five folds. 0 judges nothing.",
+    )
     validation: float = setting(
         0.2, "With --patience: share of the training samples to stop early on."
     )

@@ -116,7 +116,7 @@ class Fitting:
                     if self._is_over(step):
                         break
                     if checkpoint:
-                        checkpoint.save(step + 1, self._state)
+                        checkpoint.save(step + 1, self.state)
         finally:
             self.hooks.detach()
         self._note_broken()
@@ -277,7 +277,7 @@ class Fitting:
     def _copies(self) -> State:
         return {name: value.detach().clone() for name, value in self._parameters().items()}
 
-    def _state(self) -> State:
+    def state(self) -> State:
         """All that a resumed training needs; batches and noise follow from the step alone."""
         state = {f"value.{name}": value for name, value in self._parameters().items()}
         for name, value in self._parameters().items():

@@ -1,8 +1,13 @@
-"""Each user's samples, made ready: labels as outputs, what trains, what is held back."""
+"""Each user's samples, made ready: labels as outputs, what trains, what is held back.
+
+Where a share of the samples is enough to tell whether an adapter improves (`gate.py`), it is held
+back. Of fewer, each is held back once, in one of five folds: five adapters are trained to judge by,
+and a sixth of all samples, which is the result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,25 +17,29 @@ from regrow_format.errors import UsageError
 from .backbone import Backbone
 from .config import AdaptConfig
 from .data import Dataset
-from .data.dataset import by_user, check_samples, split
+from .data.dataset import by_user, check_samples, equal_samples, fold_numbers, split
 from .labels import fit_labels
 from .tasks import Task
 
-__all__ = ["Person", "prepare"]
+__all__ = ["Training", "UserData", "prepare"]
+
+
+# So many different samples held back, or it is folds.
+_ENOUGH_HELD = 20
+_FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Person:
-    """One user, ready to be trained for.
+class Training:
+    """What one adapter is trained on.
 
     Attributes:
-        train, held, validation: samples to train on, to score on, and to stop early on.
+        train, held, validation: samples to train on, to judge it by, and to stop early on.
         names: the classes of the head, or the outputs of a regression; empty for other tasks.
         head: "keep", "new" or "tune".
         outputs: how many outputs the head has.
     """
 
-    id: str
     train: Dataset
     held: Dataset
     validation: Dataset | None
@@ -39,17 +48,42 @@ class Person:
     outputs: int
 
 
+@dataclass(frozen=True, eq=False)
+class UserData:
+    """One user, ready to be trained for.
+
+    Attributes:
+        result: the training whose adapter the user gets.
+        folds: trainings that only tell what it is worth; none if samples are held back from
+            `result`, or nobody asked.
+    """
+
+    id: str
+    result: Training
+    folds: tuple[Training, ...] = ()
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """All of them, the result last."""
+        return (*self.folds, self.result)
+
+    @property
+    def judged(self) -> tuple[Training, ...]:
+        """Those with samples to judge by."""
+        return tuple(one for one in self.trainings if len(one.held))
+
+
 def prepare(
     backbone: Backbone,
     data: Dataset,
     held: Dataset | None,
     task: Task,
     config: AdaptConfig,
-) -> list[Person]:
+) -> list[UserData]:
     """The users of `data`, or the one there is, in the order of their ids.
 
     Args:
-        held: samples to score on; a share of `data` if None.
+        held: samples to judge by; some of `data` if None.
 
     Raises:
         UsageError: labels that do not fit, or users with too little to learn from; all are named.
@@ -61,31 +95,52 @@ def prepare(
         others = by_user(held) if held.users is not None else {"": held}
         if lost := sorted(set(parts) - set(others)):
             raise UsageError(f"held samples must be there for every user, got none of {lost[0]!r}")
-    people = []
+    users = []
     for id, part in parts.items():
         try:
-            people.append(_person(backbone, id, part, others.get(id), task, config))
+            users.append(_user(backbone, id, part, others.get(id), task, config))
         except UsageError as error:
             raise UsageError(f"user {id}: {error}" if id else str(error)) from None
-    return people
+    return users
 
 
-def _person(
+def _user(
     backbone: Backbone,
     id: str,
     data: Dataset,
     held: Dataset | None,
     task: Task,
     config: AdaptConfig,
-) -> Person:
+) -> UserData:
     names, head, outputs, data, held = _fitted(backbone, data, held, task, config)
-    train, apart = (data, held) if held is not None else split(data, config.holdout, config.seed)
-    validation = None
-    if config.patience:
-        train, validation = split(train, config.validation, config.seed + 1)
-        if not len(validation):
-            raise UsageError("validation must leave samples to stop early on, got none")
-    return Person(id, train, apart, validation, names, head, outputs)
+
+    def training(train: Dataset, apart: Dataset) -> Training:
+        validation = None
+        if config.patience:
+            train, validation = split(train, config.validation, config.seed + 1)
+            if not len(validation):
+                raise UsageError("validation must leave samples to stop early on, got none")
+        return Training(train, apart, validation, names, head, outputs)
+
+    if held is not None:
+        return UserData(id, training(data, held))
+    train, apart = split(data, config.holdout, config.seed)
+    if not config.holdout or len(np.unique(equal_samples(apart))) >= _ENOUGH_HELD:
+        return UserData(id, training(train, apart))
+    folds = [training(*parts) for parts in _folds(data, config.seed)]
+    return UserData(id, training(data, data.take(np.arange(0))), tuple(folds))
+
+
+def _folds(data: Dataset, seed: int) -> Iterator[tuple[Dataset, Dataset]]:
+    """(what trains, what is held back) of each fold."""
+    different = len(np.unique(equal_samples(data)))
+    if different < 2:
+        raise UsageError(f"data must have two different samples or more, got {len(data)} equal")
+    count = min(_FOLDS, different)
+    numbers = fold_numbers(data, count, seed)
+    for fold in range(count):
+        apart = numbers == fold
+        yield data.take(np.flatnonzero(~apart)), data.take(np.flatnonzero(apart))
 
 
 def _fitted(

@@ -36,7 +36,7 @@ class UserFolder:
     Args:
         run: text that says everything that decides the results, but the samples: what was begun
             with other settings is not gone on with.
-        keep_anyway: also write adapters that do not help.
+        keep_anyway: also write adapters that improve nothing.
         resume: go on with what an interrupted run left.
 
     Raises:
@@ -99,8 +99,10 @@ class UserFolder:
         return self.room / _STATE
 
     def add(self, user: str, done: Adapted) -> dict[str, Any]:
-        """Write a user's adapter, if it helps or is kept anyway; returns the line about it."""
-        written = (done.helps or self.keep_anyway) and not (done.stopped and not done.stopped.step)
+        """Write a user's adapter, if it improves or is kept anyway; returns the line about it."""
+        written = (done.improves or self.keep_anyway) and not (
+            done.stopped and not done.stopped.step
+        )
         name = file_name(user) if written else None
         row = {
             "user": user,
@@ -110,6 +112,9 @@ class UserFolder:
             "before": _plain(done.before),
             "after": _plain(done.after),
             "held_back": done.samples,
+            "folds": done.folds,
+            "p_value": done.verdict.p_value if done.verdict else None,
+            "baseline": done.verdict.baseline if done.verdict else None,
             "stopped": str(done.stopped) if done.stopped else None,
         }
         with (self.room / SUMMARY).open("a", encoding="utf-8") as stream:
@@ -142,6 +147,9 @@ def _row(fields: Fields) -> dict[str, Any]:
     row["stopped"] = fields.take("stopped", str) if fields.has("stopped") else None
     row["bytes"] = fields.number("bytes", 0, 1 << 40)
     row["held_back"] = fields.number("held_back", 0, 1 << 40)
+    row["folds"] = fields.number("folds", 0, 1 << 10)
+    row["p_value"] = fields.take("p_value", float) if fields.has("p_value") else None
+    row["baseline"] = fields.take("baseline", str) if fields.has("baseline") else None
     fields.done()
     return row
 

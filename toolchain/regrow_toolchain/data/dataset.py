@@ -1,7 +1,9 @@
-"""Samples, ready for the model, and how to divide them: by user, and into two parts."""
+"""Samples, ready for the model, and how to divide them: by user, into two parts, into folds."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +12,15 @@ from numpy.typing import NDArray
 
 from regrow_format.errors import UsageError
 
-__all__ = ["Dataset", "by_user", "check_samples", "split"]
+__all__ = [
+    "Dataset",
+    "by_user",
+    "check_samples",
+    "equal_samples",
+    "fold_numbers",
+    "joined",
+    "split",
+]
 
 _SHOWN = 5
 
@@ -108,27 +118,84 @@ def by_user(data: Dataset) -> dict[str, Dataset]:
     return {user: replace(data.take(rows), users=None) for user, rows in parts.items()}
 
 
+def joined(parts: Sequence[Dataset]) -> Dataset:
+    """The samples of all, in their order; names are those of the first."""
+    first = parts[0]
+    inputs = {name: np.concatenate([p.inputs[name] for p in parts]) for name in first.inputs}
+    users = None
+    if first.users is not None:
+        users = np.concatenate([p.users for p in parts if p.users is not None])
+    labels = np.concatenate([part.labels for part in parts])
+    return replace(first, inputs=inputs, labels=labels, users=users)
+
+
+def equal_samples(data: Dataset) -> NDArray[np.int64]:
+    """[samples]: a number for each sample, the same for samples with the same inputs, bit by bit.
+
+    Numbers follow the order of first appearance; labels do not count.
+    """
+    arrays = [np.ascontiguousarray(array) for _, array in sorted(data.inputs.items())]
+    known: dict[bytes, int] = {}
+    found = np.empty(len(data), dtype=np.int64)
+    for row in range(len(data)):
+        digest = hashlib.blake2b(digest_size=16)
+        for array in arrays:
+            digest.update(array[row].data)
+        found[row] = known.setdefault(digest.digest(), len(known))
+    return found
+
+
 def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split off about `share` of every class: (the rest, the part split off).
 
     A class keeps at least one sample in the rest, if it has two; where labels are no classes, the
     samples are drawn as if they were one. Where that takes nothing, as with few samples of each
-    class, the share is drawn from all samples together, at least one. Every user's samples are
-    split as if they were alone. With `share` 0 the second part is empty.
+    class, the share is drawn from all samples together, at least one. Equal samples stay together,
+    and count as one of the first one's class. Every user's samples are split as if they were
+    alone. With `share` 0 the second part is empty.
 
     Raises:
         UsageError: `share` is not from 0 to below 1.
     """
     if not 0 <= share < 1:
         raise UsageError(f"holdout must be from 0 to below 1, got {share}")
-    alone = [np.arange(len(data))]
-    groups = alone if data.users is None else list(_rows_by_user(data).values())
     mask = np.zeros(len(data), dtype=bool)
-    for rows in groups:
-        classed = data.kind == "classes" and not data.unlabelled
-        classes = data.labels[rows] if classed else np.zeros(len(rows), np.int64)
-        mask[rows[_drawn(classes, share, seed)]] = True
+    if share:
+        alone = [np.arange(len(data))]
+        parts = alone if data.users is None else list(_rows_by_user(data).values())
+        for rows in parts:
+            firsts, group = _firsts(data.take(rows))
+            held = _drawn(_strata(data, rows[firsts]), share, seed)
+            mask[rows[np.isin(group, held)]] = True
     return data.take(np.flatnonzero(~mask)), data.take(np.flatnonzero(mask))
+
+
+def fold_numbers(data: Dataset, count: int, seed: int) -> NDArray[np.int64]:
+    """[samples]: the fold, from 0 to `count` - 1, that each sample is held back in.
+
+    Every class is dealt out evenly, and so are all samples together; equal ones stay together.
+    """
+    firsts, group = _firsts(data)
+    classes = _strata(data, firsts)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(firsts))
+    order = order[np.argsort(classes[order], kind="stable")]
+    fold = np.empty(len(firsts), dtype=np.int64)
+    fold[order] = np.arange(len(order)) % count
+    return fold[group]
+
+
+def _firsts(data: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of the first of every group of equal samples, and each sample's group."""
+    group = equal_samples(data)
+    _, firsts = np.unique(group, return_index=True)
+    return firsts, group
+
+
+def _strata(data: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What is divided evenly: classes, or zeros where labels are none."""
+    classed = data.kind == "classes" and not data.unlabelled
+    found: NDArray[np.int64] = data.labels[rows] if classed else np.zeros(len(rows), np.int64)
+    return found
 
 
 def _drawn(classes: NDArray[np.int64], share: float, seed: int) -> list[int]:

@@ -53,9 +53,43 @@ class Task(Protocol):
         ...
 
     def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """[N, m]: what `score` needs of each sample, small; outputs [N, ...], labels [N, ...]."""
+        """[N, m]: what scores and losses need of each sample, small.
+
+        Args:
+            outputs: [N, ...].
+            labels: [N, ...]; a class of -1 is one that the model does not know.
+        """
         ...
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         """The score of samples together; NaN without any."""
         ...
+
+    # -- what decides whether an adapter is written: see gate.py ----------------------------------
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """[N]: each sample's loss without smoothing; infinite or NaN where there is none.
+
+        Args:
+            folds: [N], equal for samples that were measured with the same adapter.
+        """
+        ...
+
+    @property
+    def gate_metric(self) -> str:
+        """What `gate_score` is called."""
+        return self.metric
+
+    def gate_score(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> float:
+        """The score that must not fall; arguments as of `sample_losses`."""
+        return self.score(measured, labels)
+
+    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32] | None:
+        """[N, m] for `labels`, measured of the answer that fits the labels of `train` best and
+        does not look at samples; None if the task has no such answer.
+        """
+        return None

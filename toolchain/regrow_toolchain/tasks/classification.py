@@ -1,4 +1,4 @@
-"""Classification: cross-entropy with label smoothing, scored by accuracy."""
+"""Classification: cross-entropy with label smoothing, scored by accuracy, gated by balanced one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from torch import Tensor, nn
 from regrow_format.errors import RegrowError
 
 from ..training import logits_of
-from .base import Inputs
+from .base import Inputs, Task
 
 __all__ = ["Classification"]
 
+# Of a class that the training part lacks: as if half a sample of it had been there.
+_UNSEEN = 0.5
+
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Labels are int64 class indices. See `Task`."""
 
     label_smoothing: float = 0.0
     name = "classification"
     metric = "accuracy"
     higher_is_better = True
+    gate_metric = "balanced accuracy"
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         found = logits_of(model, inputs)
@@ -52,10 +56,39 @@ class Classification:
         return (1 - self.label_smoothing) * truth + self.label_smoothing * even
 
     def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """[N, 1]: the class that each sample got; -1 where the model gave no number."""
-        found = outputs.argmax(dim=-1, keepdim=True)
-        found = found.masked_fill(outputs.isnan().any(dim=-1, keepdim=True), -1)
-        return found.float().cpu().numpy()
+        """[N, 2]: the class that each sample got, -1 where the model gave no number; and the nats
+        of its label, infinite for a class that the model does not know.
+        """
+        found = outputs.argmax(dim=-1)
+        found = found.masked_fill(outputs.isnan().any(dim=-1), -1)
+        known = labels >= 0
+        truth = labels.clamp(min=0).unsqueeze(-1)
+        nats = -torch.log_softmax(outputs.float(), dim=-1).gather(-1, truth).squeeze(-1)
+        nats = nats.masked_fill(~known, math.inf)
+        return torch.stack([found.float(), nats], dim=-1).cpu().numpy()
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float((measured[:, 0] == labels).mean()) if len(labels) else math.nan
+
+    def gate_score(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> float:
+        """The mean over classes of the share that is right."""
+        if not len(labels):
+            return math.nan
+        _, index = np.unique(labels, return_inverse=True)
+        right = np.bincount(index, weights=measured[:, 0] == labels)
+        return float((right / np.bincount(index)).mean())
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Cross-entropy in nats."""
+        return measured[:, 1].astype(np.float64)
+
+    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32]:
+        """The most frequent class of `train`, and the nats of its class frequencies."""
+        counts = np.bincount(train, minlength=int(labels.max(initial=0)) + 1)
+        nats = -np.log(np.maximum(counts[labels], _UNSEEN) / len(train))
+        found = np.full(len(labels), counts.argmax())
+        return np.stack([found, nats], axis=-1).astype(np.float32)

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_format.errors import UsageError
 
 from ..training import outputs_of
-from .base import Inputs
+from .base import Inputs, Task
 
 __all__ = ["Custom"]
 
 
 @dataclass(frozen=True)
-class Custom:
+class Custom(Task):
     """`loss(outputs, labels)` gives a loss per sample [N], or one number for all.
 
     One number serves a single user alone: it cannot be told apart by user. `outputs` is the model's
@@ -68,9 +69,17 @@ class Custom:
         return found.flatten(1).mean(-1) if found.dim() > 1 else found
 
     def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """[N, 1]: the loss."""
-        found = self._found(outputs, labels).expand(len(labels))
+        """[N, 1]: the loss, of each sample by itself where the function gives one for all."""
+        found = self._found(outputs, labels)
+        if not found.dim():
+            rows = range(len(labels))
+            found = torch.stack([self._found(outputs[i : i + 1], labels[i : i + 1]) for i in rows])
         return found.float().unsqueeze(-1).cpu().numpy()
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float(measured.mean()) if len(labels) else math.nan
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        return measured[:, 0].astype(np.float64)

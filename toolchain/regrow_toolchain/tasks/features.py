@@ -15,13 +15,13 @@ from torch.nn import functional
 from regrow_format.errors import RegrowError
 
 from ..training import features_of
-from .base import Inputs
+from .base import Inputs, Task
 
 __all__ = ["Distillation", "Metric"]
 
 
 @dataclass(frozen=True)
-class Metric:
+class Metric(Task):
     """Labels are int64 classes; embeddings of one class come closer (supervised contrastive loss,
     arXiv 2004.11362, the variant with the sum outside). Scored by the nearest other sample.
 
@@ -66,9 +66,33 @@ class Metric:
         np.fill_diagonal(near, -np.inf)
         return float((labels[near.argmax(axis=1)] == labels).mean())
 
+    def gate_score(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> float:
+        """The mean over samples; neighbours are those of the same fold: others have embeddings of
+        another adapter.
+        """
+        parts = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+        scores = [(self.score(measured[rows], labels[rows]), len(rows)) for rows in parts]
+        known = [(score, count) for score, count in scores if not math.isnan(score)]
+        if not known:
+            return math.nan
+        return sum(score * count for score, count in known) / sum(count for _, count in known)
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """As in training, beside the samples of the same fold."""
+        found = np.empty(len(labels))
+        for fold in np.unique(folds):
+            rows = folds == fold
+            points, classes = torch.from_numpy(measured[rows]), torch.from_numpy(labels[rows])
+            found[rows] = self.losses(points[None], classes[None])[0].numpy()
+        return found
+
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Task):
     """Labels are a teacher's features [n, d]; scored by the mean cosine to them. See `Task`."""
 
     name = "distillation"
@@ -94,6 +118,17 @@ class Distillation:
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float(measured.mean()) if len(labels) else math.nan
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """1 - cosine."""
+        return 1 - measured[:, 0].astype(np.float64)
+
+    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32]:
+        """The cosine to the mean of `train`."""
+        mean = torch.from_numpy(train.mean(axis=0, keepdims=True))
+        return self.measure(mean.expand(labels.shape), torch.from_numpy(labels))
 
 
 def _cosine(outputs: Tensor, labels: Tensor) -> Tensor:

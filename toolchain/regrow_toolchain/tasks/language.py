@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..training import logits_of
-from .base import Inputs
+from .base import Inputs, Task
 
 __all__ = ["CausalLm"]
 
@@ -20,7 +20,7 @@ _IGNORED = -100  # as in transformers: no loss for this token
 
 
 @dataclass(frozen=True)
-class CausalLm:
+class CausalLm(Task):
     """Labels are int64 tokens [n, length], the inputs' own; -100 has no loss. See `Task`."""
 
     name = "causal-lm"
@@ -48,6 +48,14 @@ class CausalLm:
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         nats, tokens = measured.astype(np.float64).sum(axis=0) if len(measured) else (0.0, 0.0)
         return float(nats / tokens) if tokens else math.nan
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """A sample's nats per token."""
+        nats, tokens = measured.astype(np.float64).T
+        found: NDArray[np.float64] = nats / np.maximum(tokens, 1)
+        return found
 
 
 def _nats(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from regrow_format.errors import RegrowError
 
 from ..training import logits_of
-from .base import Inputs
+from .base import Inputs, Task
 
 __all__ = ["Regression"]
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(Task):
     """Labels are float32 values [n] or [n, outputs]. See `Task`."""
 
     name = "regression"
@@ -47,6 +47,17 @@ class Regression:
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float(np.sqrt(measured.mean())) if len(labels) else math.nan
+
+    def sample_losses(
+        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        return measured[:, 0].astype(np.float64)
+
+    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32]:
+        """Squared distance to the mean of `train`."""
+        squares = np.square(labels - train.mean(axis=0)).reshape(len(labels), -1)
+        found: NDArray[np.float32] = squares.mean(axis=1, keepdims=True).astype(np.float32)
+        return found
 
 
 def _squares(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from regrow_toolchain.adapting import Adapted
     from regrow_toolchain.backbone import Backbone
     from regrow_toolchain.data import Dataset
+    from regrow_toolchain.gate import Verdict
 
 _SHOWN = 20
 _SETTINGS = (
@@ -65,7 +66,7 @@ _SETTINGS = (
     metavar="MODULE:FUNCTION",
     help="A loss of your own: function(outputs, labels), a number per sample. It is imported.",
 )
-@click.option("--keep-anyway", is_flag=True, help="Write an adapter that is no better than none.")
+@click.option("--keep-anyway", is_flag=True, help="Write an adapter that does not improve on none.")
 @click.option(
     "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
 )
@@ -94,9 +95,10 @@ def adapt_command(
     """Train an adapter for BACKBONE: a compressed one, a Hugging Face directory, or
     package.module:function that returns an nn.Module.
 
-    The backbone's weights stay as they are. Part of the samples is held back to score the adapter
-    before and after; one that is not better is not written. Labels that are the backbone's keep
-    its head; others get a head of their own.
+    The backbone's weights stay as they are. Part of the samples is held back to judge the adapter
+    by; where that are fewer than 20, each is held back once, in five folds, and the adapter
+    learns from all. One that does not improve on none is not written. Labels that are the
+    backbone's keep its head; others get a head of their own.
     """
     from regrow_toolchain.extras import need
 
@@ -127,7 +129,7 @@ def adapt_command(
         result = _many(model, samples, config, arguments, out, keep_anyway, resume, force)
         emit(result, _user_lines(result), as_json=as_json)
         if not result["written"]:
-            raise RegrowError(_none_helps(result))
+            raise RegrowError(_none_gains(result))
 
 
 def _loss(name: str | None) -> Callable[..., Any] | None:
@@ -153,11 +155,13 @@ def _one(
     from regrow_format.errors import RegrowError
     from regrow_toolchain.adapting import adapt
 
+    if config.holdout and not keep_anyway:
+        _check_enough(samples)
     state = _state(out)
     with _last_good(out, keep_anyway), resumable(state):
         done = adapt(model, samples, config, checkpoint=state, resume=resume, **arguments)
-    if not done.helps and not keep_anyway:
-        raise RegrowError(_no_help(done))
+    if not done.improves and not keep_anyway:
+        raise RegrowError(_no_gain(done))
     adapter = done.adapter
     return {
         "out": str(out),
@@ -169,11 +173,38 @@ def _one(
         "backbone_id": adapter.backbone_id,
         "targets": len(adapter.targets),
         "labels": list(adapter.head.labels) if adapter.head else None,
-        "samples": {"data": len(samples), "held_back": done.samples},
+        "samples": {"data": len(samples), "held_back": done.samples, "folds": done.folds},
         "metric": done.metric,
         "before": None if math.isnan(done.before) else done.before,
         "after": None if math.isnan(done.after) else done.after,
+        "gate": _gate(done.verdict),
     }
+
+
+def _gate(verdict: Verdict | None) -> dict[str, Any] | None:
+    """The verdict as JSON has it."""
+    if verdict is None:
+        return None
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in vars(verdict).items()
+    }
+
+
+def _check_enough(samples: Dataset) -> None:
+    """Raise `UsageError` where no adapter could be told to improve: training would be in vain."""
+    import numpy as np
+
+    from regrow_format.errors import UsageError
+    from regrow_toolchain.data.dataset import check_samples, equal_samples
+    from regrow_toolchain.gate import FEWEST_GROUPS
+
+    check_samples(samples)
+    if (found := len(np.unique(equal_samples(samples)))) < FEWEST_GROUPS:
+        raise UsageError(
+            f"data must have {FEWEST_GROUPS} different samples or more to tell whether an adapter "
+            f"improves, got {found}: give more, or train one untested with --holdout 0"
+        )
 
 
 def _state(out: Path) -> Path:
@@ -201,8 +232,8 @@ def _last_good(out: Path, keep_anyway: bool) -> Iterator[None]:
     try:
         yield
     except TrainingStopped as error:
-        if error.adapted is None or not (error.adapted.helps or keep_anyway):
-            raise RegrowError(f"{error}; no adapter better than none was reached") from error
+        if error.adapted is None or not (error.adapted.improves or keep_anyway):
+            raise RegrowError(f"{error}; no adapter that improves on none was reached") from error
         kept = out.with_name(f"{out.stem}.last-good.safetensors")
         error.adapted.adapter.save(kept)
         raise RegrowError(
@@ -211,15 +242,33 @@ def _last_good(out: Path, keep_anyway: bool) -> Iterator[None]:
         ) from error
 
 
-def _no_help(done: Adapted) -> str:
-    before, what = done.before, "without it"
-    sign = 1 if done.higher_is_better else -1
-    if not math.isnan(done.floor) and sign * done.floor > sign * before:
-        before, what = done.floor, "for the best constant answer"
+def _no_gain(done: Adapted) -> str:
+    """Why an adapter was refused, and what to do."""
+    from regrow_toolchain.gate import FEWEST_GROUPS
+
+    verdict = done.verdict
+    assert verdict is not None  # without one nothing is refused
+    where = f"{done.samples} samples held back" + (f" in {done.folds} folds" if done.folds else "")
+    if verdict.groups < FEWEST_GROUPS:
+        return (
+            f"data must hold back {FEWEST_GROUPS} different samples or more to tell whether an "
+            f"adapter improves, got {verdict.groups}: give more samples (--keep-anyway writes it)"
+        )
     return (
-        f"adapter must be better than none to be written, got {_score(done.after, done.metric)} "
-        f"on {done.samples} held-back samples, {_score(before, done.metric)} {what}: give more "
+        f"adapter must improve on none to be written, got {_gain(verdict)} on {where}: give more "
         "samples, or try --steps, --lr or another --method (--keep-anyway writes it)"
+    )
+
+
+def _gain(verdict: Verdict) -> str:
+    """What was found, score and test."""
+    from regrow_toolchain.gate import SIGNIFICANCE
+
+    before, after = (score(value, verdict.metric) for value in (verdict.before, verdict.after))
+    return (
+        f"{verdict.metric} {before} before and {after} after, and a loss of "
+        f"{verdict.loss_after:.3g} beside {verdict.loss_before:.3g} of the {verdict.baseline} "
+        f"(p = {verdict.p_value:.2g}, must be at most {SIGNIFICANCE})"
     )
 
 
@@ -228,11 +277,21 @@ def _score(value: float | None, metric: str) -> str:
     return shown if shown == "no score" else f"{metric} {shown}"
 
 
+def _test(gate: dict[str, Any] | None) -> str:
+    return f" (p = {gate['p_value']:.2g} against the {gate['baseline']})" if gate else ""
+
+
 def _lines(result: dict[str, Any]) -> list[str]:
     held, metric = result["samples"]["held_back"], result["metric"]
+    folds = result["samples"]["folds"]
+    how = (
+        f"{held} samples, each held back in one of {folds} folds"
+        if folds
+        else (f"{held} held-back samples")
+    )
     scores = (
-        f"{_score(result['before'], metric)} before, {_score(result['after'], metric)} after, "
-        f"on {held} held-back samples"
+        f"{_score(result['before'], metric)} before, {score(result['after'], metric)} after, "
+        f"on {how}{_test(result['gate'])}"
         if held
         else "no samples held back, so no score"
     )
@@ -312,7 +371,7 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
             row["user"],
             score(row["before"], metric),
             score(row["after"], metric),
-            size(row["bytes"]) if row["file"] else ("stopped" if row["stopped"] else "not better"),
+            size(row["bytes"]) if row["file"] else ("stopped" if row["stopped"] else "no gain"),
         )
         for row in result["adapters"]
     ]
@@ -321,7 +380,7 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
     wrote = (
         f"wrote {result['out']}: {result['written']} adapters, {size(result['bytes'])}, "
         f"{result['method']} in {result['storage']}"
-        + (f"; {refused} not written, no better than none (--keep-anyway)" if refused else "")
+        + (f"; {refused} not written, no gain shown (--keep-anyway)" if refused else "")
     )
     return [
         *table(("user", f"{metric} before", "after", "file"), rows[:_SHOWN]),
@@ -332,9 +391,9 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _none_helps(result: dict[str, Any]) -> str:
+def _none_gains(result: dict[str, Any]) -> str:
     return (
-        f"adapters must be better than none to be written, got none that is, of "
+        f"adapters must improve on none to be written, got none that does, of "
         f"{result['users']} users: {result['out']} was not written; give more samples, or try "
         "--steps, --lr or another --method (--keep-anyway writes them)"
     )
