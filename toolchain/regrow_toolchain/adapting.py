@@ -381,8 +381,8 @@ class _Job:
                 stopped=done.stopped,
             )  # fmt: skip
         evidence = self._evidence(user, outcomes)
-        answers = (evidence.constant if evidence.base is None else evidence.base, evidence.adapted)
-        before, after = (_score(task, evidence, answer) for answer in answers)
+        answer = next(iter(evidence.constants.values())) if evidence.base is None else evidence.base
+        before, after = (_score(task, evidence, found) for found in (answer, evidence.adapted))
         adapter, samples = done.adapter, len(evidence.labels)
         if math.isfinite(before) and math.isfinite(after):
             found = Validated(self.config.precision, task.metric, before, after, samples)
@@ -396,17 +396,18 @@ class _Job:
         """All samples held back, fold by fold."""
         held = joined([training.held for training in user.judged])
         constants = [
-            self.task.constant(training.train.labels, training.held.labels)
+            self.task.constants(training.train.labels, training.held.labels)
             for training in user.judged
         ]
-        known = [constant for constant in constants if constant is not None]
         return Evidence(
             labels=held.labels,
             groups=equal_samples(held),
             folds=np.repeat(np.arange(len(user.judged)), [len(t.held) for t in user.judged]),
             adapted=np.concatenate([_answers(outcomes[training]) for training in user.judged]),
             base=self._base(held, user.result),
-            constant=np.concatenate(known) if known else None,
+            constants={
+                name: np.concatenate([found[name] for found in constants]) for name in constants[0]
+            },
         )
 
     def _base(self, held: Dataset, training: Training) -> NDArray[np.float32] | None:
@@ -450,10 +451,8 @@ def _answers(outcome: _Outcome) -> NDArray[np.float32]:
     return outcome.measured
 
 
-def _score(task: Task, evidence: Evidence, answer: NDArray[np.float32] | None) -> float:
+def _score(task: Task, evidence: Evidence, answer: NDArray[np.float32]) -> float:
     """The score that people read: the gate's, if it is the same."""
-    if answer is None:
-        return math.nan
     if task.gate_metric == task.metric:
         return task.gate_score(answer, evidence.labels, evidence.folds)
     return task.score(answer, evidence.labels)

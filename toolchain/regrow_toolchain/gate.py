@@ -5,10 +5,11 @@ An adapter improves if, on samples that trained nothing and chose nothing,
 - its score (balanced accuracy where labels are classes) is not lower than without it, and
 - its losses are lower by more than chance: a one-sided paired sign-flip test, p <= `SIGNIFICANCE`.
 
-The losses compared with are those of the better, by mean loss, of the base model and the constant
-answer (class frequencies of the training part, or their mean value). Accuracy alone cannot decide:
-of ten samples it moves in steps of ten points, and a model that learnt nothing but the frequencies
-of unequal classes raises it.
+Compared with is the baseline: the best, by mean loss on the same samples, of the base model and the
+constant answers (class frequencies of the training part and even chances, or the mean of its
+values); the score must not be lower than the baseline's either. Accuracy alone cannot decide: of
+ten samples it moves in steps of ten points, and a model that learnt nothing but the frequencies of
+unequal classes raises it.
 
 Equal samples are no independent evidence, so a group of them counts once, by its mean.
 """
@@ -16,6 +17,7 @@ Equal samples are no independent evidence, so a group of them counts once, by it
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +43,7 @@ _FLIPS = 20_000  # drawn: at p = 0.02 their standard error is 0.001
 _CHUNK_BYTES = 1 << 25
 _WORST = 1e6  # stands for a loss that is no finite number
 
-BASE, CONSTANT = "base model", "constant answer"
+_BASE = "base model"
 
 Floats = NDArray[np.float64]
 
@@ -56,7 +58,7 @@ class Evidence:
         folds: int64 [N], which samples were held back together.
         adapted: measured with the adapter.
         base: measured without it; None if there is no such answer, as with an untrained head.
-        constant: measured of the constant answer; None if the task has none.
+        constants: by name, measured of the answers that do not look.
     """
 
     labels: NDArray[np.generic]
@@ -64,7 +66,7 @@ class Evidence:
     folds: NDArray[np.int64]
     adapted: NDArray[np.float32]
     base: NDArray[np.float32] | None
-    constant: NDArray[np.float32] | None
+    constants: Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Verdict:
         improves: the rule of this module.
         p_value: of the test; 1 if nothing speaks for the adapter.
         groups: different samples that were compared.
-        baseline: whose losses were compared with, "base model" or "constant answer".
+        baseline: what was compared with, such as "base model" or "class frequencies".
         metric: what `before` and `after` are, such as "balanced accuracy".
         before: the score without the adapter; NaN if there is none.
         after: the score with it.
@@ -95,19 +97,17 @@ class Verdict:
 
 
 def judge(task: Task, evidence: Evidence) -> Verdict:
-    """Compare an adapter with the better of the base model and the constant answer."""
+    """Compare an adapter with the best of the base model and the constant answers."""
     losses = _means(_losses(task, evidence, evidence.adapted), evidence.groups)
-    baseline, reference = _baseline(task, evidence)
+    baseline, reference, answer = _baseline(task, evidence)
     p_value = sign_flip_p_value(reference - losses)
-    before = _score(task, evidence, evidence.base)
-    after = _score(task, evidence, evidence.adapted)
-    sign = 1 if task.higher_is_better else -1
-    not_lower = math.isnan(before) or sign * after >= sign * before
-    whole = bool(
-        np.isfinite(task.sample_losses(evidence.adapted, evidence.labels, evidence.folds)).all()
+    before, level, after = (
+        _score(task, evidence, found) for found in (evidence.base, answer, evidence.adapted)
     )
+    sign = 1 if task.higher_is_better else -1
+    not_lower = all(math.isnan(s) or sign * after >= sign * s for s in (before, level))
     return Verdict(
-        improves=whole and not math.isnan(after) and not_lower and p_value <= SIGNIFICANCE,
+        improves=math.isfinite(after) and not_lower and p_value <= SIGNIFICANCE,
         p_value=p_value,
         groups=len(losses),
         baseline=baseline,
@@ -155,16 +155,17 @@ def _drawn_sums_above(values: Floats, least: float) -> int:
     return above
 
 
-def _baseline(task: Task, evidence: Evidence) -> tuple[str, Floats]:
-    """Name and losses [groups] of what is to be beaten; of equal means the base model."""
-    candidates = [(BASE, evidence.base), (CONSTANT, evidence.constant)]
+def _baseline(task: Task, evidence: Evidence) -> tuple[str, Floats, NDArray[np.float32] | None]:
+    """Name, losses [groups] and measured of what is to be beaten; of equal means the first."""
+    candidates = {**evidence.constants}
+    if evidence.base is not None:
+        candidates = {_BASE: evidence.base, **candidates}
+    if not candidates:  # nothing answers without the adapter: any finite loss is lower
+        return _BASE, np.full(len(np.unique(evidence.groups)), _WORST), None
     found = [
-        (name, _means(_losses(task, evidence, measured), evidence.groups))
-        for name, measured in candidates
-        if measured is not None
+        (name, _means(_losses(task, evidence, measured), evidence.groups), measured)
+        for name, measured in candidates.items()
     ]
-    if not found:  # nothing answers without the adapter: any finite loss is lower
-        return BASE, np.full(len(np.unique(evidence.groups)), _WORST)
     return min(found, key=lambda one: float(one[1].mean()))
 
 

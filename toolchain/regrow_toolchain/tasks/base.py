@@ -88,8 +88,12 @@ class Task(Protocol):
         """The score that must not fall; arguments as of `sample_losses`."""
         return self.score(measured, labels)
 
-    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32] | None:
-        """[N, m] for `labels`, measured of the answer that fits the labels of `train` best and
-        does not look at samples; None if the task has no such answer.
+    def constants(
+        self, train: NDArray[Any], labels: NDArray[Any]
+    ) -> dict[str, NDArray[np.float32]]:
+        """By name, [N, m] for `labels`: measured of answers that do not look at samples.
+
+        Args:
+            train: the labels that such an answer may be made from.
         """
-        return None
+        return {}

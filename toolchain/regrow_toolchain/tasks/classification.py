@@ -86,9 +86,20 @@ class Classification(Task):
         """Cross-entropy in nats."""
         return measured[:, 1].astype(np.float64)
 
-    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32]:
-        """The most frequent class of `train`, and the nats of its class frequencies."""
+    def constants(
+        self, train: NDArray[Any], labels: NDArray[Any]
+    ) -> dict[str, NDArray[np.float32]]:
+        """The most frequent class of `train`, with the nats of its class frequencies, and of even
+        chances for the classes there are.
+
+        Of few samples frequencies are no good estimate, and whatever stays nearer to even chances
+        is better: that alone must not count as something learnt.
+        """
         counts = np.bincount(train, minlength=int(labels.max(initial=0)) + 1)
-        nats = -np.log(np.maximum(counts[labels], _UNSEEN) / len(train))
+        frequencies = -np.log(np.maximum(counts[labels], _UNSEEN) / len(train))
+        even = np.full(len(labels), np.log(len(np.union1d(train, labels))))
         found = np.full(len(labels), counts.argmax())
-        return np.stack([found, nats], axis=-1).astype(np.float32)
+        return {
+            name: np.stack([found, nats], axis=-1).astype(np.float32)
+            for name, nats in (("class frequencies", frequencies), ("even chances", even))
+        }

@@ -125,10 +125,12 @@ class Distillation(Task):
         """1 - cosine."""
         return 1 - measured[:, 0].astype(np.float64)
 
-    def constant(self, train: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float32]:
+    def constants(
+        self, train: NDArray[Any], labels: NDArray[Any]
+    ) -> dict[str, NDArray[np.float32]]:
         """The cosine to the mean of `train`."""
-        mean = torch.from_numpy(train.mean(axis=0, keepdims=True))
-        return self.measure(mean.expand(labels.shape), torch.from_numpy(labels))
+        mean = torch.from_numpy(train.mean(axis=0, keepdims=True)).expand(labels.shape)
+        return {"mean of the labels": self.measure(mean, torch.from_numpy(labels))}
 
 
 def _cosine(outputs: Tensor, labels: Tensor) -> Tensor:
