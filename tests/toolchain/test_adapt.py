@@ -31,7 +31,7 @@ from regrow_toolchain.training import predict, score
 
 Data = Callable[..., Dataset]
 _OWN = ("open", "shut", "stop")
-_QUICK = AdaptConfig(steps=8)
+_QUICK = AdaptConfig(steps=8, holdout=0)
 # The condition, and what learns it from 48 samples. Biases alone cannot turn light into dark.
 _LEARN: dict[str, tuple[str, dict[str, Any]]] = {
     "nola": ("inverted", {"steps": 90}),
@@ -78,10 +78,11 @@ def test_another_condition_is_learned(
     unseen = _condition(dataset(150, 9), condition)
     noise = 0.05 if condition == "inverted" else 0.0
     config = AdaptConfig(method=method, shift=0.3, noise=noise, **options)
-    done = adapt(model, _condition(dataset(60, 5), condition), config)
+    held = _condition(dataset(30, 6), condition)
+    done = adapt(model, _condition(dataset(48, 5), condition), config, held=held)
     before = score(model.model, unseen)
     assert before < 0.5
-    assert done.helps
+    assert done.improves
     assert (done.adapter.head is None) is (method != "head")
     with applied(model.model, done.adapter):
         assert score(model.model, unseen) > before + 0.3
@@ -89,7 +90,9 @@ def test_another_condition_is_learned(
 
 
 def test_a_head_of_ones_own_is_learned(small: Backbone, dataset: Data) -> None:
-    done = adapt(small, dataset(60, 5, names=_OWN), AdaptConfig(steps=60, shift=0.0))
+    held = dataset(30, 6, names=_OWN)
+    config = AdaptConfig(steps=60, shift=0.0)
+    done = adapt(small, dataset(48, 5, names=_OWN), config, held=held)
     head = done.adapter.head
     assert head is not None
     assert head.labels == _OWN
@@ -130,11 +133,12 @@ def test_a_head_that_is_tuned_starts_as_the_backbones(
 
 
 def test_head_only_with_ones_own_labels(small: Backbone, dataset: Data) -> None:
-    config = AdaptConfig(method="head", steps=60, shift=0.0, head_lr=0.05)
-    done = adapt(small, dataset(60, 5, names=_OWN), config)
+    config = AdaptConfig(method="head", steps=60, shift=0.0, head_lr=0.01)
+    held = dataset(30, 6, names=_OWN)
+    done = adapt(small, dataset(48, 5, names=_OWN), config, held=held)
     assert (done.adapter.targets, dict(done.adapter.coefficients)) == ((), {})
     assert done.after > 0.8
-    assert done.helps
+    assert done.improves
 
 
 def test_a_head_learns_at_its_own_rate(small: Backbone, dataset: Data) -> None:
@@ -258,7 +262,7 @@ def test_the_scores_are_those_of_the_file(
     small: Backbone, dataset: Data, tmp_path: Path, method: str, storage: str
 ) -> None:
     """From the same data, with the adapter as it comes from disk."""
-    data = dataset(45, 5, names=_OWN)
+    data = dataset(60, 5, names=_OWN)
     config = replace(_QUICK, method=method, storage=storage, holdout=0.4, steps=10)
     done = adapt(small, data, config)
     written = done.adapter.save(tmp_path / "a.safetensors")
@@ -269,8 +273,9 @@ def test_the_scores_are_those_of_the_file(
     with applied(small.model, adapter):
         after = score(small.model, held)
     (kept,) = adapter.validated
-    assert (kept.variant, kept.metric, kept.samples) == ("fp32", "accuracy", 18)
+    assert (kept.variant, kept.metric, kept.samples) == ("fp32", "accuracy", 24)
     assert (kept.before, kept.after) == (done.before, done.after)
+    assert done.folds == 0
     assert kept.after == after
     assert kept.before == 0  # the backbone knows none of these names
 
@@ -290,6 +295,8 @@ def test_without_samples_held_back_there_is_no_score(small: Backbone, dataset: D
     assert np.isnan(done.before)
     assert np.isnan(done.after)
     assert done.adapter.validated == ()
+    assert (done.samples, done.folds, done.verdict) == (0, 0, None)
+    assert done.improves  # nobody looked, so nobody can say no
 
 
 # -- applying ------------------------------------------------------------------------------------
@@ -429,7 +436,7 @@ def test_layers_may_get_their_input_by_name() -> None:
 
 def test_before_counts_known_names_when_the_head_is_new(small: Backbone, dataset: Data) -> None:
     """The backbone's own names with a new head: what it knows already counts as known."""
-    data = dataset(45, 5)
+    data = dataset(60, 5)
     named = replace(data, names=small.labels, named=True)
     done = adapt(small, named, replace(_QUICK, head="new", holdout=0.4))
     _, held = split(fit_labels(named, small.labels, "new")[0], 0.4, _QUICK.seed)

@@ -183,10 +183,10 @@ def test_heads_side_by_side_keep_their_classes(
     backbone = load_backbone(tmp_path / "deit")
     assert (backbone.head, backbone.labels) == ((), names)
     assert backbone.task == "image-classification"
-    done = adapt(backbone, dataset(24, 1), AdaptConfig(steps=2))
+    done = adapt(backbone, dataset(24, 1), AdaptConfig(steps=2, holdout=0))
     assert done.adapter.head is None
     with pytest.raises(UsageError, match="backbone must have a head"):
-        adapt(backbone, dataset(24, 1, names=("a", "b", "c")), AdaptConfig(steps=2))
+        adapt(backbone, dataset(24, 1, names=("a", "b", "c")), AdaptConfig(steps=2, holdout=0))
     assert export_backbone(backbone, tmp_path / "bundle").labels == names
 
 

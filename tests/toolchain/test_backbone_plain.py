@@ -267,7 +267,7 @@ def test_a_plain_module_is_adapted_and_exported(data: Path, folder: Path) -> Non
     backbone = _net("net")
     samples = load_data(data, backbone)
     assert sorted(samples.inputs) == ["features"]
-    done = adapt(backbone, samples, AdaptConfig(steps=30, head="new", shift=0, noise=0))
+    done = adapt(backbone, samples, AdaptConfig(steps=30, holdout=0, head="new", shift=0, noise=0))
     done.adapter.save(folder / "a.safetensors")
     manifest = export_backbone(backbone, folder / "bundle", inputs=load_inputs(data, backbone))
     assert manifest.backbone_id == backbone.backbone_id == done.adapter.backbone_id
@@ -289,7 +289,8 @@ def test_the_command_line_takes_a_function(
     cli: Callable[..., object], data: Path, folder: Path
 ) -> None:
     name = "regrow_test_models.nets:net"
-    out = cli("adapt", name, "-o", "a.safetensors", "--data", data, "--steps", 5, "--shift", 0)
+    out = cli("adapt", name, "-o", "a.safetensors", "--data", data, "--steps", 5,
+              "--shift", 0, "--holdout", 0)  # fmt: skip
     assert out.code == 0, out.err
     out = cli("export", name, "-o", "bundle", "--inputs", data, "--json")
     assert out.code == 0, out.err
@@ -330,7 +331,7 @@ def test_a_compressed_one_comes_back(small: Path, data: Path) -> None:
     assert backbone.head == ("head",)
     assert len(backbone.layers) == 4
     assert not any(p.is_meta for p in model.parameters())
-    done = adapt(backbone, load_data(data, backbone), AdaptConfig(steps=5, shift=0))
+    done = adapt(backbone, load_data(data, backbone), AdaptConfig(steps=5, shift=0, holdout=0))
     assert done.adapter.backbone_id == backbone.backbone_id
     bundle = export_backbone(backbone, "bundle", inputs=load_inputs(data, backbone))
     assert len(bundle.slots) >= 4

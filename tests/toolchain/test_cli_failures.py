@@ -44,11 +44,14 @@ def filled(
     np.savez(room / "wide.npz", pixel_values=np.zeros((24, 3, 20, 20), "f4"), labels=labels)
     np.savez(room / "pixels.npz", pixel_values=np.zeros((24, 3, 12, 12), "f4"), labels=labels)
     np.savez(room / "nan.npz", pixel_values=np.full((24, 3, 12, 12), np.nan, "f4"), labels=labels)
+    few = np.arange(24) % 5
+    np.savez(room / "few.npz", images=pixels[few], labels=labels[few])
     (room / "cut.npz").write_bytes((room / "d.npz").read_bytes()[:500])
-    adapter = adapt(load_backbone(compressed_folder), dataset(24, 1), AdaptConfig(steps=2)).adapter
+    config = AdaptConfig(steps=2, holdout=0)
+    adapter = adapt(load_backbone(compressed_folder), dataset(24, 1), config).adapter
     adapter.save(room / "good.safetensors")
     (room / "cut.safetensors").write_bytes((room / "good.safetensors").read_bytes()[:-10])
-    adapt(load_backbone(vit_folder), dataset(24, 1), AdaptConfig(steps=2)).adapter.save(
+    adapt(load_backbone(vit_folder), dataset(24, 1), config).adapter.save(
         room / "other.safetensors"
     )
     (room / "there").mkdir()
@@ -113,7 +116,13 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_ADAPT, data="mixed.npz"), 2, "labels must be among the backbone's (left, middle"),
     (_with(_ADAPT, "--head", "new", data="one.npz"), 2, "two samples or more, of two classes"),
     (_with(_ADAPT, "--head", "keep", data="mixed.npz"), 2, "labels must be among the backbone's"),
-    (_with(_ADAPT, data="wide.npz"), 1, "model must take the data's inputs, got pixel_values"),
+    (
+        _with(_ADAPT, "--holdout", "0", data="wide.npz"),
+        1,
+        "model must take the data's inputs, got pixel_values",
+    ),
+    (_with(_ADAPT, data="wide.npz"), 2, "6 different samples or more to tell whether an adapter"),
+    (_with(_ADAPT, data="few.npz"), 2, "improves, got 5: give more, or train one untested with"),
     (_with(_ADAPT, data="nan.npz"), 2, "pixel_values must be finite, got NaN"),
     (_with(_ADAPT, model="bert"), 2, "names of forward's arguments (input_ids, attention_mask"),
     (_with(_ADAPT, model="bert", data="pixels.npz"), 2, "names of forward's arguments (input_ids"),
@@ -122,7 +131,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_COMPRESS, data="wide.npz"), 1, "model must take the data's inputs"),
     # settings
     (_with(_ADAPT, "--lr", "1e30"), 1, "loss must be finite"),
-    (_with(_ADAPT, "--steps", "1", "--lr", "1e-9"), 1, "adapter must be better than none to be"),
+    (_with(_ADAPT, "--steps", "1", "--lr", "1e-9"), 1, "adapter must improve on none to be"),
     (_with(_ADAPT, "--loss", "no.such:loss"), 2, "loss must be of a module that can be imported"),
     (_with(_ADAPT, "--lr", "nan"), 2, "nan is not a finite number"),
     (_with(_ADAPT, "--label-smoothing", "2"), 2, "--label-smoothing"),

@@ -45,7 +45,10 @@ def test_adapt_says_what_it_made(workshop: Any) -> None:
     assert said["bytes"] == (workshop.room / "mine.safetensors").stat().st_size < 4096
     assert said["backbone_id"] == adapter.backbone_id
     assert (said["method"], said["storage"], said["labels"]) == ("nola", "int4", None)
-    assert said["samples"] == {"data": 60, "held_back": 12}
+    assert said["samples"] == {"data": 60, "held_back": 60, "folds": 5}
+    assert said["gate"]["improves"] is True
+    assert said["gate"]["p_value"] <= 0.02
+    assert said["gate"]["groups"] == 60
     assert said["after"] > said["before"] + 0.2
     own = workshop.said["adapt own"].json
     assert own["labels"] == ["open", "shut", "stop"]

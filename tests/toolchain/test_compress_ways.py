@@ -346,7 +346,7 @@ def test_it_is_tuned_whole_adapted_and_exported(
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert score(model, dataset(120, 2)) > before + 0.05
     small = load_backbone(tmp_path / "small")
-    done = adapt(small, dataset(60, 3), AdaptConfig(steps=3, storage="fp32"))
+    done = adapt(small, dataset(60, 3), AdaptConfig(steps=3, storage="fp32", holdout=0))
     assert len(done.adapter.targets) == 12
     for precision in ("fp32", "int8"):
         export_backbone(small, tmp_path / precision, precision=precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from regrow_toolchain.data import Dataset
 from regrow_toolchain.fitting import Fitting
 
 _STEPS = 30
-_CONFIG = AdaptConfig(method="head", steps=_STEPS, batch_size=8, head_lr=0.05)
+_CONFIG = AdaptConfig(method="head", steps=_STEPS, batch_size=8, head_lr=0.05, holdout=0)
 _COUNTS = {"ann": 7, "bob": 30, "cy": 12}
 
 
@@ -128,7 +129,7 @@ def test_the_result_is_that_of_running_the_backbone(
 )
 def test_a_model_that_changes_what_the_head_gives_is_run(after: Callable[[Tensor], Tensor]) -> None:
     model = _Model(after)
-    assert adapt(_backbone(model), _data(40), _CONFIG).helps
+    assert adapt(_backbone(model), _data(40), _CONFIG, held=_data(60, 1)).improves
     assert model.calls > _STEPS
 
 
@@ -148,7 +149,7 @@ def test_pictures_that_move_are_computed_anew(change: dict[str, float], runs: bo
 
 def test_few_steps_do_not_compute_what_no_step_sees() -> None:
     model = _Model()
-    adapt(_backbone(model), _data(200), AdaptConfig(**{**vars(_CONFIG), "steps": 3}))
+    adapt(_backbone(model), _data(200), replace(_CONFIG, steps=3, holdout=0.2))
     assert model.calls <= 3 + 4  # the scores before and after, the probe
 
 

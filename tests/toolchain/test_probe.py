@@ -33,7 +33,9 @@ _SMALL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
     "initializer_range": 0.1,
 }  # fmt: skip
-_QUICK = AdaptConfig(steps=4, shift=0.0, noise=0.0, method_settings={"k": "8", "l": "8"})
+_QUICK = AdaptConfig(
+    steps=4, holdout=0.0, shift=0.0, noise=0.0, method_settings={"k": "8", "l": "8"}
+)
 
 
 class Mixer(nn.Module):
@@ -279,6 +281,6 @@ def test_it_costs_little(backbone: Backbone, dataset: Callable[..., Dataset]) ->
     handle = backbone.model.register_forward_hook(
         lambda _m, _a, output: seen.append(len(output.logits))
     )
-    adapt(backbone, dataset(40, 5), replace(_QUICK, holdout=0.0))
+    adapt(backbone, dataset(40, 5), _QUICK)
     handle.remove()
     assert seen.count(1) == 1

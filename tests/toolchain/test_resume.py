@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from regrow_export.precision import round_weight
@@ -26,6 +28,7 @@ from regrow_toolchain.backbone import Backbone, load_backbone
 from regrow_toolchain.checkpoint import Checkpoint
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
+from regrow_toolchain.data.dataset import split
 from regrow_toolchain.fitting import Fitting
 from regrow_toolchain.methods import METHODS
 from regrow_toolchain.training import predict, score
@@ -33,8 +36,9 @@ from regrow_toolchain.training import predict, score
 Data = Callable[..., Dataset]
 _OWN = ("open", "shut", "stop")
 _CONFIG = AdaptConfig(
-    steps=10, batch_size=16, shift=0.5, noise=0.1, lr=0.02, method_settings={"k": 16, "l": 16}
-)
+    steps=10, batch_size=16, shift=0.5, noise=0.1, lr=0.02, holdout=0,
+    method_settings={"k": 16, "l": 16},
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +251,20 @@ def test_a_broken_state_is_refused(
     assert state.read_bytes() == broken
 
 
+def test_a_state_of_an_older_regrow_is_refused(
+    shared: Backbone, data: Dataset, tmp_path: Path
+) -> None:
+    """It held one pass, of the same training, and called its step `step`."""
+    state = tmp_path / "state"
+    with pytest.raises(_Killed), _killed_at(2):
+        adapt(shared, data, _CONFIG, checkpoint=state)
+    with safe_open(state, "pt") as file:
+        identity = file.metadata()["identity"]
+    save_file({"x": torch.zeros(1)}, state, {"identity": identity, "step": "2"})
+    with pytest.raises(UsageError, match=r"this version of regrow, got an older one; remove .*"):
+        adapt(shared, data, _CONFIG, checkpoint=state, resume=True)
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.99])
 def test_half_a_state_is_refused(
     shared: Backbone, data: Dataset, tmp_path: Path, keep: float
@@ -275,7 +293,7 @@ def test_states_are_written_from_time_to_time(
         now[0] = moment
         state.save(step, tensors)
     assert len(calls) == 2
-    assert load_file(tmp_path / "state")["x"].item() == 2
+    assert load_file(tmp_path / "state")["0:x"].item() == 2
     found = Checkpoint(tmp_path / "state", "a").load()
     assert found is not None
     assert found[0] == 5
@@ -285,7 +303,7 @@ def test_states_are_written_from_time_to_time(
 
 
 _LONG = """
-import sys
+import json, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -299,7 +317,7 @@ adapting.Checkpoint = lambda path, identity: Checkpoint(path, identity, seconds=
 folder, arrays, state, out = map(Path, sys.argv[1:5])
 loaded = np.load(arrays)
 data = Dataset({"pixel_values": loaded["x"]}, loaded["y"], ("open", "shut", "stop"))
-config = AdaptConfig(steps=150, batch_size=16, patience=50, eval_every=10)
+config = AdaptConfig(**json.loads(sys.argv[5]))
 done = adapting.adapt(load_backbone(folder), data, config, checkpoint=state,
                       resume=state.exists())
 done.adapter.save(out)
@@ -307,14 +325,23 @@ done.adapter.save(out)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 150, "batch_size": 16, "patience": 50, "eval_every": 10, "holdout": 0},
+        {"steps": 40, "batch_size": 16},  # folds beside one another
+        {"steps": 20, "batch_size": 16, "users_at_once": 1},  # folds one after another
+    ],
+    ids=["one adapter", "folds", "folds in passes"],
+)
 def test_a_process_that_was_killed_goes_on(
-    vit_folder: Path, data: Dataset, tmp_path: Path,
+    vit_folder: Path, data: Dataset, tmp_path: Path, settings: dict[str, Any],
     start: Callable[..., subprocess.Popen[str]],
 ) -> None:  # fmt: skip
     """SIGKILL, whenever it comes: also while a state is being written."""
     np.savez(tmp_path / "data.npz", x=data.inputs["pixel_values"], y=data.labels)
     state, out = tmp_path / "state", tmp_path / "out.safetensors"
-    arguments = (vit_folder, tmp_path / "data.npz", state, out)
+    arguments = (vit_folder, tmp_path / "data.npz", state, out, json.dumps(settings))
     process = start(*arguments, program=_LONG)
     end = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < end:
@@ -328,7 +355,7 @@ def test_a_process_that_was_killed_goes_on(
     error = start(*arguments, program=_LONG).communicate(timeout=120)[1]
     assert error == ""
     assert not state.exists()
-    config = AdaptConfig(steps=150, batch_size=16, patience=50, eval_every=10)
+    config = AdaptConfig(**settings)
     whole = adapt(load_backbone(vit_folder), data, config)
     assert out.read_bytes() == whole.adapter.to_bytes()
 
@@ -523,12 +550,12 @@ def test_early_stopping_is_the_same_in_company(
 ) -> None:
     samples = _users(dataset, {"ann": 12, "bob": 30, "cy": 24})
     with _evaluations(scores):
-        together = adapt_users(shared, samples, _EARLY)
+        together = adapt_users(shared, samples, _EARLY, held=samples)
     assert samples.users is not None
     for user, done in together.items():
         mine = replace(samples.take(np.flatnonzero(samples.users == user)), users=None)
         with _evaluations(scores):
-            alone = adapt(shared, mine, _EARLY)
+            alone = adapt(shared, mine, _EARLY, held=mine)
         for name, wanted in _coefficients(alone).items():
             found = _coefficients(done)[name]
             assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max(), (user, name)
@@ -537,7 +564,7 @@ def test_early_stopping_is_the_same_in_company(
 
 @pytest.mark.parametrize("step", [3, 8, 11])
 def test_early_stopping_resumes(shared: Backbone, dataset: Data, tmp_path: Path, step: int) -> None:
-    samples = _users(dataset, {"ann": 12, "bob": 30})
+    samples, _ = split(_users(dataset, {"ann": 12, "bob": 30}), 0.2, 0)
     config = replace(_EARLY, steps=20)
     whole = adapt_users(shared, samples, config)
     with pytest.raises(_Killed), _killed_at(step):
@@ -602,7 +629,7 @@ def test_validation_needs_samples(shared: Backbone, dataset: Data) -> None:
         adapt(shared, dataset(24, 5), replace(_EARLY, validation=0.0))
     few = _users(dataset, {"ann": 30, "bob": 2})
     with pytest.raises(UsageError, match="user bob: validation must leave samples"):
-        adapt_users(shared, few, _EARLY)
+        adapt_users(shared, few, replace(_EARLY, holdout=0.2))
 
 
 # -- gradient accumulation ------------------------------------------------------------------------
@@ -630,7 +657,7 @@ def test_accumulation_changes_nothing_but_memory(
     shared: Backbone, dataset: Data, method: str, pieces: int
 ) -> None:
     """Gradients to 1e-6, for users with fewer samples than pieces too."""
-    samples = _users(dataset, {"ann": 4, "bob": 30, "cy": 21})
+    samples, _ = split(_users(dataset, {"ann": 4, "bob": 30, "cy": 21}), 0.2, 0)
     config = _of(method, storage="fp32", lr=0.01, steps=4)
     with _gradients() as wanted:
         whole = adapt_users(shared, samples, config)
@@ -672,19 +699,25 @@ def test_mixed_precision_runs_and_helps(shared: Backbone, dataset: Data, method:
 
     layer = "vit.encoder.layer.0.attention.attention.query"
     handle = shared.model.get_submodule(layer).register_forward_hook(note)
-    samples = dataset(60, 5, inverted=method != "bitfit")
+    samples, held = (
+        dataset(n, seed, inverted=method != "bitfit") for n, seed in ((48, 5), (30, 6))
+    )
     if method == "bitfit":
-        faint = 0.1 * samples.inputs["pixel_values"]
-        samples = replace(samples, inputs={"pixel_values": faint.astype(np.float32)})
+        samples, held = _faint(samples), _faint(held)
     config = AdaptConfig(
         method=method, steps=60, lr=_RATES[method], shift=0.3, noise=0.0, mixed_precision="bf16"
     )
-    done = adapt(shared, samples, config)
+    done = adapt(shared, samples, config, held=held)
     handle.remove()
     assert seen == {torch.bfloat16, torch.float32}  # trained in one, scored in the other
-    assert done.helps
+    assert done.improves
     assert done.after > done.before + 0.1
     assert all(p.dtype == torch.float32 for p in shared.model.parameters())
+
+
+def _faint(data: Dataset) -> Dataset:
+    pixels = 0.1 * data.inputs["pixel_values"]
+    return replace(data, inputs={"pixel_values": pixels.astype(np.float32)})
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -695,7 +728,7 @@ def test_training_on_the_weights_of_the_device(
 
     The probe is of exact weights, so that it serves bundles of every precision.
     """
-    samples = dataset(60, 5, inverted=True)
+    samples, held = dataset(48, 5, inverted=True), dataset(30, 6, inverted=True)
     weights = {name: value.clone() for name, value in shared.model.state_dict().items()}
     name = "vit.encoder.layer.1.intermediate.dense.weight"
     seen: list[torch.Tensor] = []
@@ -705,7 +738,7 @@ def test_training_on_the_weights_of_the_device(
 
     handle = shared.model.register_forward_hook(keep)
     config = replace(_of("lora"), steps=60, lr=0.02, noise=0.05, precision=precision)
-    done = adapt(shared, samples, config)
+    done = adapt(shared, samples, config, held=held)
     handle.remove()
     wanted = round_weight(np.ascontiguousarray(weights[name].numpy().T), precision).T
     assert len(seen) > 60
@@ -715,7 +748,7 @@ def test_training_on_the_weights_of_the_device(
     assert not np.array_equal(wanted, weights[name].numpy())
     for key, value in shared.model.state_dict().items():
         assert torch.equal(value, weights[key])
-    assert done.helps
+    assert done.improves
     assert [v.variant for v in done.adapter.validated] == [precision]
 
 

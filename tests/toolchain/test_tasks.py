@@ -19,6 +19,7 @@ from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
+from regrow_toolchain.data.dataset import split
 from regrow_toolchain.tasks import Loss, choose_task
 from regrow_toolchain.tasks.classification import Classification
 from regrow_toolchain.tasks.custom import Custom
@@ -244,6 +245,19 @@ def test_scores() -> None:
         assert math.isnan(each.score(np.empty((0, 1), np.float32), np.empty(0)))
 
 
+def test_classification_measures_the_nats_of_a_label() -> None:
+    """Torch's cross-entropy, whatever smoothing trains with; a label that is no output has none."""
+    outputs = 3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 0, 1, -1, 2])
+    measured = Classification(0.1).measure(outputs, labels)
+    found = Classification(0.1).sample_losses(measured, labels.numpy(), np.zeros(5, np.int64))
+    known = labels >= 0
+    wanted = functional.cross_entropy(outputs[known], labels[known], reduction="none")
+    np.testing.assert_allclose(found[known.numpy()], wanted.numpy(), rtol=1e-5)
+    assert found[3] == math.inf
+    assert measured[:, 0].tolist() == outputs.argmax(-1).tolist()
+
+
 def test_what_is_no_number_is_never_right() -> None:
     """NaN stands first among the classes: a model that broke must not score by it."""
     logits = torch.tensor([[math.nan] * 3, [0.0, math.nan, 1.0], [3.0, 0.0, 0.0]])
@@ -358,30 +372,35 @@ def _values(count: int, outputs: int = 1, seed: int = 0) -> Dataset:
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head"])
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_regression_with_a_head_of_ones_own(method: str, outputs: int) -> None:
-    config = _config(method=method, steps=60, lr=0.02, head_lr=0.05, holdout=0.25)
-    done = adapt(_plain(outputs), _values(64, outputs), config)
+    config = _config(method=method, steps=60, lr=0.02, head_lr=0.05, holdout=0.4)
+    data = _values(64, outputs)
+    done = adapt(_plain(outputs), data, config)
     head = done.adapter.head
     assert head is not None
     assert head.labels == tuple(f"value_{i}" for i in range(outputs))
-    assert (done.metric, done.higher_is_better, done.samples) == ("rmse", False, 16)
-    assert done.before == done.floor > 0.3  # the best constant: nothing is known of the values
-    assert done.after < 0.8 * done.floor
-    assert done.helps
+    assert (done.metric, done.higher_is_better, done.samples) == ("rmse", False, 26)
+    train, held = split(data, 0.4, config.seed)
+    constant = np.sqrt(np.mean((held.labels - train.labels.mean(axis=0)) ** 2))
+    assert done.before == pytest.approx(constant)  # nothing else is known of the values
+    assert constant > 0.3
+    assert done.after < 0.8 * constant
+    assert done.verdict is not None
+    assert done.verdict.baseline == "constant answer"
+    assert done.improves
 
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("head", ["auto", "keep", "tune"])
 def test_regression_with_the_backbones_head(head: str, flat: bool) -> None:
     backbone = _plain(1, ("size",), flat=flat)
-    config = _config(method="lora", head=head, steps=60, lr=0.02, holdout=0.25)
+    config = _config(method="lora", head=head, steps=60, lr=0.02, holdout=0.4)
     if flat and head == "tune":
         return  # such a model takes the last dimension off itself, whatever its head is
     done = adapt(backbone, _values(64), config)
     assert (done.adapter.head is None) is (head != "tune")
     assert done.before > 0.5
     assert done.after < 0.8 * done.before
-    assert math.isnan(done.floor)
-    assert done.helps
+    assert done.improves
     with applied(backbone.model, done.adapter), torch.no_grad():
         data = _values(40, seed=9)
         found = backbone.model(torch.from_numpy(data.inputs["x"])).reshape(-1).numpy()
@@ -419,12 +438,12 @@ def test_a_causal_lm_learns_a_sequence(make: Callable[[], nn.Module], method: st
     rates = {"nola": 0.1, "vera": 0.3, "fourierft": 0.3, "lora": 0.05, "bitfit": 0.1}
     config = _config(method=method, steps=30, lr=rates[method], storage="int8",
                      method_settings={"rank": 4} if method == "nola" else {})  # fmt: skip
-    done = adapt(_causal(make), _sequences(40), config)
+    done = adapt(_causal(make), _sequences(32), config, held=_sequences(24, 1))
     assert done.metric == "nats per token"
     assert done.adapter.head is None
     assert done.before > 3
     assert done.after < 0.8 * done.before
-    assert done.helps
+    assert done.improves
 
 
 @pytest.mark.parametrize("method", ["nola", "vera", "fourierft", "lora"])
@@ -434,7 +453,7 @@ def test_a_model_in_bf16_learns(method: str) -> None:
     settings = {"rank": 4} if method in ("nola", "lora") else {}
     rates = {"nola": 0.1, "vera": 0.3, "fourierft": 0.3, "lora": 0.05}
     config = _config(method=method, steps=20, lr=rates[method], method_settings=settings)
-    done = adapt(backbone, _sequences(40), config)
+    done = adapt(backbone, _sequences(32), config, held=_sequences(8, 1))
     assert done.after < 0.9 * done.before
 
 
@@ -455,7 +474,7 @@ def test_a_model_in_bf16_takes_a_head(head: str) -> None:
     """Heads are float32 in training and in the file, whatever the model computes in."""
     names = ("a", "b", "c")
     backbone = Backbone(_Half().eval(), "sha256:1", "custom", ("inner.head",), names, ())
-    done = adapt(backbone, _labelled(40), _config(steps=4, head=head))
+    done = adapt(backbone, _labelled(40), _config(steps=4, head=head, holdout=0))
     assert done.adapter.head is not None
     x = torch.from_numpy(_labelled(40).inputs["x"])
     with torch.no_grad(), applied(backbone.model, done.adapter):
@@ -509,7 +528,9 @@ def test_features_come_closer_to_a_teachers() -> None:
     data = _texts(60)
     words = rng.normal(size=(3, 16)).astype(np.float32)
     data = replace(data, labels=words[data.labels], names=())
-    done = adapt(_bert(), data, _config(steps=60, lr=0.05, method_settings={"rank": 4}))
+    done = adapt(
+        _bert(), data, _config(steps=60, lr=0.05, holdout=0.4, method_settings={"rank": 4})
+    )
     assert done.metric == "cosine"
     assert abs(done.before) < 0.5
     assert done.after > done.before + 0.3
@@ -529,12 +550,12 @@ def _absolute_mean(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("loss", [_absolute, _absolute_mean])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_of_ones_own_is_learned(loss: Loss, accumulate: int) -> None:
-    config = _config(steps=50, lr=0.02, accumulate=accumulate, holdout=0.25)
+    config = _config(steps=50, lr=0.02, accumulate=accumulate, holdout=0.4)
     done = adapt(_plain(), _values(64), config, loss=loss)
     assert (done.metric, done.higher_is_better) == ("loss", False)
     assert done.adapter.head is None
     assert done.after < 0.8 * done.before
-    assert done.helps
+    assert done.improves
 
 
 def test_one_number_for_all_serves_one_user_alone() -> None:
@@ -550,8 +571,8 @@ def test_one_number_for_all_serves_one_user_alone() -> None:
 @pytest.mark.parametrize("head", ["auto", "tune"])
 def test_a_loss_of_ones_own_trains_the_backbones_head(head: str) -> None:
     method = "head" if head == "auto" else "lora"
-    config = _config(method=method, head=head, steps=50, head_lr=0.05, lr=0.02)
-    done = adapt(_plain(2), _values(40), config, loss=_absolute)
+    config = _config(method=method, head=head, steps=50, head_lr=0.05, lr=0.02, holdout=0.4)
+    done = adapt(_plain(2), _values(64), config, loss=_absolute)
     assert done.adapter.head is not None
     assert done.adapter.head.labels == ("value_0", "value_1")
     assert done.after < 0.8 * done.before
@@ -591,10 +612,10 @@ def _check_alone(
         for name, part in done.adapter.coefficients.items():
             wanted = alone.adapter.coefficients[name].dense()
             assert np.abs(part.dense() - wanted).max() <= 1e-4 * np.abs(wanted).max(), (user, name)
-        assert done.samples == alone.samples
+        assert (done.samples, done.folds) == (alone.samples, 5)
         assert done.before == pytest.approx(alone.before, nan_ok=True)
         assert done.after == pytest.approx(alone.after, rel=1e-4, nan_ok=True)
-        assert done.helps == alone.helps
+        assert done.improves == alone.improves
 
 
 @pytest.mark.parametrize("method", ["nola", "fourierft"])

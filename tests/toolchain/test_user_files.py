@@ -18,7 +18,7 @@ from regrow_toolchain.userfiles import SUMMARY, UserFolder, file_name
 
 Cli = Callable[..., Any]
 _NAMES = ("ann", "b/o\\b", "..")
-_QUICK = ("--steps", "6", "--keep-anyway", "--users", "who", "--json")
+_QUICK = ("--steps", "6", "--keep-anyway", "--users", "who", "--json", "--holdout", "0")
 
 
 class _KilledError(Exception):
@@ -61,7 +61,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def test_everybody_has_a_file(cli: Cli, room: Path) -> None:
-    done = _adapt(cli, room)
+    done = _adapt(cli, room, "--holdout", 0.2)
     assert (done.code, done.err) == (0, "")
     said = json.loads(done.out)
     assert (said["users"], said["written"]) == (3, 3)
@@ -72,6 +72,9 @@ def test_everybody_has_a_file(cli: Cli, room: Path) -> None:
         adapter = Adapter.load(room / "out" / row["file"])
         assert row["bytes"] == (room / "out" / row["file"]).stat().st_size
         assert adapter.validated[0].after == row["after"]
+        assert (row["folds"], row["held_back"], adapter.validated[0].samples) == (5, 18, 18)
+        assert row["baseline"] in ("base model", "constant answer")
+        assert 0 < row["p_value"] <= 1
     assert sorted(p.name for p in room.iterdir()) == ["d.npz", "out", "small"]
     assert len(list((room / "out").iterdir())) == 4
 
@@ -89,32 +92,38 @@ def test_where_nobody_is_helped_the_command_fails(cli: Cli, room: Path) -> None:
     """As for one user; the figures are printed, and nothing is left behind."""
     quick = [option for option in _QUICK if option != "--keep-anyway"]
     done = cli("adapt", room / "small", "--data", room / "d.npz", "-o", room / "out", *quick,
-               "--lr", "1e-9")  # fmt: skip
+               "--lr", "1e-9", "--holdout", "0.2")  # fmt: skip
     assert done.code == 1
     said = json.loads(done.out)
     assert said["written"] == 0
     assert [row["file"] for row in said["adapters"]] == [None] * 3
-    assert "adapters must be better than none to be written, got none that is" in done.err
+    assert "adapters must improve on none to be written, got none that does" in done.err
     assert "--keep-anyway" in done.err
     assert sorted(p.name for p in room.iterdir()) == ["d.npz", "small"]
 
 
-@pytest.mark.parametrize("step", [3, 9, 14])
+@pytest.mark.parametrize(
+    ("share", "step"), [*((0, step) for step in (3, 9, 14)), *((0.2, step) for step in (7, 9, 40))]
+)
 def test_a_kill_loses_nothing(
-    cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, share: float, step: int
 ) -> None:
-    """One user at a time: killed within the first, the second and the third."""
+    """One user at a time: killed within the first, the second and the third.
+
+    With folds: before and within the second of the first user's six passes, and in the second's.
+    """
     monkeypatch.setattr("regrow_toolchain.checkpoint.Checkpoint.__init__.__kwdefaults__",
                         {"seconds": 0.0})  # fmt: skip
-    _adapt(cli, room, "--users-at-once", 1, out="whole")
-    _kill(cli, room, step, "--users-at-once", 1)
+    alone = ("--users-at-once", 1, "--holdout", share)
+    _adapt(cli, room, *alone, out="whole")
+    _kill(cli, room, step, *alone)
     left = _files(room / "out.resume")
     assert any(name.startswith(".state.") for name in left) is (step != 13)
     refused = _adapt(cli, room)
     assert refused.code == 2
     assert "--resume goes on with it" in refused.err
     assert _files(room / "out.resume") == left
-    done = _adapt(cli, room, "--users-at-once", 1, "--resume")
+    done = _adapt(cli, room, *alone, "--resume")
     assert (done.code, done.err) == (0, "")
     assert _files(room / "out") == _files(room / "whole")
     assert not (room / "out.resume").exists()
@@ -173,16 +182,24 @@ def test_nothing_to_resume_is_said(cli: Cli, room: Path) -> None:
     assert "nothing to resume at" in done.err
 
 
+def _row(**more: object) -> str:
+    """A line of the summary."""
+    return json.dumps({"user": "a", "metric": "x", "bytes": 1, "held_back": 1, "folds": 0, **more})
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("{}", "user must be of type str"),
         ("[]", "must be an object"),
         ("rubbish", "must be JSON"),
-        ('{"user":"a","metric":"x","file":"../a","bytes":1,"held_back":1}', "file must be the"),
-        ('{"user":"a","metric":"x","file":"a.safetensors","bytes":1,"held_back":1}', "must have a"),
-        ('{"user":"a","metric":"x","bytes":-1,"held_back":1}', "bytes must be from 0"),
-        ('{"user":"a","metric":"x","bytes":1,"held_back":1,"more":1}', "unknown fields more"),
+        (_row(file="../a"), "file must be the"),
+        (_row(file="a.safetensors"), "must have a"),
+        (_row(bytes=-1), "bytes must be from 0"),
+        (_row(more=1), "unknown fields more"),
+        (_row(folds=-1), "folds must be from 0"),
+        (_row().replace(', "folds": 0', ""), "folds must be"),
+        (_row(p_value="low"), "p_value must be"),
     ],
 )
 def test_a_broken_summary_is_one_error(tmp_path: Path, line: str, words: str) -> None:

@@ -19,6 +19,7 @@ from regrow_toolchain.cohort import Batch
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.fitting import Fitting
+from regrow_toolchain.gate import Verdict
 from regrow_toolchain.methods import METHODS
 
 Data = Callable[..., Dataset]
@@ -26,7 +27,7 @@ _NAMES = ("open", "shut", "stop")
 # Samples by user, in the order of their ids: more and fewer than a batch, all different.
 _COUNTS = {"ann": 6, "bob": 30, "cy": 12, "dee": 9}
 _CONFIG = AdaptConfig(
-    storage="fp32", steps=6, batch_size=8, shift=0.8, noise=0.1, holdout=0.3, lr=0.01
+    storage="fp32", steps=6, batch_size=8, shift=0.8, noise=0.1, holdout=0, lr=0.01
 )
 _SMALL = {
     "nola": {"k": 16, "l": 16, "rank": 3},
@@ -98,9 +99,18 @@ def _check_same(together: Adapted, alone: Adapted, relative: float = 1e-4) -> No
             # In fp16, which a difference of 1e-7 may round to the next number.
             assert _near(mine.weight, theirs.weight, max(relative, 1e-3))
             assert _near(mine.bias, theirs.bias, max(relative, 1e-3))
-    for score in ("before", "after", "floor", "samples"):
+    for score in ("before", "after", "samples", "folds", "improves"):
         assert getattr(together, score) == pytest.approx(getattr(alone, score), nan_ok=True)
     assert one.validated == other.validated
+    _check_verdict(together.verdict, alone.verdict)
+
+
+def _check_verdict(together: Verdict | None, alone: Verdict | None) -> None:
+    assert (together is None) is (alone is None)
+    if together and alone:
+        for field, value in vars(alone).items():
+            near = value if isinstance(value, str) else pytest.approx(value, rel=1e-3, nan_ok=True)
+            assert getattr(together, field) == near, field
 
 
 # -- as if alone ----------------------------------------------------------------------------------
@@ -158,15 +168,21 @@ def test_gradients_equal_those_of_training_alone(
     assert seen == len(together) >= len(_COUNTS)
 
 
-@pytest.mark.parametrize(("method", "at_once"), [*((m, 0) for m in METHODS), ("nola", 3)])
+@pytest.mark.parametrize(
+    ("method", "at_once"), [*((m, 0) for m in METHODS), ("nola", 3), ("nola", 18)]
+)
 def test_results_equal_those_of_training_alone(
     shared: Backbone, own: Dataset, method: str, at_once: int
 ) -> None:
-    """Unequal numbers of samples and classes, heads of their own, noise and shifts; 1e-4, fp32."""
-    config = _with(method, users_at_once=at_once)
+    """Unequal numbers of samples and classes, heads of their own, noise and shifts; 1e-4, fp32.
+
+    So are the folds that judge them.
+    """
+    config = _with(method, users_at_once=at_once, holdout=0.3)
     together = adapt_users(shared, own, config)
     assert list(together) == sorted(_COUNTS)
     for user, done in together.items():
+        assert (done.folds, done.samples) == (5, _COUNTS[user])
         _check_same(done, adapt(shared, _of(own, user), config))
 
 
@@ -183,7 +199,7 @@ def test_results_equal_with_the_backbones_head(
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_company_changes_nothing(shared: Backbone, own: Dataset, count: int) -> None:
     """In groups of one, training users is training them alone: to the byte."""
-    config = _with("nola", users_at_once=1, storage="int4")
+    config = _with("nola", users_at_once=1, storage="int4", holdout=0.3)
     users = sorted(_COUNTS)[:count]
     some = own.take(np.flatnonzero(np.isin(own.users, users)))
     found = adapt_users(shared, some, config)
@@ -202,11 +218,12 @@ def test_users_with_heads_of_either_kind_in_one_run(shared: Backbone, dataset: D
         labels = part.labels + (3 if user in ("bob", "dee") else 0)
         parts.append(replace(part, labels=labels, users=np.full(count, user)))
     data = _mixed(parts)
-    found = adapt_users(shared, data, _with("lora"))
+    config = _with("lora", holdout=0.3)
+    found = adapt_users(shared, data, config)
     assert sorted(found) == sorted(_COUNTS)
     for user, done in found.items():
         part = _of(data, user)
-        _check_same(done, adapt(shared, part, _with("lora")))
+        _check_same(done, adapt(shared, part, config))
         labels = done.adapter.head.labels if done.adapter.head else None
         assert labels == (_NAMES if user in ("bob", "dee") else None)
 
@@ -232,7 +249,7 @@ def test_held_samples_of_each_user(shared: Backbone, own: Dataset, dataset: Data
     found = adapt_users(shared, own, _with("lora"), held=held)
     assert list(found) == sorted(_COUNTS)  # zoe has nothing to learn from
     for user, done in found.items():
-        assert done.samples == 9
+        assert (done.samples, done.folds) == (9, 0)
         _check_same(done, adapt(shared, _of(own, user), _with("lora"), held=_of(held, user)))
     missing = held.take(np.flatnonzero(held.users != "cy"))
     with pytest.raises(UsageError, match=r"held samples must be there for every user, .* 'cy'"):
@@ -254,16 +271,16 @@ def test_samples_without_users(shared: Backbone, own: Dataset) -> None:
 
 
 def test_a_user_whose_samples_are_not_numbers_stops_alone(shared: Backbone, own: Dataset) -> None:
-    config = _with("nola", head="new")
+    config = _with("nola", head="new", holdout=0.3)
     pixels = own.inputs["pixel_values"].copy()
     assert own.users is not None
-    pixels[own.users == "bob"] = np.nan
+    pixels[own.users == "bob", 0, 0] = np.nan
     broken = replace(own, inputs={"pixel_values": pixels})
     found, clean = adapt_users(shared, broken, config), adapt_users(shared, own, config)
     assert list(found) == sorted(_COUNTS)
     assert found["bob"].stopped is not None
     assert str(found["bob"].stopped) == "loss must be finite, got nan at step 0: lower --lr"
-    assert not found["bob"].helps
+    assert not found["bob"].improves
     found["bob"].adapter.to_bytes()  # the start, which is a whole file
     for user in ("ann", "cy", "dee"):
         assert found[user].stopped is None
@@ -276,7 +293,7 @@ def test_a_user_whose_loss_breaks_later_keeps_what_was_good(
     shared: Backbone, own: Dataset, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
     original = Fitting._losses
-    bobs = 21  # of 30 samples; the others are held back
+    bobs = _COUNTS["bob"]
 
     def breaks(self: Fitting, batch: Batch) -> torch.Tensor:
         losses = original(self, batch)
@@ -372,8 +389,11 @@ def test_layers_that_do_not_see_the_batch_first_are_refused() -> None:
         adapt_users(_encoder(batch_first=False), _tokens(), config, targets=["linear1"])
     model = _encoder(batch_first=False)
     assert not any(m._forward_hooks for m in model.model.modules())
-    done = adapt(model, _of(_tokens(), "bob"), config, targets=["linear1"])  # one user may
-    assert len(done.adapter.targets) == 2
+    for holdout in (0, 0.3):  # one user may, and has folds one by one
+        config = replace(config, holdout=holdout)
+        done = adapt(model, _of(_tokens(), "bob"), config, targets=["linear1"])
+        assert len(done.adapter.targets) == 2
+        assert done.folds == (5 if holdout else 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"flat": True}])

@@ -24,7 +24,7 @@ def room(
     """Bundles of a backbone, and a user's adapter with a head of its own."""
     room = tmp_path_factory.mktemp("verify")
     backbone = load_backbone(vit_folder)
-    config = AdaptConfig(steps=10, head="new", shift=0.0, noise=0.0)
+    config = AdaptConfig(steps=10, holdout=0, head="new", shift=0.0, noise=0.0)
     user = adapt(backbone, dataset(40, 5), config).adapter
     user.save(room / "user.safetensors")
     export_backbone(backbone, room / "fp32")

@@ -288,6 +288,9 @@ class _Job:
         self.backbone, self.task, self.layers, self.prober = backbone, task, layers, prober
         self.users, self.config, self.accelerator = users, config, accelerator
         trainings = [training for user in users for training in user.trainings]
+        # Of several users, those who cannot share a pass are an error; one has nobody to blame.
+        if len(users) == 1 and not self._can_share(trainings[:size]):
+            size = 1
         self.passes = [trainings[i : i + size] for i in range(0, len(trainings), size)]
 
     def run(self, checkpoint: Checkpoint | None, *, resume: bool) -> Iterator[tuple[str, Adapted]]:
@@ -311,21 +314,27 @@ class _Job:
         resume: bool,
     ) -> Iterator[tuple[Training, _Outcome]]:
         """One pass."""
+        fitting = self._fitting(trainings)
+        fitting.run(self._title(number), checkpoint, resume=resume)
+        if checkpoint:
+            checkpoint.end(self.config.steps, fitting.state)
+        for row, training in enumerate(trainings):
+            adapter = self._adapter(fitting.trained, fitting.heads, row, training.names)
+            yield training, self._measured_with(adapter, training, fitting.stopped.get(row))
+
+    def _fitting(self, trainings: Sequence[Training]) -> Fitting:
         config, method = self.config, get_trainable(self.config.method)
         trained = method.start(self.layers, config.method_settings, config.seed, len(trainings))
         trained.storage, trained.group = config.storage, config.group
-        heads = self._heads(trainings)
-        fitting = Fitting(
-            self.backbone.model, trained, heads, self.task, self._cohort(trainings, "train"),
-            config, accelerator=self.accelerator, lr=config.lr or method.default_lr,
+        return Fitting(
+            self.backbone.model, trained, self._heads(trainings), self.task,
+            self._cohort(trainings, "train"), config, accelerator=self.accelerator,
+            lr=config.lr or method.default_lr,
             validation=self._cohort(trainings, "validation") if config.patience else None,
         )  # fmt: skip
-        fitting.run(self._title(number), checkpoint, resume=resume)
-        if checkpoint:
-            checkpoint.end(config.steps, fitting.state)
-        for row, training in enumerate(trainings):
-            adapter = self._adapter(trained, heads, row, training.names)
-            yield training, self._measured_with(adapter, training, fitting.stopped.get(row))
+
+    def _can_share(self, trainings: Sequence[Training]) -> bool:
+        return len(trainings) == 1 or self._fitting(trainings[:2]).tells_users_apart()
 
     def _title(self, number: int) -> str:
         """What the progress bar of a pass says."""

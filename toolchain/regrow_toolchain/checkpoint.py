@@ -94,6 +94,11 @@ class Checkpoint:
                 f"{self.path} must be of the same training (samples, settings, backbone) to be "
                 f"resumed, got another; {way_out}"
             )
+        if "steps" not in metadata:
+            raise UsageError(
+                f"{self.path} must be a checkpoint of this version of regrow, got an older one; "
+                f"{way_out}"
+            )
         moments = {n: _Moment(step, {}) for n, step in enumerate(json.loads(metadata["steps"]))}
         for name, tensor in tensors.items():
             number, _, key = name.partition(":")

@@ -220,6 +220,22 @@ class Fitting:
             )
         )
 
+    @torch.no_grad()
+    def tells_users_apart(self) -> bool:
+        """Whether these users can be trained in one pass: the layers see the batch first, and the
+        loss gives a number for each sample.
+        """
+        self.model.eval()
+        try:
+            self.hooks.attach([target.name for target in self.trained.targets])
+            self._check_users()
+            self._losses(self.cohort.batch(0))
+        except RegrowError:
+            return False  # if it is something else, training says so
+        finally:
+            self.hooks.detach()
+        return True
+
     # -- failures, early stopping, state ----------------------------------------------------------
 
     def _note_failures(self, losses: Tensor, step: int) -> None:
