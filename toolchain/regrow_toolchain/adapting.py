@@ -104,7 +104,7 @@ def adapt(
     Args:
         backbone: dense or compressed; its weights do not change.
         data: the user's labelled samples. A share of them is held back to judge the adapter by; of
-            few samples (fewer than 20 held back) each is held back in one of five folds, which
+            few samples (fewer than 50 held back) each is held back in one of five folds, which
             trains six adapters in the place of one.
         targets: names or patterns of the layers to adapt; every linear layer of the blocks if none.
         held: samples to score on, instead of a share of `data`.

@@ -166,7 +166,7 @@ class AdaptConfig:
     noise: float = setting(0.15, "Augmentation: standard deviation of noise on pictures.")
     holdout: float = setting(
         0.2,
-        "Share of the data held back to judge the adapter by; where that are fewer than 20 "
+        "Share of the data held back to judge the adapter by; where that are fewer than 50 "
         "samples, each is held back in one of five folds. 0 judges nothing.",
     )
     validation: float = setting(

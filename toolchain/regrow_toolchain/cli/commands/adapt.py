@@ -96,7 +96,7 @@ def adapt_command(
     package.module:function that returns an nn.Module.
 
     The backbone's weights stay as they are. Part of the samples is held back to judge the adapter
-    by; where that are fewer than 20, each is held back once, in five folds, and the adapter
+    by; where that are fewer than 50, each is held back once, in five folds, and the adapter
     learns from all. One that does not improve on none is not written. Labels that are the
     backbone's keep its head; others get a head of their own.
     """
