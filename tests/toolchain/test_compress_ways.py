@@ -209,10 +209,10 @@ def test_it_goes_on_to_the_same_weights(
                  resume=True)  # fmt: skip
 
 
-def _often(path: Path, identity: str) -> Any:
+def _often(path: Path, identity: str, **more: Any) -> Any:
     from regrow_toolchain.checkpoint import Checkpoint
 
-    return Checkpoint(path, identity, seconds=0.0)
+    return Checkpoint(path, identity, seconds=0.0, **more)
 
 
 def test_the_best_epoch_is_kept(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:

@@ -52,8 +52,8 @@ def data(dataset: Data) -> Dataset:
 def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state is written after each step."""
 
-    def often(path: Path, identity: str) -> Checkpoint:
-        return Checkpoint(path, identity, seconds=0)
+    def often(path: Path, identity: str, **more: Any) -> Checkpoint:
+        return Checkpoint(path, identity, seconds=0, **more)
 
     monkeypatch.setattr(adapting, "Checkpoint", often)
 
@@ -264,7 +264,7 @@ def test_states_are_written_from_time_to_time(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    state = Checkpoint(tmp_path / "state", "a")
+    state = Checkpoint(tmp_path / "state", "a", threads=1)
     calls: list[int] = []
 
     def tensors() -> dict[str, torch.Tensor]:
@@ -276,12 +276,12 @@ def test_states_are_written_from_time_to_time(
         state.save(step, tensors)
     assert len(calls) == 2
     assert load_file(tmp_path / "state")["x"].item() == 2
-    found = Checkpoint(tmp_path / "state", "a").load()
+    found = Checkpoint(tmp_path / "state", "a", threads=1).load()
     assert found is not None
     assert found[0] == 5
     state.remove()
     state.remove()
-    assert Checkpoint(tmp_path / "state", "a").load() is None
+    assert Checkpoint(tmp_path / "state", "a", threads=1).load() is None
 
 
 _LONG = """
@@ -295,7 +295,7 @@ from regrow_toolchain.checkpoint import Checkpoint
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 torch.set_num_threads(1)
-adapting.Checkpoint = lambda path, identity: Checkpoint(path, identity, seconds=0)
+adapting.Checkpoint = lambda *what, **more: Checkpoint(*what, seconds=0, **more)
 folder, arrays, state, out = map(Path, sys.argv[1:5])
 loaded = np.load(arrays)
 data = Dataset({"pixel_values": loaded["x"]}, loaded["y"], ("open", "shut", "stop"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from regrow_format.errors import UsageError
 from regrow_format.files import write_bytes
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "check_threads"]
 
 State = dict[str, Tensor]
 
@@ -26,11 +26,22 @@ class Checkpoint:
     Args:
         path: the file.
         identity: digest of everything that decides the result: settings, samples, backbone.
+        threads: torch's while it trains; sums round otherwise with another number.
+        began: called before the state is written for the first time.
         seconds: how often to write; the state is that after a whole step.
     """
 
-    def __init__(self, path: Path, identity: str, *, seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: str,
+        *,
+        threads: int,
+        began: Callable[[], object] = lambda: None,
+        seconds: float = 10.0,
+    ) -> None:
         self.path, self.identity, self.seconds = path, identity, seconds
+        self.threads, self.began = threads, began
         self._last = time.monotonic()
 
     def save(self, step: int, state: Callable[[], State], *, now: bool = False) -> None:
@@ -43,8 +54,9 @@ class Checkpoint:
             return
         data = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()},
-            {"step": str(step), "identity": self.identity},
+            {"step": str(step), "identity": self.identity, "threads": str(self.threads)},
         )
+        self.began()
         write_bytes(self.path, data)
         self._last = time.monotonic()
         if self.seconds:  # 0 is after every step, whatever it takes
@@ -54,7 +66,7 @@ class Checkpoint:
         """(steps done, state), or None if there is no file.
 
         Raises:
-            UsageError: it is of another training, or broken.
+            UsageError: it is of another training, of another number of threads, or broken.
         """
         if not self.path.is_file():
             return None
@@ -72,8 +84,19 @@ class Checkpoint:
                 f"{self.path} must be of the same training (samples, settings, backbone) to be "
                 f"resumed, got another; {way_out}"
             )
+        check_threads(self.path, metadata.get("threads", ""), self.threads)
         return int(metadata["step"]), state
 
     def remove(self) -> None:
         """Forget the state: the training is done."""
         self.path.unlink(missing_ok=True)
+
+
+def check_threads(state: Path, before: str, now: int) -> None:
+    """Raise `UsageError` if a training is to go on with another number of threads."""
+    if before != str(now):
+        raise UsageError(
+            f"{state} must be resumed with as many threads as it was begun with, as sums round "
+            f"otherwise with others, got {now} for {before}: give --threads {before}, or remove "
+            f"{state} to start anew"
+        )

@@ -116,8 +116,9 @@ class CompressConfig:
     )
     threads: int = setting(
         0,
-        "CPU threads. Small models train faster with 1 where other work shares the machine.",
-        shown="one per core",
+        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
+        "one per core: small models train as fast with 1, and leave the machine to others.",
+        shown="by a step's work",
     )
     seed: int = setting(0, "Seed of everything random.")
     only: tuple[str, ...] = field(default_factory=tuple)
@@ -183,8 +184,9 @@ class AdaptConfig:
     )
     threads: int = setting(
         0,
-        "CPU threads. Small models train faster with 1 where other work shares the machine.",
-        shown="one per core",
+        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
+        "one per core: small models train as fast with 1, and leave the machine to others.",
+        shown="by a step's work",
     )
     users_at_once: int = setting(
         0, "With --users: users trained in one pass.", shown="as many as suit the machine"
