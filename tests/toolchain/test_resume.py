@@ -629,7 +629,12 @@ def _gradients() -> Iterator[list[dict[str, torch.Tensor]]]:
 def test_accumulation_changes_nothing_but_memory(
     shared: Backbone, dataset: Data, method: str, pieces: int
 ) -> None:
-    """Gradients to 1e-6, for users with fewer samples than pieces too."""
+    """Gradients to 1e-6, for users with fewer samples than pieces too.
+
+    Coefficients to 1e-3: Adam divides by a gradient's own size, so where that is a ten-thousandth of
+    the largest, rounding has a thousandth of the step. How products of other shapes round is the
+    processor's: with AVX2 it came to 1.2e-4, with SSE alone to 2.4e-4.
+    """
     samples = _users(dataset, {"ann": 4, "bob": 30, "cy": 21})
     config = _of(method, storage="fp32", lr=0.01, steps=4)
     with _gradients() as wanted:
@@ -642,7 +647,7 @@ def test_accumulation_changes_nothing_but_memory(
     for user, done in whole.items():
         for name, values in _coefficients(done).items():
             far = np.abs(_coefficients(cut[user])[name] - values).max()
-            assert far <= 1e-4 * np.abs(values).max(), (user, name)
+            assert far <= 1e-3 * np.abs(values).max(), (user, name)
 
 
 def test_accumulation_runs_the_model_on_pieces(shared: Backbone, data: Dataset) -> None:
