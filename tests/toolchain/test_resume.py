@@ -631,9 +631,9 @@ def test_accumulation_changes_nothing_but_memory(
 ) -> None:
     """Gradients to 1e-6, for users with fewer samples than pieces too.
 
-    Coefficients to 1e-3: Adam divides by a gradient's own size, so where that is a ten-thousandth of
-    the largest, rounding has a thousandth of the step. How products of other shapes round is the
-    processor's: with AVX2 it came to 1.2e-4, with SSE alone to 2.4e-4.
+    Coefficients to 1e-3: Adam divides by a gradient's own size, so where that is a ten-thousandth
+    of the largest, rounding has a thousandth of the step. How products of other shapes round is
+    the processor's: with AVX2 it came to 1.2e-4, with SSE alone to 2.4e-4.
     """
     samples = _users(dataset, {"ann": 4, "bob": 30, "cy": 21})
     config = _of(method, storage="fp32", lr=0.01, steps=4)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .data import Dataset
 from .measure.machine import read_cpu
@@ -60,6 +59,8 @@ def step_macs(model: nn.Module, data: Dataset, samples: int) -> int:
 
     Not on tensors without numbers, as `count_macs`: a model may keep what it made for later.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     model.eval()
     first = {name: torch.from_numpy(array[:1]) for name, array in data.inputs.items()}
     with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
