@@ -14,6 +14,7 @@ import pytest
 from regrow_format.adapter import Adapter
 from regrow_format.errors import FormatError, UsageError
 from regrow_toolchain.checkpoint import Checkpoint
+from regrow_toolchain.distilling import Distilling
 from regrow_toolchain.fitting import Fitting
 from regrow_toolchain.userfiles import SUMMARY, UserFolder, file_name
 
@@ -201,6 +202,25 @@ def test_what_is_wrong_before_the_first_step_leaves_nothing(
     assert done.code == (130 if first == "step" else 2), done.err
     assert sorted(room.iterdir()) == before
     assert "--resume" not in done.err
+
+
+@pytest.mark.parametrize(("command", "of"), [("adapt", Fitting), ("compress", Distilling)])
+def test_a_state_is_there_after_the_first_step(
+    cli: Cli, room: Path, vit_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, of: Any
+) -> None:
+    """Interrupted at the first step there is nothing to resume, at the second there is."""
+    monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
+    if command == "adapt":
+        words = ("adapt", room / "small", "--steps", 4, "--keep-anyway")
+    else:
+        words = ("compress", vit_folder, "--ratio", 3, "--epochs", 1, "--batch-size", 9)
+    before, original = sorted(room.iterdir()), of._step
+    for step, more in ((1, []), (2, [room / "out.resume"])):
+        monkeypatch.setattr(of, "_step", _interrupted(original, at=step))
+        done = cli(*words, "--data", room / "d.npz", "-o", room / "out")
+        assert done.code == 130, done.err
+        assert ("--resume goes on with it" in done.err) == bool(more)
+        assert sorted(room.iterdir()) == sorted([*before, *more])
 
 
 def test_nothing_to_resume_is_said(cli: Cli, room: Path) -> None:

@@ -195,7 +195,8 @@ def training_threads(backbone: Backbone, data: Dataset, config: AdaptConfig) -> 
     if data.users is not None:
         samples = samples * config.users_at_once or max(samples, _SAMPLES_AT_ONCE)
     pieces = min(config.accumulate, samples)
-    return step_threads(backbone.model, data, math.ceil(min(samples, len(data)) / pieces))
+    at_once = math.ceil(min(samples, len(data)) / pieces)
+    return step_threads(backbone.model, data, at_once, config.device)
 
 
 def _check(config: AdaptConfig, backbone: Backbone) -> None:

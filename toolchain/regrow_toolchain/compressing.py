@@ -94,7 +94,8 @@ def compress(
     if trains and not config.threads:
         assert train is not None
         samples = math.ceil(min(config.batch_size, len(train)) / config.accumulate)
-        config = replace(config, threads=step_threads(backbone.model, train, samples))
+        count = step_threads(backbone.model, train, samples, config.device)
+        config = replace(config, threads=count)
     with torch_threads(config.threads), deterministic(config.seed), frozen(backbone.model):
         place = _place(checkpoint, backbone, train, config) if trains else None
         known = place.load() if place and resume else None

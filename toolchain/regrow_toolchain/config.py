@@ -59,8 +59,8 @@ class CompressConfig:
     )
     slow_layers: str = setting(
         "auto",
-        "A layer that ONNX Runtime computes no faster in factors stays dense, or is factored all "
-        "the same; auto: dense where ranks are global.",
+        "A layer that ONNX Runtime clearly computes no faster in factors stays dense, or is "
+        "factored all the same; auto: dense where the start looks at samples.",
         choices=("auto", "dense", "factor"),
     )
     precision: str = setting(

@@ -36,14 +36,18 @@ MACS_PER_THREAD = 1_000_000_000
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def step_threads(model: nn.Module, data: Dataset, samples: int) -> int:
+def step_threads(model: nn.Module, data: Dataset, samples: int, device: str = "cpu") -> int:
     """Threads for a training whose steps see `samples` samples of `data` at a time.
+
+    Args:
+        device: of a config; where it trains on an accelerator, threads matter little.
 
     Raises:
         RegrowError: the model does not take the data's inputs.
     """
     cores = usable_cores()
-    if cores == 1 or not len(data) or torch.accelerator.is_available():
+    elsewhere = device != "cpu" and torch.accelerator.is_available()
+    if cores == 1 or elsewhere or not len(data):
         return cores
     return suited_threads(step_macs(model, data, samples), cores)
 
