@@ -280,6 +280,30 @@ def test_times_between_measured_ranks() -> None:
     assert times.milliseconds(768, 3072, 0, 197) == pytest.approx(_macs((768, 3072)))
 
 
+def test_seven_rounds_of_fifteen_may_be_anything() -> None:
+    """Whatever others did to them, dense or factored: the median is that of the rest."""
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        noise = np.ones((ROUNDS, 4))
+        spoilt = draw.permutation(ROUNDS)[:7]
+        noise[spoilt] = np.exp(draw.uniform(-5, 5, (7, 1))) * np.ones(4)
+        noise[spoilt, 0] *= np.exp(draw.uniform(-5, 5))
+        times = LayerTimes(timer=_Made(_macs, lambda *_shape, made=noise: made))
+        times.measure(96, 96, 600, [8, 16, 24])
+        share = times.milliseconds(96, 96, 16, 600) / times.milliseconds(96, 96, 0, 600)
+        assert share == pytest.approx(16 * 2 / 96)
+
+
+def test_a_rank_outside_of_what_is_known_is_timed_too() -> None:
+    times = LayerTimes(timer=(made := _Made(_macs)))
+    times.measure(96, 96, 600, [16, 24])
+    times.measure(96, 96, 600, [8, 20, 32])
+    asked = [[w[1] for w in candidates[1:]] for candidates, _, _ in made.asked]
+    assert asked == [[16, 24], [8, 32]]
+    for rank in (8, 16, 20, 24, 32):
+        assert times.milliseconds(96, 96, rank, 600) == pytest.approx(_macs((96, rank, 96)))
+
+
 # -- ranks that suit kernels -----------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
 """Decisions by measured time: each made once per shape, from interleaved repeats.
 
-Two factors are compared with the dense layer round by round, and of the 15 ratios the fourth lowest
-counts: a layer stays dense only if 12 rounds of 15 agree that it should. Were both equally fast,
-each round would be a coin flip, and noise alone would agree so in 1.8 % of the cases; noise falls
-to the side of factoring.
+Two factors are compared with the dense layer round by round. The median of the 15 ratios says what
+they take; the fourth lowest whether a layer stays dense, only if 12 rounds of 15 agree that it
+should. Were both equally fast, each round would be a coin flip, and noise alone would agree so in
+1.8 % of the cases: noise falls to the side of factoring.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class LayerTimes:
 
     def _timed(self, key: _Key, ranks: Sequence[int]) -> _Table:
         wide, high, tokens = key
-        dense, shares = [], []
+        dense, ratios = [], []
         for start in range(0, len(ranks), _AT_ONCE):
             factors = ((wide, rank, high) for rank in ranks[start : start + _AT_ONCE])
             times = self.timer(((wide, high), *factors), tokens, self.precision)
             dense.append(np.median(times[:, 0]))
-            shares.append(_low(times[:, 1:] / times[:, :1]))
-        return _Table(float(np.median(dense)), ranks, np.concatenate(shares))
+            ratios.append(times[:, 1:] / times[:, :1])
+        return _Table(float(np.median(dense)), ranks, np.concatenate(ratios, axis=1))
 
     def milliseconds(self, in_features: int, out_features: int, rank: int, tokens: int) -> float:
         """Of a layer at a rank, 0 for dense; its shape was measured."""
@@ -87,7 +87,7 @@ class LayerTimes:
         timed = {s for s in all_shapes - found if s[3] * s[0] * s[1] >= _SMALL_MACS}
         self._measure_all(timed)
         return found | {
-            s for s in timed if self._tables[s[0], s[1], s[3]].share(s[2]) > 1 + _SMALL_SHARE
+            s for s in timed if self._tables[s[0], s[1], s[3]].surely(s[2]) > 1 + _SMALL_SHARE
         }
 
     def _measure_all(self, shapes: Iterable[Shape]) -> None:
@@ -126,35 +126,41 @@ class LayerTimes:
 
 
 class _Table:
-    """A shape's times: dense in milliseconds, and at some ranks as shares of that."""
+    """A shape's times: dense in milliseconds, and at some ranks as shares of that.
 
-    def __init__(self, dense: float, ranks: Sequence[int], shares: NDArray[np.float64]) -> None:
-        self.dense, self.ranks = dense, ranks
-        # A lower rank takes no longer than a higher one: where it seems to, it met noise.
-        self.shares = np.minimum.accumulate(shares[::-1])[::-1]
+    Args:
+        ratios: [rounds, ranks] of the dense layer's time.
+    """
+
+    def __init__(self, dense: float, ranks: Sequence[int], ratios: Times) -> None:
+        self.dense, self.ranks, self.ratios = dense, ranks, ratios
+        rising = np.sort(ratios, axis=0)
+        self._shares = _monotone(np.median(rising, axis=0))
+        self._sure = _monotone(rising[len(rising) - math.ceil(_AGREE * len(rising))])
 
     def covers(self, rank: int) -> bool:
         """Whether it lies among the measured ranks."""
         return self.ranks[0] <= rank <= self.ranks[-1]
 
     def joined(self, other: _Table) -> _Table:
-        """Both measurements, each as shares of its own dense time."""
-        shares = {
-            **dict(zip(other.ranks, other.shares, strict=True)),
-            **dict(zip(self.ranks, self.shares, strict=True)),
-        }
-        ranks = sorted(shares)
-        return _Table(self.dense, ranks, np.array([shares[rank] for rank in ranks]))
+        """Both measurements, each in shares of its own dense time."""
+        ranks = [*self.ranks, *other.ranks]
+        order = np.argsort(ranks)
+        ratios = np.concatenate([self.ratios, other.ratios], axis=1)
+        return _Table(self.dense, [ranks[i] for i in order], ratios[:, order])
 
     def share(self, rank: int) -> float:
         """Of the dense layer's time; between measured ranks on a straight line."""
-        return float(np.interp(rank, self.ranks, self.shares))
+        return float(np.interp(rank, self.ranks, self._shares))
+
+    def surely(self, rank: int) -> float:
+        """The share that four fifths of the rounds reach."""
+        return float(np.interp(rank, self.ranks, self._sure))
 
 
-def _low(ratios: Times) -> NDArray[np.float64]:
-    """[candidates]: of ratios [rounds, candidates] what four fifths of the rounds reach."""
-    place = len(ratios) - math.ceil(_AGREE * len(ratios))
-    found: NDArray[np.float64] = np.sort(ratios, axis=0)[place]
+def _monotone(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A lower rank takes no longer than a higher one: where it seems to, it met noise."""
+    found: NDArray[np.float64] = np.minimum.accumulate(shares[::-1])[::-1]
     return found
 
 
