@@ -435,7 +435,7 @@ def test_a_full_disk_leaves_the_earlier_result(
 _OFTEN = """
 from regrow_toolchain import checkpoint, compressing
 plain = checkpoint.Checkpoint
-compressing.Checkpoint = lambda path, identity: plain(path, identity, seconds=0.0)
+compressing.Checkpoint = lambda *what, **more: plain(*what, seconds=0.0, **more)
 from regrow_toolchain.cli import main
 main()
 """
