@@ -209,10 +209,10 @@ def test_it_goes_on_to_the_same_weights(
                  resume=True)  # fmt: skip
 
 
-def _often(path: Path, identity: str) -> Any:
+def _often(path: Path, identity: str, **more: Any) -> Any:
     from regrow_toolchain.checkpoint import Checkpoint
 
-    return Checkpoint(path, identity, seconds=0.0)
+    return Checkpoint(path, identity, seconds=0.0, **more)
 
 
 def test_the_best_epoch_is_kept(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
@@ -435,7 +435,7 @@ def test_a_full_disk_leaves_the_earlier_result(
 _OFTEN = """
 from regrow_toolchain import checkpoint, compressing
 plain = checkpoint.Checkpoint
-compressing.Checkpoint = lambda path, identity: plain(path, identity, seconds=0.0)
+compressing.Checkpoint = lambda *what, **more: plain(*what, seconds=0.0, **more)
 from regrow_toolchain.cli import main
 main()
 """

@@ -153,10 +153,10 @@ def test_each_sample_is_held_back_once_and_trains_the_result(count: int) -> None
     assert len(user.result.held) == 0
 
 
-def test_twenty_different_samples_held_back_need_no_folds() -> None:
-    enough, too_few = _data(98), _again(_data(97), [0] * 40)  # 20 and 19 of them
+def test_fifty_different_samples_held_back_need_no_folds() -> None:
+    enough, too_few = _data(249), _again(_data(240), [0] * 80)  # 50 and 48 of them
     user = _prepared(enough)
-    assert (user.folds, len(user.result.train), len(user.result.held)) == ((), 78, 20)
+    assert (user.folds, len(user.result.train), len(user.result.held)) == ((), 199, 50)
     assert user.judged == (user.result,)
     assert len(_prepared(too_few).folds) == 5
     assert len(_prepared(enough, holdout=0.19).folds) == 5

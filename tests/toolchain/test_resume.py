@@ -56,8 +56,8 @@ def data(dataset: Data) -> Dataset:
 def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state is written after each step."""
 
-    def often(path: Path, identity: str) -> Checkpoint:
-        return Checkpoint(path, identity, seconds=0)
+    def often(path: Path, identity: str, **more: Any) -> Checkpoint:
+        return Checkpoint(path, identity, seconds=0, **more)
 
     monkeypatch.setattr(adapting, "Checkpoint", often)
 
@@ -282,7 +282,7 @@ def test_states_are_written_from_time_to_time(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    state = Checkpoint(tmp_path / "state", "a")
+    state = Checkpoint(tmp_path / "state", "a", threads=1)
     calls: list[int] = []
 
     def tensors() -> dict[str, torch.Tensor]:
@@ -294,12 +294,12 @@ def test_states_are_written_from_time_to_time(
         state.save(step, tensors)
     assert len(calls) == 2
     assert load_file(tmp_path / "state")["0:x"].item() == 2
-    found = Checkpoint(tmp_path / "state", "a").load()
+    found = Checkpoint(tmp_path / "state", "a", threads=1).load()
     assert found is not None
     assert found[0] == 5
     state.remove()
     state.remove()
-    assert Checkpoint(tmp_path / "state", "a").load() is None
+    assert Checkpoint(tmp_path / "state", "a", threads=1).load() is None
 
 
 _LONG = """
@@ -313,7 +313,7 @@ from regrow_toolchain.checkpoint import Checkpoint
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 torch.set_num_threads(1)
-adapting.Checkpoint = lambda path, identity: Checkpoint(path, identity, seconds=0)
+adapting.Checkpoint = lambda *what, **more: Checkpoint(*what, seconds=0, **more)
 folder, arrays, state, out = map(Path, sys.argv[1:5])
 loaded = np.load(arrays)
 data = Dataset({"pixel_values": loaded["x"]}, loaded["y"], ("open", "shut", "stop"))
@@ -656,7 +656,12 @@ def _gradients() -> Iterator[list[dict[str, torch.Tensor]]]:
 def test_accumulation_changes_nothing_but_memory(
     shared: Backbone, dataset: Data, method: str, pieces: int
 ) -> None:
-    """Gradients to 1e-6, for users with fewer samples than pieces too."""
+    """Gradients to 1e-6, for users with fewer samples than pieces too.
+
+    Coefficients to 1e-3: Adam divides by a gradient's own size, so where that is a ten-thousandth
+    of the largest, rounding has a thousandth of the step. How products of other shapes round is
+    the processor's: with AVX2 it came to 1.2e-4, with SSE alone to 2.4e-4.
+    """
     samples, _ = split(_users(dataset, {"ann": 4, "bob": 30, "cy": 21}), 0.2, 0)
     config = _of(method, storage="fp32", lr=0.01, steps=4)
     with _gradients() as wanted:
@@ -669,7 +674,7 @@ def test_accumulation_changes_nothing_but_memory(
     for user, done in whole.items():
         for name, values in _coefficients(done).items():
             far = np.abs(_coefficients(cut[user])[name] - values).max()
-            assert far <= 1e-4 * np.abs(values).max(), (user, name)
+            assert far <= 1e-3 * np.abs(values).max(), (user, name)
 
 
 def test_accumulation_runs_the_model_on_pieces(shared: Backbone, data: Dataset) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain import factoring, kernels
+from regrow_toolchain import kernels
 from regrow_toolchain.allocation import allocate
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.calibration import calibrated
@@ -175,63 +174,6 @@ def test_looking_at_samples_starts_better(
     assert far["outputs size"] <= far["svd size"]
 
 
-@pytest.mark.parametrize("budget", ["macs", "time"])
-def test_other_budgets(
-    backbone: Backbone,
-    dataset: Callable[..., Dataset],
-    budget: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Milliseconds that are made up: the MLP costs ten times as much, so its ranks are lower."""
-
-    def made_up(shape: tuple[int, ...], tokens: int, precision: str) -> float:
-        assert precision == "int8"
-        slow = 10 if max(shape) == 64 else 1
-        return slow * tokens * sum(a * b for a, b in pairwise(shape)) / 1e6
-
-    monkeypatch.setattr(factoring, "layer_ms", made_up)
-    config = CompressConfig(
-        budget=budget, epochs=0, multiple=1, slow_layers="factor", precision="int8"
-    )
-    found = factor(backbone.model, dataset(60, 1), config)
-    ranks = {w: sum(x.rank for x in found.layers if max(x.in_features, x.out_features) == w)
-             for w in (32, 64)}  # fmt: skip
-    plain = plan_layers(backbone.model, 2)
-    assert sum(p.rank * (p.in_features + p.out_features) for p in found.plans) <= sum(
-        p.in_features * p.out_features for p in plain
-    )
-    if budget == "time":
-        assert ranks[64] < sum(p.rank for p in plain if max(p.in_features, p.out_features) == 64)
-
-
-def test_a_layer_that_is_no_faster_stays_dense(
-    backbone: Backbone, dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        kernels, "latency", lambda wide, high, *_: (1.0, 2.0 if wide == high else 0.5)
-    )
-    monkeypatch.setattr(kernels, "_SMALL_MACS", 0)
-    config = CompressConfig(ranks="paper", epochs=0, slow_layers="dense")
-    found = factor(backbone.model, dataset(60, 1), config)
-    kept = {x.name.rsplit(".", 1)[-1]: x.why_dense for x in found.layers if not x.rank}
-    assert kept["query"] == kept["value"] == "factors are no faster"
-    assert len(found.plans) == 4
-
-
-def test_times_are_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What costs as many multiplications is not timed; small differences do not count."""
-    asked = []
-    monkeypatch.setattr(kernels, "latency", lambda *shape: (asked.append(shape), (1.0, 1.04))[1])
-    assert kernels.slower(640, 640, 320, 100)
-    assert not kernels.slower(64, 64, 16, 10)
-    assert asked == []
-    assert not kernels.slower(640, 640, 160, 100, "int8")
-    assert asked == [(640, 640, 160, 100, "int8")]
-    monkeypatch.undo()
-    assert all(ms > 0 for ms in kernels.latency(32, 48, 8, 4))
-    assert kernels.layer_ms((32, 48), 4) > 0
-
-
 def test_int8_layers_are_timed_as_they_are_exported(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +186,7 @@ def test_int8_layers_are_timed_as_they_are_exported(
         return real(model, *args, **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", kept)
-    kernels.layer_ms.__wrapped__((32, 8, 64), 4, "int8")
+    kernels.timed.__wrapped__(((32, 8, 64),), 4, "int8")
     monkeypatch.undo()
     timed = onnx.load_from_string(made[0]).graph
     export_backbone(backbone, tmp_path / "bundle", mode="merged", precision="int8")
@@ -253,24 +195,6 @@ def test_int8_layers_are_timed_as_they_are_exported(
     kinds = [node.op_type for node in timed.node]
     assert kinds == 2 * [node.op_type for node in exported.node[first - 1 : first + 4]]
     assert {tuple(t.dims) for t in timed.initializer} == {(32, 8), (8,), (8, 64), (64,)}
-
-
-def test_ranks_that_suit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads share whole tiles of 16 columns: multiples of 32, where there are any near."""
-    shapes = {(768, 768, 192, 197): 48, (768, 3072, 307, 197): 12, (3072, 768, 307, 197): 12}
-    found = kernels.suited_ranks(shapes, 8)
-    assert list(found.values()) == [192, 288, 288]
-    # A ViT-Base's parameters stay within 3 % of what the ratio says.
-    factors = sum(found[s] * (s[0] + s[1]) * n for s, n in shapes.items())
-    dense = sum(s[0] * s[1] * n for s, n in shapes.items())
-    whole = 86_567_656
-    assert abs((whole - dense + factors) / (whole / 2) - 1) < 0.03
-    # With made-up times, tiles of 16: of the multiples of 8 near 80, 80 is as good as it gets.
-    monkeypatch.setattr(kernels, "layer_ms", lambda shape, *_: float(-(-shape[1] // 16)))
-    assert kernels.suited_ranks({(320, 320, 81, 50): 1}, 8) == {(320, 320, 81, 50): 80}
-    # Too few parameters would be left: the paper's.
-    assert kernels.suited_ranks({(768, 768, 208, 197): 1}, 8) == {(768, 768, 208, 197): 208}
-    assert kernels.suited_ranks({(8, 8, 2, 4): 1}, 8) == {(8, 8, 2, 4): 2}
 
 
 def test_a_layer_that_no_sample_reaches_stays_dense(

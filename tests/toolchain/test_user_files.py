@@ -13,6 +13,8 @@ import pytest
 
 from regrow_format.adapter import Adapter
 from regrow_format.errors import FormatError, UsageError
+from regrow_toolchain.checkpoint import Checkpoint
+from regrow_toolchain.distilling import Distilling
 from regrow_toolchain.fitting import Fitting
 from regrow_toolchain.userfiles import SUMMARY, UserFolder, file_name
 
@@ -112,8 +114,7 @@ def test_a_kill_loses_nothing(
 
     With folds: before and within the second of the first user's six passes, and in the second's.
     """
-    monkeypatch.setattr("regrow_toolchain.checkpoint.Checkpoint.__init__.__kwdefaults__",
-                        {"seconds": 0.0})  # fmt: skip
+    monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
     alone = ("--users-at-once", 1, "--holdout", share)
     _adapt(cli, room, *alone, out="whole")
     _kill(cli, room, step, *alone)
@@ -133,8 +134,7 @@ def test_a_kill_loses_nothing(
 def test_an_interrupt_says_how_to_go_on(
     cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, many: bool
 ) -> None:
-    monkeypatch.setattr("regrow_toolchain.checkpoint.Checkpoint.__init__.__kwdefaults__",
-                        {"seconds": 0.0})  # fmt: skip
+    monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
     monkeypatch.setattr(Fitting, "_step", _interrupted(Fitting._step, at=3))
     quick = _QUICK if many else ("--steps", "6")
     done = cli("adapt", room / "small", "--data", room / "d.npz", "-o", room / "out", *quick)
@@ -176,6 +176,62 @@ def test_another_run_is_not_gone_on_with(cli: Cli, room: Path, more: tuple[objec
     assert _files(room / "out.resume") == left
 
 
+def test_another_number_of_threads_is_not_gone_on_with(cli: Cli, room: Path) -> None:
+    """Whether or not there is a state of somebody half done."""
+    _kill(cli, room, 9, "--users-at-once", 1, "--threads", 1)
+    left = _files(room / "out.resume")
+    done = _adapt(cli, room, "--resume", "--threads", 2)
+    assert done.code == 2
+    assert "out.resume must be resumed with as many threads as it was begun with" in done.err
+    assert "got 2 for 1: give --threads 1" in done.err
+    assert _files(room / "out.resume") == left
+    assert _adapt(cli, room, "--resume", "--users-at-once", 1, "--threads", 1).code == 0
+
+
+@pytest.mark.parametrize("first", ["labels", "too few", "targets", "seed", "step"])
+def test_what_is_wrong_before_the_first_step_leaves_nothing(
+    cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Nothing to remove, and nothing to resume, for the command that is typed again."""
+    monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
+    loaded = dict(np.load(room / "d.npz"))
+    more: tuple[object, ...] = ()
+    if first == "labels":
+        np.savez(room / "d.npz", **{**loaded, "labels": np.full(54, 7)})
+    elif first == "too few":
+        more = ("--patience", 1, "--validation", 0)
+    elif first == "targets":
+        more = ("--target", "querry")
+    elif first == "seed":
+        more = ("--seed", -1)
+    else:
+        monkeypatch.setattr(Fitting, "_step", _interrupted(Fitting._step, at=1))
+    before = sorted(room.iterdir())
+    done = _adapt(cli, room, *more)
+    assert done.code == (130 if first == "step" else 2), done.err
+    assert sorted(room.iterdir()) == before
+    assert "--resume" not in done.err
+
+
+@pytest.mark.parametrize(("command", "of"), [("adapt", Fitting), ("compress", Distilling)])
+def test_a_state_is_there_after_the_first_step(
+    cli: Cli, room: Path, vit_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, of: Any
+) -> None:
+    """Interrupted at the first step there is nothing to resume, at the second there is."""
+    monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
+    if command == "adapt":
+        words = ("adapt", room / "small", "--steps", 4, "--keep-anyway")
+    else:
+        words = ("compress", vit_folder, "--ratio", 3, "--epochs", 1, "--batch-size", 9)
+    before, original = sorted(room.iterdir()), of._step
+    for step, more in ((1, []), (2, [room / "out.resume"])):
+        monkeypatch.setattr(of, "_step", _interrupted(original, at=step))
+        done = cli(*words, "--data", room / "d.npz", "-o", room / "out")
+        assert done.code == 130, done.err
+        assert ("--resume goes on with it" in done.err) == bool(more)
+        assert sorted(room.iterdir()) == sorted([*before, *more])
+
+
 def test_nothing_to_resume_is_said(cli: Cli, room: Path) -> None:
     done = _adapt(cli, room, "--resume")
     assert done.code == 0
@@ -205,10 +261,12 @@ def _row(**more: object) -> str:
 def test_a_broken_summary_is_one_error(tmp_path: Path, line: str, words: str) -> None:
     room = tmp_path / "out.resume"
     room.mkdir()
-    (room / ".run").write_text("the run")
+    (room / ".run").write_text("the run\n1")
     (room / SUMMARY).write_text(line + "\n")
     with pytest.raises(FormatError, match=words):
-        UserFolder(tmp_path / "out", "the run", force=False, keep_anyway=False, resume=True)
+        UserFolder(
+            tmp_path / "out", "the run", threads=1, force=False, keep_anyway=False, resume=True
+        )
 
 
 def test_an_output_that_exists_stays(cli: Cli, room: Path) -> None:
@@ -221,4 +279,4 @@ def test_an_output_that_exists_stays(cli: Cli, room: Path) -> None:
     assert _adapt(cli, room, "--seed", 1, "--force").code == 0
     assert _files(room / "out") != before
     with pytest.raises(UsageError, match="no such folder"):
-        UserFolder(room / "no" / "out", "", force=False, keep_anyway=False, resume=False)
+        UserFolder(room / "no" / "out", "", threads=1, force=False, keep_anyway=False, resume=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,9 +36,10 @@ from .probing import Prober
 from .settings import check_settings
 from .targets import find_targets
 from .tasks import Loss, Task, choose_task
+from .threads import step_threads, torch_threads
 from .training import deterministic, frozen, measured
 
-__all__ = ["Adapted", "TrainingStopped", "adapt", "adapt_each", "adapt_users"]
+__all__ = ["Adapted", "TrainingStopped", "adapt", "adapt_each", "adapt_users", "training_threads"]
 
 # Adapters in one pass: together they have about as many samples as keep two cores busy, fewer
 # where the backbone is large, since memory grows with both.
@@ -157,8 +158,13 @@ def adapt_each(
     loss: Loss | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    began: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[str, Adapted]]:
-    """As `adapt_users`, one after another as they are ready."""
+    """As `adapt_users`, one after another as they are ready.
+
+    Args:
+        began: called before a state is written: whatever can be wrong before the first step is not.
+    """
     config = config or AdaptConfig()
     _check(config, backbone)
     task = choose_task(config, data, backbone.task, loss)
@@ -166,17 +172,37 @@ def adapt_each(
     users = prepare(backbone, data, held, task, config)
     if any(user.result.head != "keep" for user in users):
         _check_head(layers, backbone)
+    config = replace(config, threads=training_threads(backbone, data, config))
     prober = Prober(backbone.model, data.inputs)
     with ExitStack() as stack:
+        stack.enter_context(torch_threads(config.threads))
         stack.enter_context(deterministic(config.seed))
         stack.enter_context(frozen(backbone.model))
         stack.enter_context(rounded_weights(backbone.model, config.precision))
         accelerator = stack.enter_context(accelerated(backbone.model, config))
         for group, size in list(_groups(users, config, _parameters(backbone))):
             several = data.users is not None
-            state = _checkpoint(checkpoint, backbone, group, layers, task, config, several)
+            state = _checkpoint(
+                checkpoint, backbone, group, layers, task, config, several=several, began=began
+            )
             job = _Job(backbone, task, layers, group, size, config, accelerator, prober)
             yield from job.run(state, resume=resume)
+
+
+def training_threads(backbone: Backbone, data: Dataset, config: AdaptConfig) -> int:
+    """The config's threads, or what the work of a step makes of it.
+
+    Args:
+        data: everybody's samples; whom of many users are still to be trained makes no difference.
+    """
+    if config.threads:
+        return config.threads
+    samples = config.batch_size
+    if data.users is not None:
+        samples = samples * config.users_at_once or max(samples, _SAMPLES_AT_ONCE)
+    pieces = min(config.accumulate, samples)
+    at_once = math.ceil(min(samples, len(data)) / pieces)
+    return step_threads(backbone.model, data, at_once, config.device)
 
 
 def _check(config: AdaptConfig, backbone: Backbone) -> None:
@@ -230,7 +256,9 @@ def _checkpoint(
     layers: Sequence[Target],
     task: Task,
     config: AdaptConfig,
+    *,
     several: bool,
+    began: Callable[[], object],
 ) -> Checkpoint | None:
     """Where the state of a group is kept; of several, each has a file named by what it is of."""
     if path is None:
@@ -251,7 +279,8 @@ def _checkpoint(
                     digest.update(f"{user.id} {training.head} {name} {array.shape}".encode())
                     digest.update(np.ascontiguousarray(array).tobytes())
     identity = digest.hexdigest()
-    return Checkpoint(Path(f"{path}.{identity[:16]}" if several else path), identity)
+    place = Path(f"{path}.{identity[:16]}" if several else path)
+    return Checkpoint(place, identity, threads=config.threads, began=began)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from regrow_format.errors import UsageError
 from .rules import Layer
 from .spectrum import Spectrum
 
-__all__ = ["Cost", "allocate"]
+__all__ = ["Cost", "allocate", "candidates"]
 
 Cost = Callable[[Layer, int], float]  # of a layer at a rank; rank 0 means dense
 
@@ -72,11 +72,16 @@ def allocate(
     }
 
 
-def _choices(layer: Layer, spectrum: Spectrum, cost: Cost, multiple: int) -> _Choices:
+def candidates(layer: Layer, multiple: int) -> list[int]:
+    """The ranks that a layer may get, rising: multiples, up to where nothing is saved."""
     top = layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
     step = multiple if multiple <= layer.rank else 1
     low = max(step, int(_LEAST_SHARE * layer.rank) // step * step)
-    ranks = np.append(np.arange(low, max(top, low) + 1, step), 0)
+    return list(range(low, max(top, low) + 1, step))
+
+
+def _choices(layer: Layer, spectrum: Spectrum, cost: Cost, multiple: int) -> _Choices:
+    ranks = np.array([*candidates(layer, multiple), 0])
     lost = np.append(np.cumsum(spectrum.energies.numpy()[::-1])[::-1], 0.0)
     errors = np.where(ranks > 0, lost[np.minimum(ranks, len(lost) - 1)], 0.0)
     costs = np.array([cost(layer, int(rank)) for rank in ranks])

@@ -15,7 +15,7 @@ from torch import Tensor
 from regrow_format.errors import UsageError
 from regrow_format.files import write_bytes
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "check_threads"]
 
 State = dict[str, Tensor]
 
@@ -31,11 +31,22 @@ class Checkpoint:
     Args:
         path: the file.
         identity: digest of everything that decides the result: settings, samples, backbone.
+        threads: torch's while it trains; sums round otherwise with another number.
+        began: called before the state is written for the first time.
         seconds: how often to write; the state is that after a whole step.
     """
 
-    def __init__(self, path: Path, identity: str, *, seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: str,
+        *,
+        threads: int,
+        began: Callable[[], object] = lambda: None,
+        seconds: float = 10.0,
+    ) -> None:
         self.path, self.identity, self.seconds = path, identity, seconds
+        self.threads, self.began = threads, began
         self._last = time.monotonic()
         self._number = 0
         self._ended: dict[int, _Moment] = {}
@@ -63,7 +74,9 @@ class Checkpoint:
             for name, tensor in moment.state.items()
         }
         steps = json.dumps([moments[number].step for number in range(len(moments))])
-        write_bytes(self.path, save(tensors, {"steps": steps, "identity": self.identity}))
+        about = {"steps": steps, "identity": self.identity, "threads": str(self.threads)}
+        self.began()
+        write_bytes(self.path, save(tensors, about))
         self._last = time.monotonic()
         if self.seconds:  # 0 is after every step, whatever it takes
             self.seconds = max(self.seconds, _SHARE * (self._last - began))
@@ -72,7 +85,7 @@ class Checkpoint:
         """(steps done, state) of the training that was begun; None if the file has none.
 
         Raises:
-            UsageError: the file is of another training, or broken.
+            UsageError: it is of another training, of another number of threads, or broken.
         """
         if self._number == 0 and self.path.is_file():
             self._ended = self._read()
@@ -99,6 +112,7 @@ class Checkpoint:
                 f"{self.path} must be a checkpoint of this version of regrow, got an older one; "
                 f"{way_out}"
             )
+        check_threads(self.path, metadata.get("threads", ""), self.threads)
         moments = {n: _Moment(step, {}) for n, step in enumerate(json.loads(metadata["steps"]))}
         for name, tensor in tensors.items():
             number, _, key = name.partition(":")
@@ -108,6 +122,16 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget the state: the training is done."""
         self.path.unlink(missing_ok=True)
+
+
+def check_threads(state: Path, before: str, now: int) -> None:
+    """Raise `UsageError` if a training is to go on with another number of threads."""
+    if before != str(now):
+        raise UsageError(
+            f"{state} must be resumed with as many threads as it was begun with, as sums round "
+            f"otherwise with others, got {now} for {before}: give --threads {before}, or remove "
+            f"{state} to start anew"
+        )
 
 
 class _Moment(NamedTuple):

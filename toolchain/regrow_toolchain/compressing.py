@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from .imitating import compression_task, imitated
 from .labels import fit_labels
 from .settings import check_settings
 from .tasks import Task
+from .threads import step_threads, torch_threads
 from .training import deterministic, frozen, measured
 
 __all__ = ["Compressed", "compress"]
@@ -89,8 +90,13 @@ def compress(
     some = data if data is not None else held
     task = None if some is None else compression_task(config, some, backbone)
     train, held = _parts(backbone, data, held, task, config)
-    with deterministic(config.seed), frozen(backbone.model):
-        trains = task is not None and train is not None and config.epochs > 0
+    trains = task is not None and train is not None and config.epochs > 0
+    if trains and not config.threads:
+        assert train is not None
+        samples = math.ceil(min(config.batch_size, len(train)) / config.accumulate)
+        count = step_threads(backbone.model, train, samples, config.device)
+        config = replace(config, threads=count)
+    with torch_threads(config.threads), deterministic(config.seed), frozen(backbone.model):
         place = _place(checkpoint, backbone, train, config) if trains else None
         known = place.load() if place and resume else None
         if known is None:
@@ -220,4 +226,4 @@ def _place(
     for name, array in {"": data.labels, **data.inputs}.items():
         digest.update(f"{name} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    return Checkpoint(Path(path), digest.hexdigest())
+    return Checkpoint(Path(path), digest.hexdigest(), threads=config.threads)

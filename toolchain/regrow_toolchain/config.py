@@ -59,8 +59,8 @@ class CompressConfig:
     )
     slow_layers: str = setting(
         "auto",
-        "A layer that ONNX Runtime computes no faster in factors stays dense, or is factored all "
-        "the same; auto: dense where ranks are global.",
+        "A layer that ONNX Runtime clearly computes no faster in factors stays dense, or is "
+        "factored all the same; auto: dense where the start looks at samples.",
         choices=("auto", "dense", "factor"),
     )
     precision: str = setting(
@@ -116,8 +116,9 @@ class CompressConfig:
     )
     threads: int = setting(
         0,
-        "CPU threads. Small models train faster with 1 where other work shares the machine.",
-        shown="one per core",
+        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
+        "one per core: small models train as fast with 1, and leave the machine to others.",
+        shown="by a step's work",
     )
     seed: int = setting(0, "Seed of everything random.")
     only: tuple[str, ...] = field(default_factory=tuple)
@@ -187,8 +188,9 @@ class AdaptConfig:
     )
     threads: int = setting(
         0,
-        "CPU threads. Small models train faster with 1 where other work shares the machine.",
-        shown="one per core",
+        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
+        "one per core: small models train as fast with 1, and leave the machine to others.",
+        shown="by a step's work",
     )
     users_at_once: int = setting(
         0, "With --users: users trained in one pass.", shown="as many as suit the machine"

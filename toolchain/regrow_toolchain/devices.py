@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from regrow_format.errors import UsageError
@@ -44,11 +43,8 @@ def accelerated(model: nn.Module, config: AdaptConfig | CompressConfig) -> Itera
         ) from error
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("mixed_precision must be no or bf16 on a CPU, got fp16")
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(config.threads or threads)
         model.to(accelerator.device)
         yield accelerator
     finally:
         model.to("cpu")
-        torch.set_num_threads(threads)

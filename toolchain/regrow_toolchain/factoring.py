@@ -13,12 +13,13 @@ from torch import nn
 
 from regrow_format.errors import RegrowError, UsageError
 
-from .allocation import Cost, allocate
+from .allocation import Cost, allocate, candidates
 from .calibration import calibrated, tokens_of
 from .config import CompressConfig
 from .data import Dataset
 from .huggingface import quiet_if_loaded
-from .kernels import Shape, layer_ms, slower, suited_ranks
+from .kernels import timed
+from .layer_times import LayerTimes, Shape, Timer
 from .lowrank import LowRankLinear, Plan, apply_plan, finite_weight
 from .macs import example_inputs
 from .progress import progress
@@ -74,8 +75,13 @@ def restored(model: nn.Module, stored: torch.Tensor, config: CompressConfig) -> 
     return Factored(student, layers, plans, known["lost"], known["samples"])
 
 
-def factor(model: nn.Module, data: Dataset | None, config: CompressConfig) -> Factored:
+def factor(
+    model: nn.Module, data: Dataset | None, config: CompressConfig, *, timer: Timer = timed
+) -> Factored:
     """Factor a copy of the model as the config says.
+
+    Args:
+        timer: where times decide, what measures them.
 
     Raises:
         UsageError: the ratio or a pattern makes no sense, or what a setting needs is missing.
@@ -84,12 +90,12 @@ def factor(model: nn.Module, data: Dataset | None, config: CompressConfig) -> Fa
     layers = survey(model, config.ratio, only=config.only, keep_dense=config.keep_dense)
     for plan in plans_of(layers):
         finite_weight(model.get_submodule(plan.name), plan.name)
-    start = _start(config, data)
+    start, times = _start(config, data), LayerTimes(config.precision, timer)
     if config.ranks == "kernels":
         sample = one_sample(data) if data is not None else {}
-        layers = _suited(model, layers, sample, config)
+        layers = _suited(model, layers, sample, config, times)
     if start == "svd":
-        return _plainly(model, data, layers, config)
+        return _plainly(model, data, layers, config, times)
     assert data is not None
     wanted = [layer for layer in layers if layer.rank]
     with progress("look at samples", len(wanted)) as advance:
@@ -104,8 +110,8 @@ def factor(model: nn.Module, data: Dataset | None, config: CompressConfig) -> Fa
         for layer in layers
     )
     if config.ranks == "global" or (config.ranks == "auto" and start == "outputs"):
-        layers = _ranked(model, layers, spectra, one_sample(data), config)
-    layers = _fast(model, layers, one_sample(data), config)
+        layers = _ranked(model, layers, spectra, one_sample(data), config, times)
+    layers = _fast(model, layers, one_sample(data), config, times)
     return _built(model, layers, spectra, min(config.calibration, len(data)))
 
 
@@ -124,10 +130,14 @@ def _start(config: CompressConfig, data: Dataset | None) -> str:
 
 
 def _plainly(
-    model: nn.Module, data: Dataset | None, layers: tuple[Layer, ...], config: CompressConfig
+    model: nn.Module,
+    data: Dataset | None,
+    layers: tuple[Layer, ...],
+    config: CompressConfig,
+    times: LayerTimes,
 ) -> Factored:
     if config.slow_layers == "dense":
-        layers = _fast(model, layers, one_sample(data) if data else {}, config)
+        layers = _fast(model, layers, one_sample(data) if data else {}, config, times)
     student = copy.deepcopy(model)
     plans = plans_of(layers)
     apply_plan(student, plans)
@@ -157,12 +167,16 @@ def _ranked(
     spectra: Mapping[str, Spectrum],
     sample: Mapping[str, torch.Tensor],
     config: CompressConfig,
+    times: LayerTimes,
 ) -> tuple[Layer, ...]:
     """One budget for all: what the paper's ranks would take of it."""
     free = [layer for layer in layers if layer.rank]
     tokens = tokens_by_layer(model, free, sample)
-    cost = _cost(config, tokens)
+    cost = _cost(config, tokens, times)
     if config.budget == "time":
+        for layer in free:
+            ends = (layer.in_features, layer.out_features)
+            times.measure(*ends, tokens[layer.name], candidates(layer, config.multiple))
         budget = sum(cost(layer, 0) for layer in free) / config.ratio
     else:
         budget = sum(cost(layer, layer.rank) for layer in free)
@@ -175,15 +189,16 @@ def _suited(
     layers: tuple[Layer, ...],
     sample: Mapping[str, torch.Tensor],
     config: CompressConfig,
+    times: LayerTimes,
 ) -> tuple[Layer, ...]:
     """Ranks near the paper's that are computed faster."""
     free = [layer for layer in layers if layer.rank]
     tokens = tokens_by_layer(model, free, sample)
 
     def shape(layer: Layer) -> Shape:
-        return (layer.in_features, layer.out_features, layer.rank, tokens[layer.name])
+        return _shape(layer, tokens)
 
-    ranks = suited_ranks(Counter(map(shape, free)), config.multiple, config.precision)
+    ranks = times.suited_ranks(Counter(map(shape, free)), config.multiple)
     return tuple(
         replace(layer, rank=ranks[shape(layer)]) if layer.rank else layer for layer in layers
     )
@@ -195,7 +210,11 @@ def _with_rank(layer: Layer, rank: int | None) -> Layer:
     return replace(layer, rank=rank) if rank else layer.kept_dense("worth its cost")
 
 
-def _cost(config: CompressConfig, tokens: Mapping[str, int]) -> Cost:
+def _shape(layer: Layer, tokens: Mapping[str, int]) -> Shape:
+    return (layer.in_features, layer.out_features, layer.rank, tokens[layer.name])
+
+
+def _cost(config: CompressConfig, tokens: Mapping[str, int], times: LayerTimes) -> Cost:
     def parameters(layer: Layer, rank: int) -> float:
         wide, high = layer.in_features, layer.out_features
         return rank * (wide + high) if rank else wide * high
@@ -205,8 +224,7 @@ def _cost(config: CompressConfig, tokens: Mapping[str, int]) -> Cost:
 
     def milliseconds(layer: Layer, rank: int) -> float:
         ends = (layer.in_features, layer.out_features)
-        shape = (ends[0], rank, ends[1]) if rank else ends
-        return layer_ms(shape, tokens[layer.name], config.precision)
+        return times.milliseconds(*ends, rank, tokens[layer.name])
 
     return {"parameters": parameters, "macs": macs, "time": milliseconds}[config.budget]
 
@@ -216,18 +234,18 @@ def _fast(
     layers: tuple[Layer, ...],
     sample: Mapping[str, torch.Tensor],
     config: CompressConfig,
+    times: LayerTimes,
 ) -> tuple[Layer, ...]:
     """Layers whose factors would be no faster stay dense, unless that is not wanted."""
     if config.slow_layers == "factor":
         return layers
-    tokens = tokens_by_layer(model, [layer for layer in layers if layer.rank], sample)
-
-    def slow(layer: Layer) -> bool:
-        ends = (layer.in_features, layer.out_features)
-        return slower(*ends, layer.rank, tokens[layer.name], config.precision)
-
+    free = [layer for layer in layers if layer.rank]
+    tokens = tokens_by_layer(model, free, sample)
+    slow = times.slower(_shape(layer, tokens) for layer in free)
     return tuple(
-        layer.kept_dense("factors are no faster") if layer.rank and slow(layer) else layer
+        layer.kept_dense("factors are no faster")
+        if layer.rank and _shape(layer, tokens) in slow
+        else layer
         for layer in layers
     )
 

@@ -24,7 +24,7 @@ from .tasks import Task
 __all__ = ["Training", "UserData", "prepare"]
 
 
-# So many different samples held back, or it is folds: of 20, of which a good base misses five, what an
+# So many different samples held back, or it is folds: of 20, of which a base misses five, what an
 # adapter mends is not told from chance (p = 0.04 where accuracy rises from 75 to 100 %).
 _ENOUGH_HELD = 50
 _FOLDS = 5

@@ -31,8 +31,8 @@ def build_report(done: Compressed, source: Backbone, data: Dataset | None) -> di
     """What `report.json` holds.
 
     Multiplications and latencies are those of one sample: the data's first, else a made-up one.
-    What cannot be known is None. Latencies are the best of some runs in ONNX Runtime on one thread
-    of this machine, of the layer alone, in `precision`.
+    What cannot be known is None. Latencies are medians of interleaved repeats in ONNX Runtime, on
+    one thread of this machine, of the layer alone, in `precision`.
     """
     inputs = one_sample(data) if data is not None else example_inputs(source.model)
     names = [layer.name for layer in done.factored.layers]

@@ -14,6 +14,7 @@ from regrow_format.fields import Fields, dump_json, parse_json
 from regrow_format.files import check_output, new_folder, read_bytes, write_bytes
 
 from .adapting import Adapted
+from .checkpoint import check_threads
 
 __all__ = ["SUMMARY", "UserFolder", "file_name"]
 
@@ -36,6 +37,7 @@ class UserFolder:
     Args:
         run: text that says everything that decides the results, but the samples: what was begun
             with other settings is not gone on with.
+        threads: torch's while it trains, the last of what decides them.
         keep_anyway: also write adapters that improve nothing.
         resume: go on with what an interrupted run left.
 
@@ -46,9 +48,17 @@ class UserFolder:
     """
 
     def __init__(
-        self, out: Path, run: str, *, force: bool, keep_anyway: bool, resume: bool
+        self,
+        out: Path,
+        run: str,
+        *,
+        threads: int,
+        force: bool,
+        keep_anyway: bool,
+        resume: bool,
     ) -> None:
-        self.out, self.run, self.force, self.keep_anyway = out, run, force, keep_anyway
+        self.out, self.force, self.keep_anyway = out, force, keep_anyway
+        self.run, self.threads = run, threads
         self.room = out.with_name(f"{out.name}.resume")
         check_output(out, force=force, marker=SUMMARY)
         if self.room.exists():
@@ -64,11 +74,13 @@ class UserFolder:
         found = (
             read_bytes(path, limit=_MAX_BYTES, what="a run's settings") if path.exists() else b""
         )
-        if found != self.run.encode():
+        run, _, threads = found.rpartition(b"\n")
+        if run != self.run.encode():
             raise UsageError(
                 f"{self.room} must be of the same training (settings, targets, backbone) to be "
                 f"resumed, got another; remove {self.room} to start anew"
             )
+        check_threads(self.room, threads.decode(errors="replace"), self.threads)
 
     @property
     def done(self) -> set[str]:
@@ -92,14 +104,20 @@ class UserFolder:
                 raise FormatError(f"{self.room} must have {row['file']}: remove {self.room}")
         return rows
 
-    def start(self) -> Path:
-        """Make the folder; returns where training keeps the state of what is not done."""
-        self.room.mkdir(exist_ok=True)
-        write_bytes(self.room / _RUN, self.run.encode())
+    @property
+    def state(self) -> Path:
+        """Where training keeps the state of what is not done, once the folder is there."""
         return self.room / _STATE
+
+    def begin(self) -> None:
+        """Make the folder, if it is not there: training has begun."""
+        if not (self.room / _RUN).exists():
+            self.room.mkdir(exist_ok=True)
+            write_bytes(self.room / _RUN, f"{self.run}\n{self.threads}".encode())
 
     def add(self, user: str, done: Adapted) -> dict[str, Any]:
         """Write a user's adapter, if it improves or is kept anyway; returns the line about it."""
+        self.begin()
         written = (done.improves or self.keep_anyway) and not (
             done.stopped and not done.stopped.step
         )

@@ -320,20 +320,31 @@ def _many(
     resume: bool,
     force: bool,
 ) -> dict[str, Any]:
+    from dataclasses import replace
+
     import numpy as np
 
-    from regrow_toolchain.adapting import adapt_each
+    from regrow_toolchain.adapting import adapt_each, training_threads
     from regrow_toolchain.userfiles import UserFolder
 
     _check_state(out, resume)
-    run = _identity(model, config, arguments)
-    folder = UserFolder(out, run, force=force, keep_anyway=keep_anyway, resume=resume)
+    config = replace(config, threads=training_threads(model, samples, config))
+    folder = UserFolder(
+        out, _identity(model, config, arguments), threads=config.threads, force=force,
+        keep_anyway=keep_anyway, resume=resume,
+    )  # fmt: skip
     assert samples.users is not None
     left = samples.take(np.flatnonzero(~np.isin(samples.users, sorted(folder.done))))
     with resumable(folder.room):
         if len(left):
             trained = adapt_each(
-                model, left, config, checkpoint=folder.start(), resume=resume, **arguments
+                model,
+                left,
+                config,
+                checkpoint=folder.state,
+                began=folder.begin,
+                resume=resume,
+                **arguments,
             )
             for user, done in trained:
                 folder.add(user, done)
