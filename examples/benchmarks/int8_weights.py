@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,10 @@ def cases(args: Namespace, room: Path) -> list[Case]:
     words = Backbone(
         model.eval(), "sha256:kwt1", "audio-classification", ("head",), keyword_speakers.NAMES, ()
     )
-    return [Case("fashion-vit", fashion, held), Case("kwt1", words, clips)]
+    found = [Case("fashion-vit", fashion, held), Case("kwt1", words, clips)]
+    return [
+        replace(case, held=case.held.take(np.arange(len(case.held))[: args.held])) for case in found
+    ]
 
 
 def graphs(case: Case, room: Path) -> dict[str, Path]:
@@ -188,6 +191,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=30)
     options.add_argument("--repeat", type=int, default=10, help="runs of a turn")
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--held", type=int, help="the first so many samples measure")
     args = options.parse_args()
     if args.small:
         args.turns, args.repeat, args.steps = 2, 2, 3

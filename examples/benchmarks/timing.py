@@ -1,9 +1,10 @@
 """Times ONNX models against each other: each in a process of its own, in turns of a few runs.
 
-A machine that grows slower does so for all, so ratios hold where times do not. `--without-amx`
-measures a server's processor as one whose int8 products are those of smaller machines: the kernel
-refuses the tiles of AMX to the process, so that ONNX Runtime takes AVX-512's or AVX2's products
-(Linux on x86-64).
+A machine that grows slower does so for all, so ratios hold where times do not. With one thread the
+time is the processor's, not the clock's, so that what waits for other programs does not count.
+`--without-amx` measures a server's processor as one whose int8 products are those of smaller
+machines: the kernel refuses the tiles of AMX to the process, so that ONNX Runtime takes AVX-512's
+or AVX2's products (Linux on x86-64).
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ from regrow_toolchain.measure import read_memory
 graph, feeds, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = threads, 3
+clock = time.process_time if threads == 1 else time.perf_counter
 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 with np.load(feeds) as stored:
     feed = {name: stored[name] for name in stored.files}
 for line in sys.stdin:
     times = []
     for _ in range(int(line)):
-        start = time.perf_counter()
+        start = clock()
         session.run(None, feed)
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((clock() - start) * 1e3)
     memory = read_memory()
     megabytes = [round((part or 0) / 1e6) for part in (memory.rss_anon, memory.peak)]
     print(json.dumps({"ms": times, "rss_mb": megabytes[0], "peak_mb": megabytes[1]}), flush=True)
