@@ -29,6 +29,7 @@ from regrow_toolchain.applying import applied
 from regrow_toolchain.backbone import Backbone
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data.dataset import Dataset
+from regrow_toolchain.profiling.environment import read_environment
 from regrow_toolchain.training import augment, batches, cosine, deterministic
 
 Scores = NDArray[np.float64]  # one per user
@@ -381,8 +382,8 @@ def cached(folder: Path | None, name: str, make: Callable[[], nn.Module], empty:
 
 
 def finish(**result: Any) -> None:
-    """The last line: one JSON document."""
-    print(json.dumps(_plain(result)))
+    """The last line: one JSON document, with the machine and the processor's flags."""
+    print(json.dumps(_plain({**result, "machine": read_environment()})))
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from regrow_toolchain.profiling.environment import read_environment
+
 BACKBONE = "sha256:" + "00" * 32
 # By form: options of `export_bundle`. The first is what the others are compared to.
 FORMS: dict[str, dict[str, Any]] = {
@@ -237,7 +239,7 @@ def main() -> None:
             model: compare(room, model, given.small, rounds, say) for model in given.models
         }
         found["bytes"] = sizes(room, given.small, precisions, say)
-    print(json.dumps(found))
+    print(json.dumps({**found, "machine": read_environment()}))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from regrow_toolchain.profiling.environment import read_environment
+
 CASES = {
     "numpy and onnxruntime": "import numpy, onnxruntime",
     "regrow_runtime": "import regrow_runtime",
@@ -71,7 +73,7 @@ def main() -> None:
             f"cpu {cpu['p50']:6.1f} ms; over the first {wall['more_p50']:+.1f}, "
             f"cpu {cpu['more_p50']:+.1f}"
         )
-    print(json.dumps(result))
+    print(json.dumps({**result, "machine": read_environment()}))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.demo.dense import new_model
 from regrow_toolchain.lowrank import apply_plan
+from regrow_toolchain.profiling.environment import read_environment
 from regrow_toolchain.rules import plan_layers
 
 SAMPLES = 8
@@ -99,7 +100,7 @@ def main() -> None:
     )
     for count, each in result["ms_per_user"].items():
         print(f"{count:>6} users: {each:8.1f} ms per user")
-    print(json.dumps(result))
+    print(json.dumps({**result, "machine": read_environment()}))
 
 
 if __name__ == "__main__":

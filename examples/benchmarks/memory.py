@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from swap import make_adapter, make_model
 
+from regrow_toolchain.profiling.environment import read_environment
+
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 PROFILES = ("speed", "memory")
 _FIELDS = {"RssAnon": "private", "RssFile": "mapped", "VmRSS": "resident", "VmHWM": "peak"}
@@ -104,7 +106,9 @@ def main() -> None:
         numbers = " | ".join("".join(f"{n:8.0f}" for n in part) for part in parts)
         print(f"{case['precision']} {case['profile']:7} {case['weights']:5.0f} {numbers}")
     model = "width 64" if options.small else "ViT-Base"
-    print(json.dumps({"model": model, "unit": "MiB", "cases": found}))
+    print(
+        json.dumps({"model": model, "unit": "MiB", "cases": found, "machine": read_environment()})
+    )
 
 
 if __name__ == "__main__":

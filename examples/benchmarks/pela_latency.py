@@ -1,6 +1,7 @@
 """How much faster a factored ViT-Base is in ONNX Runtime, in fp32 and in int8.
 
     python examples/benchmarks/pela_latency.py [--threads 2] [--turns 30] [--keep FOLDER] [--small]
+        [--only PATTERN ...]
 
 ViT-Base's sizes with random weights, 197 tokens, batch 1. Variants: dense; factored at ratio 2 and
 3 with the paper's ranks and with ranks that suit kernels; dense and ratio 2 in int8, there also
@@ -9,27 +10,25 @@ every layer, to which nothing is fed. Beside the dense models that regrow export
 torch.onnx writes of the same model, and that in int8 by `quantize_dynamic`: what one would have
 without regrow.
 
-Every model is exported once and timed in a process of its own. The processes take turns of a few
-runs, so that a machine that grows slower does so for all: `latency` is the median over turns of the
-ratio, with the 10th and 90th percentile, and `least` the ratio of the two least medians of a turn.
-`--without-amx` measures a server's processor as one whose int8 products are those of smaller
-machines: the kernel refuses the tiles of AMX to the process, so that ONNX Runtime takes AVX-512's
-or AVX2's products (Linux on x86-64). Ends in one line of JSON.
+Every model is exported once and timed in a process of its own, in turns (`timing.py`, which says
+what `--without-amx` does): `latency` is the median over turns of the ratio, with the 10th and 90th
+percentile, and `least` the ratio of the two least medians of a turn. `--only` takes patterns of
+rows' names. Ends in one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import finish
+from timing import Timed, save_feeds, time_in_turns
 from transformers import ViTConfig, ViTForImageClassification
 
 from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
@@ -37,6 +36,7 @@ from regrow_toolchain.compressing import compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.exporting import export_backbone
 from regrow_toolchain.huggingface import quiet_transformers
+from regrow_toolchain.measure import read_cpu
 
 SMALL = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 128}  # fmt: skip
@@ -70,75 +70,6 @@ OTHERS = {
     "2, kernels, int8": "dense, quantize_dynamic",
     "2, attention dense, int8": "dense, quantize_dynamic",
 }
-
-# Refuses AMX (arch_prctl 158, ARCH_REQ_XCOMP_PERM) by a filter of system calls.
-WITHOUT_AMX = """
-import ctypes, errno, struct
-def step(code, yes, no, value): return struct.pack("HBBI", code, yes, no, value)
-program = (step(0x20, 0, 0, 0) + step(0x15, 0, 3, 158) + step(0x20, 0, 0, 16)
-           + step(0x15, 0, 1, 0x1023) + step(0x06, 0, 0, 0x50000 | errno.EPERM)
-           + step(0x06, 0, 0, 0x7fff0000))
-steps = ctypes.create_string_buffer(program, len(program))
-class Program(ctypes.Structure):
-    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-libc = ctypes.CDLL(None, use_errno=True)
-if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(
-        22, 2, ctypes.byref(Program(len(program) // 8, ctypes.addressof(steps))), 0, 0):
-    raise SystemExit("--without-amx needs Linux with filters of system calls")
-"""
-
-
-# A process with nothing but ONNX Runtime in it: milliseconds of so many runs as a line asks for.
-TIMED = """
-import json, sys, time
-import numpy as np, onnxruntime
-from regrow_toolchain.measure import read_memory
-graph, threads, side = sys.argv[1], *map(int, sys.argv[2:])
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.log_severity_level = threads, 3
-session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-feed = {"pixel_values": np.zeros((1, 3, side, side), np.float32)}
-for line in sys.stdin:
-    times = []
-    for _ in range(int(line)):
-        start = time.perf_counter()
-        session.run(None, feed)
-        times.append((time.perf_counter() - start) * 1e3)
-    memory = read_memory()
-    megabytes = [round((part or 0) / 1e6) for part in (memory.rss_anon, memory.peak)]
-    print(json.dumps({"ms": times, "rss_mb": megabytes[0], "peak_mb": megabytes[1]}), flush=True)
-"""
-
-
-class Timed:
-    """A model in its process, which sleeps until it is asked."""
-
-    def __init__(self, graph: Path, args: argparse.Namespace) -> None:
-        code = WITHOUT_AMX + TIMED if args.without_amx else TIMED
-        command = [sys.executable, "-c", code, str(graph), str(args.threads), str(args.side)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.medians: list[float] = []
-        self.memory: dict[str, int] = {}
-        self.ask(5)
-
-    def ask(self, runs: int) -> float:
-        """The median of so many runs, in milliseconds, after one that is not counted."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{runs + 1}\n")
-        self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            raise SystemExit("a model's process ended early: its error stands above")
-        found = json.loads(line)
-        self.memory = {part: found[part] for part in ("rss_mb", "peak_mb")}
-        return float(np.median(found["ms"][1:]))
-
-    def turn(self, runs: int) -> None:
-        self.medians.append(self.ask(runs))
-
-    def close(self) -> None:
-        self.process.communicate()
 
 
 def write_dense(folder: Path, small: bool) -> Path:
@@ -198,6 +129,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=30)
     options.add_argument("--without-amx", action="store_true", help="products of smaller machines")
     options.add_argument("--keep", type=Path, help="where exported models are, or will be")
+    options.add_argument("--only", nargs="+", default=["*"], help="patterns of rows' names")
     options.add_argument("--side", type=int, default=224, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.small:
@@ -206,17 +138,13 @@ def main() -> None:
         timed = compare(args, args.keep or Path(room))
     rows = []
     for row, model in timed:
-        ms = {
-            "ms": round(float(np.median(model.medians)), 2),
-            "least_ms": round(min(model.medians), 2),
-        }
-        rows.append(row | ms | model.memory)
+        rows.append(row | model.ms() | model.memory)
         print(rows[-1])
     found = ratios({row["row"]: (row, model) for row, model in timed})
     for ratio in found:
         print(ratio)
-    print(json.dumps({"task": "latency", "threads": args.threads, "amx": not args.without_amx,
-                      "rows": rows, "ratios": found}))  # fmt: skip
+    amx = "amx_int8" in read_cpu().flags and not args.without_amx
+    finish(task="latency", threads=args.threads, amx=amx, rows=rows, ratios=found)
 
 
 def compare(args: argparse.Namespace, room: Path) -> list[tuple[dict[str, Any], Timed]]:
@@ -224,6 +152,8 @@ def compare(args: argparse.Namespace, room: Path) -> list[tuple[dict[str, Any], 
     made: dict[tuple[float, str], Backbone] = {(1.0, ""): dense}
     rows, graphs = [], []
     for number, (name, ratio, ranks, precision, slots) in enumerate(VARIANTS):
+        if not any(fnmatchcase(name, pattern) for pattern in args.only):
+            continue
         if (ratio, ranks) not in made:
             made[ratio, ranks] = factored(dense, room / f"{ratio:g}-{ranks}", ratio, ranks)
         backbone = made[ratio, ranks]
@@ -233,17 +163,11 @@ def compare(args: argparse.Namespace, room: Path) -> list[tuple[dict[str, Any], 
         graphs.append(graph)
         found = sorted({plan.rank for plan in backbone.layers})
         rows.append({"row": name, "parameters": backbone.parameters, "ranks": found, "bytes": size})
-    return list(zip(rows, time_in_turns(graphs, args), strict=True))
-
-
-def time_in_turns(graphs: list[Path], args: argparse.Namespace) -> list[Timed]:
-    models = [Timed(graph, args) for graph in graphs]
-    for _ in range(args.turns):
-        for model in models:
-            model.turn(args.repeat)
-    for model in models:
-        model.close()
-    return models
+    pixels = np.zeros((1, 3, args.side, args.side), np.float32)
+    feeds = save_feeds(room / "feeds.npz", {"pixel_values": pixels})
+    models = [Timed(graph, feeds, args.threads, args.without_amx) for graph in graphs]
+    time_in_turns(models, args.turns, args.repeat)
+    return list(zip(rows, models, strict=True))
 
 
 def factored(dense: Backbone, folder: Path, ratio: float, ranks: str) -> Backbone:
@@ -261,13 +185,10 @@ def ratios(timed: dict[str, tuple[dict[str, Any], Timed]]) -> list[dict[str, Any
     for name, (row, model) in timed.items():
         endings = [part for part in KINDS if part in name]
         for against in (", ".join(["dense", *endings]), OTHERS.get(name, name)):
-            if against != name:
+            if against != name and against in timed:
                 base, other = timed[against]
-                turns = np.array(model.medians) / np.array(other.medians)
-                low, middle, high = np.percentile(turns, (10, 50, 90)).round(3).tolist()
                 found.append({
-                    "row": name, "against": against, "latency": middle, "p10": low, "p90": high,
-                    "least": round(min(model.medians) / min(other.medians), 3),
+                    "row": name, "against": against, **model.against(other),
                     **{part: round(row[part] / base[part], 3) for part in ("bytes", "parameters")},
                 })  # fmt: skip
     return found

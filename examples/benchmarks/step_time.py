@@ -26,6 +26,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from regrow_toolchain.methods import get_trainable
+from regrow_toolchain.profiling.environment import read_environment
 from regrow_toolchain.targets import find_targets
 
 
@@ -150,7 +151,7 @@ def main() -> None:
                 f"  {method:24} {row['ms']:9.2f} ms ({row['p25']:.2f} to {row['p75']:.2f}), "
                 f"{row['ratio']:.3f} of LoRA ({row['ratio_p25']:.3f} to {row['ratio_p75']:.3f})"
             )
-    print(json.dumps({"threads": args.threads, "sizes": found}))
+    print(json.dumps({"threads": args.threads, "sizes": found, "machine": read_environment()}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Coefficients, Target
 from regrow_runtime.store import Store
+from regrow_toolchain.profiling.environment import read_environment
 
 FEW = 10
 
@@ -126,7 +127,7 @@ def main() -> None:
             f"{what:17} {spread['few_us']['p50']:8.0f} µs of {FEW}, "
             f"{spread['many_us']['p50']:8.0f} µs of {count}: ratio {spread['ratio']:.2f}"
         )
-    print(json.dumps(result))
+    print(json.dumps({**result, "machine": read_environment()}))
 
 
 if __name__ == "__main__":

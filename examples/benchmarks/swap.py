@@ -26,6 +26,7 @@ import numpy as np
 
 from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients
+from regrow_toolchain.profiling.environment import read_environment
 
 
 def make_model(folder: Path, small: bool) -> None:
@@ -141,7 +142,7 @@ def main() -> None:
         result = json.loads(subprocess.run(again, stdout=subprocess.PIPE, check=True).stdout)
     for name, spread in result["ms"].items():
         print(f"{name:14} {spread['p50']:9.3f} ms  ({spread['p10']:.3f} to {spread['p90']:.3f})")
-    print(json.dumps(result))
+    print(json.dumps({**result, "machine": read_environment()}))
 
 
 if __name__ == "__main__":

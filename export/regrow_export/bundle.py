@@ -23,7 +23,7 @@ from .bundle_expanders import write_expanders
 from .expander import check_graph
 from .extras import quiet, require_export, steady_torch
 from .measure import Measure
-from .precision import check_precision
+from .precision import INT8_ROUNDING, check_precision
 from .slot_plan import SlotPlan
 from .source import ExportSource
 from .targets import TARGET_KINDS, check_adapter, head_widths
@@ -224,6 +224,7 @@ def _manifest(
         labels=own_head.labels if own_head else source.labels,
         files=_files(folder),
         variant=precision,
+        rounding=INT8_ROUNDING if precision == "int8" else None,
         adapter=adapter.digest() if adapter else None,
         seeded=draft.seeded,
         cache=draft.cache,

@@ -4,8 +4,11 @@ Weights are those of a MatMul, float32 [in, out], as they stand in the graph. Ro
 Runtime's own, so what is trained on rounded weights is what the device computes with:
 
 - fp16: to the nearest, ties to even.
-- int8: `quantize_dynamic(per_channel=True, weight_type=QInt8)`: symmetric, codes -127 to 127, one
-  scale per output channel.
+- int8: `quantize_dynamic(per_channel=True, reduce_range=True, weight_type=QInt8)`: symmetric, codes
+  -64 to 64, one scale per output channel. Processors without VNNI multiply inputs of 8 bits with
+  such codes in pairs, whose sums saturate at 16 bits (`regrow_format.integers`): 255 (64 + 64) is
+  the most that fits, whichever codes meet. Codes to 127 would be wrong there, in silence, and
+  unsigned codes slower everywhere.
 - int4: `MatMulNBitsQuantizer`, symmetric, codes -8 to 7, one scale per block of inputs and output;
   the entry of largest magnitude of a block is code -8, so a scale may be negative. The codes are
   those of the operator MatMulNBits, which opset 18 allows; ONNX Runtime's writer of int4 tensors
@@ -18,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_format.errors import RegrowError, UsageError
+from regrow_format.integers import SAFE_CODES
+from regrow_format.rounding import Rounding
 
 __all__ = [
     "INT4_BLOCK",
     "INT4_SYMMETRIC",
-    "INT8_AXIS",
-    "INT8_SYMMETRIC",
+    "INT8_ROUNDING",
     "PRECISIONS",
     "check_precision",
     "half",
@@ -33,13 +37,11 @@ __all__ = [
 ]
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-INT8_AXIS = 1  # of [in, out]: a scale per output channel
-INT8_SYMMETRIC = True
+INT8_ROUNDING = Rounding(scheme="symmetric", range=SAFE_CODES, axis="out")
 INT4_BLOCK = 32  # inputs that share a scale: a power of two from 16 on, as MatMulNBits asks
 INT4_SYMMETRIC = True
 
 _HALF_END = 65520  # from here on the nearest is infinity
-_INT8_STEPS = 254  # between codes -127 and 127
 _INT4_MIDDLE = 8  # MatMulNBits stores code + 8
 
 
@@ -91,8 +93,9 @@ def int8_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArra
 
     _check_finite(weight)
     # Twice the largest magnitude, divided in float64: ONNX Runtime computes a scale from a range.
-    top = np.abs(weight).max(axis=1 - INT8_AXIS, initial=0).astype(np.float64)
-    scale = (2 * top / _INT8_STEPS).astype(np.float32)
+    low, high = INT8_ROUNDING.range
+    top = np.abs(weight).max(axis=0, initial=0).astype(np.float64)
+    scale = (2 * top / (high - low)).astype(np.float32)
     scale[scale < np.finfo(np.float32).tiny] = 1
     codes: NDArray[np.int8] = quantize_nparray(TensorProto.INT8, weight, scale, np.int8(0))
     return codes, scale

@@ -4,8 +4,9 @@ In standard operators alone. Weights are found by their numbers, since tracers r
 and share them; what only reads them otherwise keeps them as they are.
 
 - fp16: Cast to float32.
-- int8: what `quantize_dynamic` writes. DynamicQuantizeLinear rounds the input, once for all layers
-  that read it, MatMulInteger multiplies, and the scales of input and channel follow.
+- int8: what `quantize_dynamic(reduce_range=True)` writes. DynamicQuantizeLinear rounds the input,
+  once for all layers that read it, MatMulInteger multiplies, and the scales of input and channel
+  follow.
 - int4: DequantizeLinear with a scale per block.
 """
 

@@ -4,6 +4,11 @@ NumPy has no fast product of integers. ONNX Runtime has one on every CPU, `MatMu
 a model of one node is enough. Both stand here as bytes, because a device has no `onnx`; a test
 reads them with it. The second has the signs in it: ONNX Runtime copies them into the order in which
 it multiplies, which takes longer than a product, but then a product takes half as long.
+
+Inputs are uint8 and codes int8, as the fastest instructions have them. Without VNNI, AVX2 and
+AVX-512 add the products of two inputs in 16 bits, and what does not fit is cut off (vpmaddubsw in
+ONNX Runtime's MLAS, `x86_64/QgemmU8S8KernelAvx2.S`). 255 (64 + 64) fits, 255 (65 + 64) does not:
+see `SAFE_CODES`. Sums here never come near: signs make 255 (1 + 1), and ones and zeros 127 + 127.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ from numpy.typing import NDArray
 
 from .errors import RegrowError
 
-__all__ = ["PackedSigns", "integer_product"]
+__all__ = ["SAFE_CODES", "PackedSigns", "integer_product", "saturates"]
+
+SAFE_CODES = (-64, 64)  # of weights that any uint8 are multiplied with, exact on every processor
 
 # ModelProto: y = MatMulInteger(a, b) for matrices of any size. To transpose is left to NumPy, which
 # widens to floats in the same pass.
@@ -111,6 +118,23 @@ class PackedSigns:
         shifted = codes.view(np.uint8) ^ np.uint8(128)  # plus 128, which is the zero point
         found: NDArray[np.float32] = self._session.run(None, {"a": shifted, "s": scale[:, None]})[0]
         return found[:, : self.entries]
+
+
+@cache
+def saturates() -> bool:
+    """Whether products with codes beyond `SAFE_CODES` are wrong here: on this processor, with the
+    ONNX Runtime that is installed. False where it has no such operator: nothing is computed then.
+    """
+    session = _session()
+    if session is None:
+        return False
+    entries, columns, code = 64, 16, 127
+    codes = np.full((entries, columns), code, dtype=np.int8)
+    for rows in (1, 8):  # a vector has a kernel of its own
+        inputs = np.full((rows, entries), 255, dtype=np.uint8)
+        if (session.run(None, {"a": inputs, "b": codes})[0] != entries * 255 * code).any():
+            return True
+    return False
 
 
 def _varint(number: int) -> bytes:

@@ -17,6 +17,7 @@ from .errors import FormatError, UsageError
 from .fields import Fields, dump_json, parse_json
 from .files import no_folder, read_bytes, sha256_file
 from .record import Record
+from .rounding import Rounding, parse_rounding
 
 __all__ = [
     "FORMAT",
@@ -178,6 +179,7 @@ class Manifest(Record):
     labels: tuple[str, ...]
     files: Mapping[str, FileEntry]
     variant: str = "fp32"
+    rounding: Rounding | None = None  # of the weights, if the variant is int8
     adapter: str | None = None  # sha256 of the adapter that is built in, if one is
     seeded: SeededSpec | None = None
     cache: CacheSpec | None = None  # of a causal language model
@@ -240,6 +242,7 @@ def _parse(fields: Fields) -> Manifest:
     version = fields.take("format", int)
     if version != FORMAT:
         raise FormatError(f"{fields.where}: format must be {FORMAT}, got {version}; see CHANGELOG")
+    variant = fields.choice("variant", VARIANTS)
     seeded = fields.optional("seeded")
     cache = fields.optional("cache")
     manifest = Manifest(
@@ -252,7 +255,8 @@ def _parse(fields: Fields) -> Manifest:
         slots=tuple(_slot(part) for part in fields.objects("slots")),
         labels=fields.strings("labels"),
         files=_files(fields),
-        variant=fields.choice("variant", VARIANTS),
+        variant=variant,
+        rounding=_rounding(fields, variant),
         adapter=_text_or_none(fields, "adapter"),
         seeded=None if seeded is None else _seeded(seeded),
         expanders=tuple(_expander(part) for part in fields.objects("expanders")),
@@ -289,6 +293,19 @@ def _check_parts(manifest: Manifest, where: str) -> None:
                 raise FormatError(f"{where}: {slot.target}: its weight must lie in a listed file")
     if len({(slot.target, slot.kind) for slot in manifest.slots}) < len(manifest.slots):
         raise FormatError(f"{where}: slots must be of one kind once for a target")
+
+
+def _rounding(fields: Fields, variant: str) -> Rounding | None:
+    """Bundles in int8 from before the field had codes that saturate: they are not read."""
+    part = fields.optional("rounding")
+    if part is None and variant == "int8":
+        raise FormatError(
+            f"{fields.where}: rounding must say how int8 weights were rounded, got nothing: older "
+            "bundles compute wrong numbers on processors without VNNI; export it again"
+        )
+    if part is not None and variant != "int8":
+        raise FormatError(f"{fields.where}: rounding must be null for {variant}, which has none")
+    return None if part is None else parse_rounding(part)
 
 
 def _score(part: Fields | None) -> Score | None:

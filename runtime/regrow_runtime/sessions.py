@@ -12,7 +12,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-from regrow_format.errors import FormatError, UsageError
+from regrow_format.errors import FormatError, RegrowError, UsageError
+from regrow_format.integers import SAFE_CODES, saturates
 from regrow_format.manifest import Manifest
 from regrow_format.record import Record
 
@@ -123,7 +124,9 @@ def open_session(
     Raises:
         UsageError: an option makes no sense.
         FormatError: ONNX Runtime does not open the graph.
+        RegrowError: its weights make this processor's products wrong.
     """
+    check_products(manifest, str(folder))
     path = folder / manifest.graphs[0].file
     narrow = not settings.prepack and manifest.variant in _NARROW and not own
     options = own or _session_options(settings, threads, narrow, entries)
@@ -135,6 +138,17 @@ def open_session(
         )
     except Exception as error:
         raise FormatError(f"{path} could not be opened: {first_line(error)}") from error
+
+
+def check_products(manifest: Manifest, where: str) -> None:
+    """Raise `RegrowError` if int8 weights have codes that saturate on this processor."""
+    if (rounding := manifest.rounding) and not rounding.safe and saturates():
+        low, high = rounding.range
+        raise RegrowError(
+            f"{where}: int8 weights must have codes from {SAFE_CODES[0]} to {SAFE_CODES[1]} on "
+            "this processor, where ONNX Runtime's integer products saturate (it has no VNNI), got "
+            f"{low} to {high}: export it again"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from regrow_format.manifest import (
     StoredWeight,
     TensorSpec,
 )
+from regrow_format.rounding import Rounding
 
 
 def _change(folder, change):
@@ -43,6 +44,7 @@ def test_what_is_written_is_read_again(bundle_folder, bundle_copy):
     fuller = replace(
         manifest, mode="seeded", variant="int8", adapter="00ff", seeded=seeded,
         slots=(fixed, *more), expanders=(expander,),
+        rounding=Rounding("symmetric", (-64, 64), "out"),
     )  # fmt: skip
     (bundle_copy / "manifest.json").write_text(fuller.to_json(), encoding="utf-8")
     assert Manifest.load(bundle_copy) == fuller
@@ -50,7 +52,7 @@ def test_what_is_written_is_read_again(bundle_folder, bundle_copy):
 
 def test_what_came_later_may_be_missing(bundle_folder, bundle_copy):
     def drop(data):
-        del data["expanders"]
+        del data["expanders"], data["rounding"]
         for slot in data["slots"]:
             for name in ("fixed", "seed", "weight"):
                 del slot[name]
@@ -95,11 +97,28 @@ def _weight(fixed=True, **fields):
 
 SEEDED = {"method": "nola", "config": {}, "storage": "int8", "targets": [], "inputs": {"seed": "s"}}
 SCORE = {"metric": "rmse", "higher_is_better": False, "samples": 9, "fp32": 0.5, "variant": 0.6}
+ROUNDING = {"scheme": "symmetric", "range": [-64, 64], "axis": "out"}
+
+
+def _rounding(**fields):
+    return _set(variant="int8", rounding={**ROUNDING, **fields})
+
+
 BROKEN = {
     "version": (_set(format=2), "format must be 1, got 2"),
     "unknown field": (_set(surprise=1), "unknown fields surprise"),
     "mode": (_set(mode="magic"), "mode must be one of swappable, merged, seeded, got 'magic'"),
     "variant": (_set(variant="fp8"), "variant must be one of fp32, fp16, int8, int4, got 'fp8'"),
+    "int8 of before": (_set(variant="int8"), "wrong numbers on processors without VNNI; export it"),
+    "rounding of fp32": (_set(rounding=ROUNDING), "rounding must be null for fp32, which has none"),
+    "rounding scheme": (_rounding(scheme="x"), "scheme must be one of symmetric, got 'x'"),
+    "rounding axis": (_rounding(axis="in"), "rounding: axis must be one of out, got 'in'"),
+    "rounding range": (_rounding(range=[-64]), "range must be a code below 0 and one above, of i"),
+    "rounding ends": (_rounding(range=[64, -64]), "got [64, -64]"),
+    "rounding wide": (_rounding(range=[-64, 128]), "got [-64, 128]"),
+    "rounding bool": (_rounding(range=[-64, True]), "got [-64, True]"),
+    "rounding type": (_rounding(range="all"), "range must be of type list, got 'all'"),
+    "rounding field": (_rounding(bits=8), "rounding: unknown fields bits"),
     "task": (_set(task=1), "task must be of type str, got 1"),
     "opset": (_set(opset=0), "opset must be from 1 to 1000, got 0"),
     "opset text": (_set(opset="17"), "opset must be of type int, got '17'"),

@@ -84,8 +84,16 @@ def test_memory_of_this_process() -> None:
 
 
 def test_the_processor(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor: 0\nmodel name\t: Some CPU @ 2 GHz\n")
+    core = (
+        "processor: {}\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx512_vnni avx2 sse4_1x\n"
+    )
+    (tmp_path / "cpuinfo").write_text(core.format(0) + "\n" + core.format(1))
     cpu = read_cpu(tmp_path / "cpuinfo")
     assert cpu.name == "Some CPU @ 2 GHz"
     assert cpu.cores >= 1
-    assert read_cpu(tmp_path / "missing").name
+    assert cpu.flags == ("avx2", "avx512_vnni")
+    (tmp_path / "arm").write_text("processor: 0\nFeatures\t: fp asimd i8mm\n")
+    assert read_cpu(tmp_path / "arm").flags == ("asimd", "i8mm")
+    missing = read_cpu(tmp_path / "missing")
+    assert missing.name
+    assert missing.flags == ()

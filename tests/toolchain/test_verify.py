@@ -49,7 +49,9 @@ def test_a_bundle_is_compared_with_torch(
     compared = {"torch, user.safetensors"} | (
         {"torch, base"} if mode in ("fp32", "int8") else set()
     )
-    assert {"files", "graph", "base", "user.safetensors", "backbone"} | compared == set(checks)
+    products = {"products"} if mode == "int8" else set()
+    always = {"files", "graph", "base", "user.safetensors", "backbone"}
+    assert always | compared | products == set(checks)
     assert {result for result, _ in checks.values()} == {"ok"}
     if mode != "int8":
         worst = float(checks["torch, user.safetensors"][1].rpartition(" ")[2])
@@ -112,3 +114,96 @@ def test_torch_finds_weights_that_were_changed_with_their_hashes(
     assert checks["base"][0] == "failed"
     assert "base must give on the bundle's probe what it gave at export" in checks["base"][1]
     assert checks["torch, base"][0] == "failed"
+
+
+# -- int8 ----------------------------------------------------------------------------------------
+
+
+def _fields(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    import json
+
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    change(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+def _with_one_wide_code(folder: Path, out: Path) -> Path:
+    """One weight of 127, as listed: nothing but the weight itself tells."""
+    import onnx
+    from onnx import numpy_helper
+
+    from regrow_format.files import sha256_file
+
+    shutil.copytree(folder, out)
+    path = out / "backbone.onnx"
+    model = onnx.load(str(path))
+    tensor = next(t for t in model.graph.initializer if t.name.endswith("query.weight.int8"))
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[3, 5] = 127
+    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+    (out / "backbone.onnx.data").unlink(missing_ok=True)
+    onnx.save(model, path)
+
+    def listed(fields: dict[str, Any]) -> None:
+        fields["files"].pop("backbone.onnx.data", None)
+        fields["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+    _fields(out, listed)
+    return out
+
+
+def test_the_weights_of_integer_products_are_looked_at(
+    room: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert "products" not in _checks(cli("verify", room / "fp32", "--json"))
+    found = _checks(cli("verify", room / "int8", "--json"))["products"]
+    assert found == (
+        "ok", "12 integer products with weights from -64 to 64: exact on every processor"
+    )  # fmt: skip
+    found = cli("verify", _with_one_wide_code(room / "int8", tmp_path / "odd"), "--json")
+    assert found.code == 1
+    result, detail = _checks(found)["products"]
+    assert result == "failed"
+    assert detail.startswith("weights of integer products must have codes from -64 to 64, got -64 ")
+    assert detail.endswith("query.weight.int8 (1 such products): export it again")
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_weights_that_could_saturate_are_refused_where_they_do(
+    room: Path, cli: Callable[..., Any], tmp_path: Path, monkeypatch: Any, here: bool
+) -> None:
+    """A manifest that says so: from an exporter for processors with VNNI."""
+    import regrow_runtime.sessions
+    import regrow_toolchain.verifying
+
+    for module in (regrow_runtime.sessions, regrow_toolchain.verifying):
+        monkeypatch.setattr(module, "saturates", lambda: here)
+    folder = _with_one_wide_code(room / "int8", tmp_path / "wide")
+    _fields(folder, lambda fields: fields["rounding"].update(range=[-127, 127]))
+    found = cli("verify", folder, "--json")
+    checks = _checks(found)
+    products = "12 integer products with weights from -64 to 127"
+    if here:
+        assert found.code == 1
+        why = "saturate on this processor, which has no VNNI: export it again"
+        assert checks["products"] == ("failed", f"{products} {why}")
+        assert checks["graph"][0] == "failed"
+        assert "base" not in checks
+    else:
+        assert checks["products"] == ("ok", f"{products}: exact here, wrong without VNNI")
+        assert checks["graph"][0] == "ok"
+
+
+def test_int8_bundles_of_before_are_refused(
+    room: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(room / "int8", tmp_path / "old"))
+    _fields(folder, lambda fields: fields.pop("rounding"))
+    arrays = tmp_path / "x.npz"
+    np.savez(arrays, pixel_values=np.zeros((1, 1, 8, 8), np.float32))
+    for command in (("verify", folder), ("run", folder, "--input", arrays), ("inspect", folder)):
+        found = cli(*command)
+        assert found.code == 1
+        assert "manifest.json: rounding must say how int8 weights were rounded" in found.err
+        assert "export it again" in found.err

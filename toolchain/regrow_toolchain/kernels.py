@@ -122,9 +122,12 @@ def _rounded_product(x: str, y: str, wide: int, high: int) -> tuple[list[Any], l
     """The same in int8, as export writes it: ONNX Runtime makes one operator of it."""
     from onnx import TensorProto, helper, numpy_helper
 
+    from regrow_export.precision import INT8_ROUNDING
+
     draw = np.random.Generator(np.random.PCG64(0))
+    least, most = INT8_ROUNDING.range
     tensors: dict[str, np.ndarray] = {
-        "w": draw.integers(-127, 128, (wide, high), dtype=np.int8),
+        "w": draw.integers(least, most + 1, (wide, high), dtype=np.int8),
         "scale": np.full(high, 0.01, np.float32),
         "zeros": np.zeros(high, np.int8),
     }

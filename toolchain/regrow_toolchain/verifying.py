@@ -10,7 +10,9 @@ from pathlib import Path
 from regrow_format.adapter import Adapter
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.files import no_file
+from regrow_format.integers import SAFE_CODES, saturates
 from regrow_format.manifest import MANIFEST, Manifest
+from regrow_format.products import IntegerProduct, integer_products
 from regrow_runtime import Bundle
 from regrow_runtime.checks import Check
 
@@ -49,6 +51,7 @@ def verify(
     if any(found.result == "failed" for found in findings):
         why = "files are not those that were exported, so they are not run"
         return [*findings, Finding("graph", "skipped", why)]
+    findings += _products(folder, manifest)
     try:
         bundle = Bundle.open(folder)
     except RegrowError as error:
@@ -92,6 +95,46 @@ def _unlisted(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if name not in known and not hidden and (path.is_symlink() or not path.is_dir()):
             yield Finding(name, "failed", "not listed in the manifest: remove it, or export again")
+
+
+def _products(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    """Of the weights that the graphs have, whatever the manifest says: are their products exact?
+
+    Weights that are computed are an expansion's codes, which only ones and zeros are multiplied
+    with.
+    """
+    files = [graph.file for graph in manifest.graphs] + [one.file for one in manifest.expanders]
+    try:
+        found = [product for file in files for product in integer_products(folder / file)]
+    except FormatError as error:
+        yield Finding("products", "failed", str(error))
+        return
+    known = [(product, product.codes) for product in found if product.codes]
+    low, high = manifest.rounding.range if manifest.rounding else SAFE_CODES
+    odd = [product for product, codes in known if codes[0] < low or codes[1] > high]
+    if odd:
+        yield Finding("products", "failed", _odd(odd, f"from {low} to {high}"))
+    elif known:
+        yield _exact(len(known), min(c[0] for _, c in known), max(c[1] for _, c in known))
+
+
+def _odd(products: Sequence[IntegerProduct], wanted: str) -> str:
+    first = products[0]
+    got = "{} to {}".format(*(first.codes or ()))
+    return (
+        f"weights of integer products must have codes {wanted}, got {got} in {first.weight} "
+        f"({len(products)} such products): export it again"
+    )
+
+
+def _exact(count: int, low: int, high: int) -> Finding:
+    detail = f"{count} integer products with weights from {low} to {high}"
+    if SAFE_CODES[0] <= low and high <= SAFE_CODES[1]:
+        return Finding("products", "ok", f"{detail}: exact on every processor")
+    if not saturates():
+        return Finding("products", "ok", f"{detail}: exact here, wrong without VNNI")
+    why = f"{detail} saturate on this processor, which has no VNNI: export it again"
+    return Finding("products", "failed", why)
 
 
 def _graph(bundle: Bundle) -> Finding:

@@ -11,15 +11,29 @@ __all__ = ["Cpu", "Load", "read_cpu", "read_governor", "read_load"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _STAT = Path("/proc/stat")
+# They decide which kernels ONNX Runtime and torch take: x86-64's, then Arm's, as Linux has them.
+_DECIDING = (
+    "sse4_1", "avx", "avx2", "fma", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw",
+    "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """Name of the processor, and how many cores this process may use."""
+    """The processor.
+
+    Attributes:
+        name: as it calls itself.
+        cores: how many this process may use.
+        flags: its instruction sets that decide which kernels are used, as Linux calls them, such
+            as "avx512_vnni"; empty where the system does not tell.
+    """
 
     name: str
     cores: int
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,9 +53,15 @@ def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    name = next(named, "") or platform.processor() or platform.machine()
-    return Cpu(name, len(_cores()))
+    name = _first(lines, "model name") or platform.processor() or platform.machine()
+    told = (_first(lines, "flags") or _first(lines, "Features")).split()
+    return Cpu(name, len(_cores()), tuple(flag for flag in _DECIDING if flag in told))
+
+
+def _first(lines: list[str], field: str) -> str:
+    """What /proc/cpuinfo has for the first core, or ""."""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in found if name.strip() == field), "")
 
 
 def _cores() -> list[int]:

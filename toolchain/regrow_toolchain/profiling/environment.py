@@ -17,10 +17,11 @@ _PACKAGES = ("regrow", "numpy", "onnxruntime")
 
 
 def read_environment() -> dict[str, Any]:
-    """Processor, cores, governor, system, versions."""
+    """Processor, its instruction sets, cores, governor, system, versions."""
     cpu = read_cpu()
     return {
         "cpu": cpu.name,
+        "cpu_flags": list(cpu.flags) or None,
         "cores": cpu.cores,
         "governor": read_governor(),
         "system": platform.platform(),
