@@ -154,9 +154,9 @@ def test_each_sample_is_held_back_once_and_trains_the_result(count: int) -> None
 
 
 def test_fifty_different_samples_held_back_need_no_folds() -> None:
-    enough, too_few = _data(249), _again(_data(240), [0] * 80)  # 50 and 48 of them
+    enough, too_few = _data(248), _again(_data(240), [0] * 80)  # 50 and 48 of them
     user = _prepared(enough)
-    assert (user.folds, len(user.result.train), len(user.result.held)) == ((), 199, 50)
+    assert (user.folds, len(user.result.train), len(user.result.held)) == ((), 198, 50)
     assert user.judged == (user.result,)
     assert len(_prepared(too_few).folds) == 5
     assert len(_prepared(enough, holdout=0.19).folds) == 5
@@ -263,7 +263,10 @@ def test_the_judgement_is_that_of_five_adapters_trained_alone(
     assert (kept.before, kept.after, kept.samples) == (done.before, done.after, 14)
 
     base = _logits(backbone, data.take(np.array(order)))
-    candidates = {"constant answer": _grouped(np.concatenate(constant), x)}
+    candidates = {
+        "class frequencies": _grouped(np.concatenate(constant), x),
+        "even chances": np.full(11, np.log(len(set(truth.tolist())))),
+    }
     if names == _KNOWN:
         assert done.before == np.mean(base.argmax(1).numpy() == truth)
         candidates["base model"] = _grouped(_nats(base, truth), x)
