@@ -6,8 +6,7 @@ allocated: sizes against the header, shapes against what the method's config say
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,24 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as save_safetensors
 
+from .adapter_contents import (
+    STORAGE,
+    AdapterContents,
+    Coefficients,
+    Head,
+    HeadLayer,
+    Probe,
+    Validated,
+    narrow,
+)
 from .basis import PHILOX_SIGN, BasisSpec
 from .errors import FormatError
 from .fields import Fields, dump_json, parse_json
 from .files import read_bytes, write_bytes
 from .methods import Method, get_method
-from .methods.base import MAX_FEATURES
 from .philox import check_seed
-from .quantize import pack, packed_width, quantize, scale_shape, unpack
-from .record import Frozen, Record
-from .target_rows import Target, target_rows, targets_of
+from .quantize import pack, packed_width, scale_shape, unpack
+from .target_rows import MAX_FEATURES, Target, target_rows, targets_of
 
 __all__ = [
     "FORMAT",
@@ -41,8 +48,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-# What coefficients may be stored as, and how many bits a value takes.
-STORAGE = {"fp32": 32, "fp16": 16, "int8": 8, **{f"int{bits}": bits for bits in range(2, 8)}}
 
 # Bounds of the format, far above any real adapter: they stop a hostile header, not a user.
 MAX_FILE_BYTES = 1 << 30
@@ -53,120 +58,8 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1", "U32": "<u4"}
 _FLOATS = ("F16", "F32")
 
 
-class Coefficients(Frozen):
-    """Stacked vectors of numbers, as stored.
-
-    Attributes:
-        values: [rows, length], int8 codes for integer storage, else float32.
-        scale: float32 [rows], or [rows, ceil(length / group)] with a scale per group of `group`
-            values; it includes every constant of the method, so that an expansion with one scale
-            per vector is one sum times one number.
-        group: how many values share a scale; None for all of a vector.
-    """
-
-    values: NDArray[Any]
-    scale: NDArray[np.float32]
-    group: int | None = None
-
-    @classmethod
-    def store(
-        cls,
-        values: NDArray[np.float32],
-        constant: NDArray[np.float32],
-        storage: str,
-        group: int | None = None,
-    ) -> Coefficients:
-        """Round `values` [rows, length] as `storage` says; `constant` [rows] joins the scale."""
-        bits = STORAGE[storage]
-        if bits <= 8:
-            codes, scale = quantize(values, bits, group)
-        else:
-            codes = _narrow(values, np.float16 if bits == 16 else np.float32).astype(np.float32)
-            scale = np.ones(scale_shape(values.shape, group), dtype=np.float32)
-        constant = constant if group is None else constant[:, None]
-        return cls(codes, (scale * constant).astype(np.float32), group)
-
-    def dense(self) -> NDArray[np.float32]:
-        """float32 [rows, length]: values times scale, one multiply each."""
-        scale = self.scale[:, None]
-        if self.group is not None:
-            length = self.values.shape[1]
-            scale = np.repeat(self.scale, min(self.group, length), axis=1)[:, :length]
-        return self.values.astype(np.float32) * scale
-
-
-class HeadLayer(Frozen):
-    """One linear layer of a task head: weight float32 [classes, in], bias float32 [classes]."""
-
-    name: str
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32]
-
-
-class Head(Frozen):
-    """A task head of the adapter's own, with the names of its classes.
-
-    `storage` is how its numbers are stored, "fp16" or "fp32".
-    """
-
-    layers: tuple[HeadLayer, ...]
-    labels: tuple[str, ...]
-    storage: str = "fp16"
-
-
-class Probe(Frozen):
-    """What the model gives for the bundle's probe input: 1 to 64 numbers, float16 [m].
-
-    Attributes:
-        input: fingerprint of the input that they are for; "" if the file does not say.
-    """
-
-    expected: NDArray[np.float16]
-    tolerance: float
-    input: str = ""
-
-
-class Validated(Record):
-    """A score on samples that training did not see, before and after adaptation."""
-
-    variant: str
-    metric: str
-    before: float
-    after: float
-    samples: int
-
-
-class Adapter(Frozen):
-    """What an adapter file holds.
-
-    Attributes:
-        method: name of the method, such as "nola".
-        config: the method's own numbers, such as k, l, rank.
-        seed: uint64 from which the basis is regenerated.
-        backbone_id: the backbone that it was trained on, "sha256:…".
-        targets: the layers it changes, sorted by the UTF-8 bytes of their names.
-        coefficients: by tensor name, as the method's `layout` lists them.
-        storage: how coefficients are stored, a key of `STORAGE`.
-        group: how many coefficients share a scale; None for all of a vector.
-        stored_basis: the tensors of a basis of kind "stored", as the method's `stored_basis` lists.
-        extra: whole replacements of parameters by their path, float16 or float32.
-    """
-
-    method: str
-    config: Mapping[str, Any]
-    seed: int
-    backbone_id: str
-    targets: tuple[Target, ...]
-    coefficients: Mapping[str, Coefficients]
-    storage: str = "fp32"
-    basis: BasisSpec = PHILOX_SIGN
-    head: Head | None = None
-    validated: tuple[Validated, ...] = ()
-    user: Mapping[str, str] = field(default_factory=dict)
-    group: int | None = None
-    stored_basis: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    probe: Probe | None = None
+class Adapter(AdapterContents):
+    """An adapter, with its file. Its fields are those of `AdapterContents`."""
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same adapter always gives the same ones.
@@ -219,12 +112,7 @@ def _stored(values: NDArray[Any], storage: str) -> NDArray[Any]:
     bits = STORAGE[storage]
     if bits < 8:
         return pack(values, bits)
-    return _narrow(values, {8: np.int8, 16: np.float16, 32: np.float32}[bits])
-
-
-def _narrow(values: NDArray[Any], dtype: type) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # what becomes infinite is refused by name
-        return values.astype(dtype)
+    return narrow(values, {8: np.int8, 16: np.float16, 32: np.float32}[bits])
 
 
 def _metadata(adapter: Adapter) -> dict[str, Any]:

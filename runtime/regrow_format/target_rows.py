@@ -12,12 +12,12 @@ from itertools import groupby
 from typing import TypeGuard
 
 from .errors import FormatError
-from .methods.base import MAX_FEATURES
 from .record import Record
 
-__all__ = ["Target", "target_rows", "targets_of"]
+__all__ = ["MAX_FEATURES", "Target", "target_rows", "targets_of"]
 
 # Far above real adapters: they bound what a small hostile file makes a reader allocate.
+MAX_FEATURES = 1 << 24
 MAX_TARGETS = 100_000
 _MAX_CHARACTERS = 1 << 24
 

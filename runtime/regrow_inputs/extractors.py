@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,45 @@ from regrow_format.files import read_bytes
 
 from .mel import DCT_NORMS, LOGS, MEL_SCALES, MelFrontEnd
 from .pictures import PREPROCESSOR
-from .sounds import SoundPreprocessor
 from .wav import MAX_SECONDS, RATES
 
-__all__ = ["is_sound", "read_extractor"]
+__all__ = ["SoundSettings", "is_sound", "read_extractor"]
 
 _MAX_BYTES = 64 << 20
 _MAX_FFT = 1 << 16
 _MAX_BANDS = 4096
 _MAX_FRAMES = 1 << 20
 _MAX_VALUES = 1 << 24
+
+
+@dataclass(frozen=True)
+class SoundSettings:
+    """How sounds become a graph's input.
+
+    Attributes:
+        sampling_rate: in Hz, what sounds are brought to.
+        samples: how many a sound is cut or filled up to; None for as many as it has.
+        front: what makes frames of it; None where the model takes samples.
+        frames: how many frames are cut or filled up to; None for as many as there are.
+        whisper: the last frame is dropped and the loudest 8 decades become about -1 to 1.
+        normalize: samples get mean 0 and variance 1.
+        mean, std: taken off frames, and what they are divided by.
+        padding: what sounds are filled up with.
+        mask: give an attention_mask too, 1 where there is sound.
+        time_last: frames are columns, [features, frames].
+    """
+
+    sampling_rate: int
+    samples: int | None = None
+    front: MelFrontEnd | None = None
+    frames: int | None = None
+    whisper: bool = False
+    normalize: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+    padding: float = 0.0
+    mask: bool = False
+    time_last: bool = False
 
 
 def is_sound(folder: Path) -> bool:
@@ -36,8 +66,8 @@ def is_sound(folder: Path) -> bool:
     return fields.plain("feature_extractor_type", str) in _KINDS or fields.has("sampling_rate")
 
 
-def read_extractor(folder: Path) -> SoundPreprocessor:
-    """See `SoundPreprocessor.from_folder`."""
+def read_extractor(folder: Path) -> SoundSettings:
+    """What the folder's preprocessor_config.json says; see `SoundPreprocessor.from_folder`."""
     fields = _read(folder)
     kind = fields.choice("feature_extractor_type", tuple(_KINDS))
     found = _KINDS[kind](fields)
@@ -50,8 +80,8 @@ def _read(folder: Path) -> Fields:
     return parse_json(read_bytes(path, limit=_MAX_BYTES, what="sound preprocessing"), str(path))
 
 
-def _wav2vec2(fields: Fields) -> SoundPreprocessor:
-    return SoundPreprocessor(
+def _wav2vec2(fields: Fields) -> SoundSettings:
+    return SoundSettings(
         _rate(fields),
         normalize=_flag(fields, "do_normalize", True),
         padding=fields.take("padding_value", float, 0.0),
@@ -59,7 +89,7 @@ def _wav2vec2(fields: Fields) -> SoundPreprocessor:
     )
 
 
-def _ast(fields: Fields) -> SoundPreprocessor:
+def _ast(fields: Fields) -> SoundSettings:
     rate = _rate(fields)
     bands = fields.number("num_mel_bins", 1, _MAX_BANDS, 128)
     normal = _flag(fields, "do_normalize", True)
@@ -68,13 +98,13 @@ def _ast(fields: Fields) -> SoundPreprocessor:
         rate, 400, 160, 512, bands, 20.0, rate // 2, "kaldi", in_mel=True, periodic=False,
         preemphasis=0.97, remove_dc=True, floor=float(np.finfo(np.float32).eps),
     )  # fmt: skip
-    return SoundPreprocessor(
+    return SoundSettings(
         rate, front=front, frames=fields.number("max_length", 1, _MAX_FRAMES, 1024),
         mean=mean if normal else 0.0, std=2 * std if normal else 1.0,
     )  # fmt: skip
 
 
-def _whisper(fields: Fields) -> SoundPreprocessor:
+def _whisper(fields: Fields) -> SoundSettings:
     rate = _rate(fields)
     fft = fields.number("n_fft", 2, _MAX_FFT, 400)
     front = MelFrontEnd(
@@ -85,13 +115,13 @@ def _whisper(fields: Fields) -> SoundPreprocessor:
     if fields.take("dither", float, 0.0):
         raise FormatError(f"{fields.where}: dither must be 0, since answers would be random")
     seconds = fields.number("chunk_length", 1, MAX_SECONDS, MAX_SECONDS)
-    return SoundPreprocessor(
+    return SoundSettings(
         rate, seconds * rate, front, whisper=True, time_last=True,
         padding=fields.take("padding_value", float, 0.0),
     )  # fmt: skip
 
 
-def _own(fields: Fields) -> SoundPreprocessor:
+def _own(fields: Fields) -> SoundSettings:
     """Every field is known, or the file is refused: nobody else writes it."""
     rate = _rate(fields)
     samples = _number(fields, "num_samples", MAX_SECONDS * rate)
@@ -119,7 +149,7 @@ def _own(fields: Fields) -> SoundPreprocessor:
         dct_norm=_choice(fields, "dct_norm", DCT_NORMS),
     )
     mean, std = _mean_and_std(fields, 0.0, 1.0)
-    made = SoundPreprocessor(
+    made = SoundSettings(
         rate, samples, front, mean=mean, std=std,
         frames=_number(fields, "num_frames", _MAX_FRAMES),
         time_last=_flag(fields, "time_last", False),
@@ -129,7 +159,7 @@ def _own(fields: Fields) -> SoundPreprocessor:
     return made
 
 
-_KINDS: dict[str, Callable[[Fields], SoundPreprocessor]] = {
+_KINDS: dict[str, Callable[[Fields], SoundSettings]] = {
     "Wav2Vec2FeatureExtractor": _wav2vec2,
     "ASTFeatureExtractor": _ast,
     "WhisperFeatureExtractor": _whisper,
@@ -137,7 +167,7 @@ _KINDS: dict[str, Callable[[Fields], SoundPreprocessor]] = {
 }
 
 
-def _check_size(made: SoundPreprocessor, where: str) -> None:
+def _check_size(made: SoundSettings, where: str) -> None:
     """A file of a few bytes must not ask for gigabytes."""
     front = made.front
     if front is None:

@@ -7,7 +7,6 @@ extractors (tested).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from regrow_format.errors import UsageError
 
-from .mel import MelFrontEnd
+from .extractors import SoundSettings, read_extractor
 from .wav import MAX_SECONDS, RATES, resample
 
 __all__ = ["SOUND_INPUTS", "SoundPreprocessor", "sound_input"]
@@ -27,34 +26,11 @@ _MASK = "attention_mask"
 Sound = NDArray[Any] | tuple[NDArray[Any], int]
 
 
-@dataclass(frozen=True)
-class SoundPreprocessor:
+class SoundPreprocessor(SoundSettings):
     """Cut or fill up, a spectrum or none, cut or fill up that, normalise.
 
-    Attributes:
-        sampling_rate: in Hz, what sounds are brought to.
-        samples: how many a sound is cut or filled up to; None for as many as it has.
-        front: what makes frames of it; None where the model takes samples.
-        frames: how many frames are cut or filled up to; None for as many as there are.
-        whisper: the last frame is dropped and the loudest 8 decades become about -1 to 1.
-        normalize: samples get mean 0 and variance 1.
-        mean, std: taken off frames, and what they are divided by.
-        padding: what sounds are filled up with.
-        mask: give an attention_mask too, 1 where there is sound.
-        time_last: frames are columns, [features, frames].
+    Its fields are those of `SoundSettings`.
     """
-
-    sampling_rate: int
-    samples: int | None = None
-    front: MelFrontEnd | None = None
-    frames: int | None = None
-    whisper: bool = False
-    normalize: bool = False
-    mean: float = 0.0
-    std: float = 1.0
-    padding: float = 0.0
-    mask: bool = False
-    time_last: bool = False
 
     @classmethod
     def from_folder(cls, folder: Path) -> SoundPreprocessor:
@@ -64,9 +40,7 @@ class SoundPreprocessor:
             UsageError: there is no such file.
             FormatError: it is broken, or describes something that is not known here.
         """
-        from .extractors import read_extractor  # it makes what is defined here
-
-        return read_extractor(folder)
+        return cls(**vars(read_extractor(folder)))
 
     def __call__(self, sounds: Sequence[Sound]) -> dict[str, NDArray[Any]]:
         """`values` float32 [batch, …], and `attention_mask` int64 [batch, samples] if there is one.

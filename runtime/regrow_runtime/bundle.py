@@ -17,12 +17,11 @@ from regrow_format.basis import BasisCache
 from regrow_format.cache import CacheSpec
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
-from regrow_format.record import Record
 
 from .blend import as_weight, blend
 from .checks import Check, Prober
 from .generate import Generated, Generation, Ids, Settings
-from .health import History, recorded, report
+from .health import History, SwapCost, recorded, report
 from .sessions import PROFILES, Profile, first_line, open_session, profile_of, run_options
 from .slots import Feeds, Resident, check_fit, expand, load_head, stack
 
@@ -30,23 +29,6 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 __all__ = ["Bundle", "SwapCost"]
-
-
-class SwapCost(Record):
-    """What a swap cost, in milliseconds and bytes.
-
-    `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
-    basis that was in RAM, or without one), "cold" (the basis was rebuilt, or a large one was used
-    for the second time and made ready for further swaps) or "blend" (made of residents).
-    """
-
-    kind: str
-    name: str | None
-    total_ms: float
-    read_ms: float = 0.0
-    check_ms: float = 0.0
-    expand_ms: float = 0.0
-    resident_bytes: int = 0
 
 
 class Bundle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +16,8 @@ from regrow_format.philox import check_seed, key_of, philox_words
 from regrow_format.record import Record
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
+    from regrow_format.manifest import Manifest
+
     from .slots import Feeds, Resident
 
 __all__ = ["Generated", "Generation", "Settings", "choose"]
@@ -32,6 +33,20 @@ class Settings(TypedDict, total=False):
     top_p: float
     seed: int
     stop: Sequence[int] | None
+
+
+class CausalModel(Protocol):
+    """What a conversation asks of a bundle."""
+
+    manifest: Manifest
+
+    def _adapted(
+        self, adapters: Sequence[str | None] | None, samples: int
+    ) -> tuple[list[Resident | None], Feeds]:
+        """The adapters that serve a batch now, and what they put into the slots."""
+
+    def _call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
+        """The outputs called `names`, in their order."""
 
 
 class Generated(Record):
@@ -58,6 +73,7 @@ class Generation:
     far is run again. One thread at a time may use a conversation.
 
     Args:
+        bundle: the `Bundle` that runs it.
         adapters: a resident adapter's name, or None for the base, per sample; without it, whichever
             is active at a call serves the whole batch.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -72,7 +88,7 @@ class Generation:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: CausalModel,
         *,
         adapters: Sequence[str | None] | None = None,
         temperature: float = 0.0,

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import wraps
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from regrow_format.basis import BasisCache
 from regrow_format.errors import RegrowError
+from regrow_format.manifest import Manifest
+from regrow_format.record import Record
 
 from .sessions import VERSION
 from .slots import Resident
@@ -17,11 +20,24 @@ from .slots import Resident
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from .bundle import Bundle, SwapCost
+__all__ = ["History", "SwapCost", "recorded", "report"]
 
-__all__ = ["History", "recorded", "report"]
 
-P = ParamSpec("P")
+class SwapCost(Record):
+    """What a swap cost, in milliseconds and bytes.
+
+    `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
+    basis that was in RAM, or without one), "cold" (the basis was rebuilt, or a large one was used
+    for the second time and made ready for further swaps) or "blend" (made of residents).
+    """
+
+    kind: str
+    name: str | None
+    total_ms: float
+    read_ms: float = 0.0
+    check_ms: float = 0.0
+    expand_ms: float = 0.0
+    resident_bytes: int = 0
 
 
 class History:
@@ -33,13 +49,29 @@ class History:
         self.lock = Lock()
 
 
+class Observed(Protocol):
+    """What a report needs of a bundle."""
+
+    history: History
+    manifest: Manifest
+    basis: BasisCache
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active adapter, None for the base."""
+
+
+P = ParamSpec("P")
+B = TypeVar("B", bound=Observed)
+
+
 def recorded(
-    swap: Callable[Concatenate[Bundle, P], SwapCost],
-) -> Callable[Concatenate[Bundle, P], SwapCost]:
+    swap: Callable[Concatenate[B, P], SwapCost],
+) -> Callable[Concatenate[B, P], SwapCost]:
     """A method that swaps or loads, with its failures counted, and the kinds of its swaps."""
 
     @wraps(swap)
-    def counting(self: Bundle, /, *args: P.args, **named: P.kwargs) -> SwapCost:
+    def counting(self: B, /, *args: P.args, **named: P.kwargs) -> SwapCost:
         past = self.history
         try:
             cost = swap(self, *args, **named)
@@ -56,7 +88,7 @@ def recorded(
 
 
 def report(
-    bundle: Bundle, residents: Mapping[str, Resident], session: ort.InferenceSession, profile: str
+    bundle: Observed, residents: Mapping[str, Resident], session: ort.InferenceSession, profile: str
 ) -> dict[str, Any]:
     """See `Bundle.health`."""
     now, past = time.time(), bundle.history

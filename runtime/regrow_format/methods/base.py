@@ -14,11 +14,11 @@ from ..errors import RegrowError
 from ..fields import Fields
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
+    from ..target_rows import Target
 
 __all__ = [
-    "MAX_FEATURES",
     "MAX_RANK",
     "Expansion",
     "Layout",
@@ -35,7 +35,6 @@ Expansion = dict[str, dict[str, NDArray[np.float32]]]
 # Name and shape [rows, length] of every coefficient tensor that the file holds.
 Layout = dict[str, tuple[int, int]]
 
-MAX_FEATURES = 1 << 24
 MAX_RANK = 1 << 12
 # What a basis may take in RAM. The largest of a paper (NOLA, LLaMA-2 70B, k = 512, rank 16) takes
 # 29 MB; without a bound, a file of kilobytes could ask for 25 GB. All tensors of one part may take
@@ -90,11 +89,11 @@ class Method(ABC):
         """Dtypes (any of them) and shape of every tensor that a basis of kind "stored" has."""
         return {}
 
-    def check(self, adapter: Adapter, where: str) -> None:  # noqa: B027 - most have none
+    def check(self, adapter: AdapterContents, where: str) -> None:  # noqa: B027 - most have none
         """Raise `FormatError` for what dtypes and shapes alone do not tell."""
 
     @abstractmethod
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """The slot tensors of every target, float32.
 
         Peak memory is bounded by the result plus 32 MB, and what `basis` may keep.
@@ -130,7 +129,7 @@ def stacked(part: str, widths: Sequence[int], each: int = 1) -> Layout:
 
 
 def unstacked(
-    adapter: Adapter, part: str, widths: Sequence[int], each: int = 1
+    adapter: AdapterContents, part: str, widths: Sequence[int], each: int = 1
 ) -> Iterator[NDArray[np.float32]]:
     """The inverse: float32 [each, width] of every target, in their order, times its scale."""
     dense = {w: adapter.coefficients[f"{part}.{w}"].dense() for w in Counter(widths)}

@@ -9,8 +9,9 @@ from ..fields import Fields
 from .base import Expansion, Layout, Method, check_bytes, stacked, unstacked
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
+    from ..target_rows import Target
 
 __all__ = ["Bitfit"]
 
@@ -29,7 +30,7 @@ class Bitfit(Method):
         """One tensor per width that occurs."""
         return stacked("b", [t.out_features for t in targets])
 
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """b [out] per target; the basis is not used."""
         widths = [t.out_features for t in adapter.targets]
         check_bytes("biases", 4 * sum(widths))

@@ -19,8 +19,9 @@ from ..mt19937 import permutation_head
 from .base import Expansion, Layout, Method, check_bytes
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
+    from ..target_rows import Target
 
 __all__ = ["Fourierft"]
 
@@ -58,7 +59,7 @@ class Fourierft(Method):
         """places.<out>x<in> [n] for every grid that occurs."""
         return {_places_name(t): (("U32",), (config["n"],)) for t in targets}
 
-    def check(self, adapter: Adapter, where: str) -> None:
+    def check(self, adapter: AdapterContents, where: str) -> None:
         """Every grid has 2**32 places at most and n different ones; stored places lie on it."""
         count = adapter.config["n"]
         for target in {(t.in_features, t.out_features): t for t in adapter.targets}.values():
@@ -76,7 +77,7 @@ class Fourierft(Method):
                         f"below {grid}"
                     )
 
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """D [in, out] per target, the transpose of delta W."""
         targets = adapter.targets
         check_bytes("deltas", 4 * sum(t.in_features * t.out_features for t in targets))
@@ -91,7 +92,7 @@ def _places_name(target: Target) -> str:
     return f"places.{target.out_features}x{target.in_features}"
 
 
-def _places(adapter: Adapter, target: Target, basis: BasisCache) -> NDArray[np.int64]:
+def _places(adapter: AdapterContents, target: Target, basis: BasisCache) -> NDArray[np.int64]:
     """int64 [n] on the grid of out rows and in columns."""
     kind, seed, count = adapter.basis.kind, adapter.seed, adapter.config["n"]
     high, wide = target.out_features, target.in_features

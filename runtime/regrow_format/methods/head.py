@@ -10,8 +10,9 @@ from ..fields import Fields
 from .base import Expansion, Layout, Method
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
+    from ..target_rows import Target
 
 __all__ = ["HeadOnly"]
 
@@ -30,11 +31,11 @@ class HeadOnly(Method):
         """Nothing."""
         return {}
 
-    def check(self, adapter: Adapter, where: str) -> None:
+    def check(self, adapter: AdapterContents, where: str) -> None:
         """A head there must be, and targets there must not."""
         if adapter.head is None or adapter.targets:
             raise FormatError(f"{where}: an adapter of method head must have a head and no targets")
 
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """Nothing: the head's numbers are stored as they are."""
         return {}

@@ -16,8 +16,9 @@ from ..fields import Fields
 from .base import MAX_RANK, Expansion, Layout, Method, check_factors, stacked, unstacked
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
+    from ..target_rows import Target
 
 __all__ = ["Lora"]
 
@@ -59,7 +60,7 @@ class Lora(Method):
             for name, (rows, _) in self.layout(config, targets).items()
         }
 
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """A [in, rank] and B [rank, out] per target; the basis is not used."""
         rank, targets = adapter.config["rank"], adapter.targets
         check_factors(rank, targets)

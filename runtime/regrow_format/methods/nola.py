@@ -19,9 +19,10 @@ from ..fields import Fields
 from .base import MAX_RANK, Expansion, Layout, Method, check_basis, check_factors
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
     from ..integers import PackedSigns
+    from ..target_rows import Target
 
 __all__ = ["Nola"]
 
@@ -69,7 +70,7 @@ class Nola(Method):
             "beta": np.full(len(targets), beta, dtype=np.float32),
         }
 
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """A [in, rank] and B [rank, out] per target, float32."""
         self.check_sizes(adapter.config, adapter.targets)
         rank, targets = adapter.config["rank"], adapter.targets
@@ -82,7 +83,7 @@ class Nola(Method):
 
 
 def _factors(
-    adapter: Adapter, tensor: str, role: Role, entries: Sequence[int], basis: BasisCache
+    adapter: AdapterContents, tensor: str, role: Role, entries: Sequence[int], basis: BasisCache
 ) -> dict[int, NDArray[np.float32]]:
     """By target's index, float32 [entries]: its combination of basis vectors, times its scale."""
     part, shared = adapter.coefficients[tensor], adapter.config["shared"]

@@ -18,8 +18,8 @@ from ..basis import Role, plus_minus
 from ..errors import FormatError
 from ..fields import Fields
 from ..mt19937 import DTYPES, uniform_kaiming
+from ..target_rows import MAX_FEATURES
 from .base import (
-    MAX_FEATURES,
     MAX_RANK,
     Expansion,
     Layout,
@@ -31,8 +31,9 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..adapter_contents import AdapterContents
     from ..basis import BasisCache
+    from ..target_rows import Target
 
 __all__ = ["Vera", "vectors"]
 
@@ -84,7 +85,7 @@ class Vera(Method):
             "dtype": fields.choice("dtype", DTYPES),
         }
 
-    def check(self, adapter: Adapter, where: str) -> None:
+    def check(self, adapter: AdapterContents, where: str) -> None:
         """PEFT's matrices are as wide as the widest target, or wider."""
         fields, (wide, high) = adapter.basis.fields, _widest(adapter.targets)
         if fields and (fields["in"] < wide or fields["out"] < high):
@@ -93,7 +94,7 @@ class Vera(Method):
                 f"{high}, got {fields['in']} and {fields['out']}"
             )
 
-    def expand(self, adapter: Adapter, basis: BasisCache) -> Expansion:
+    def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
         """A [in, rank] and B [rank, out] per target: one multiply by the scale, then the sign."""
         rank, targets = adapter.config["rank"], adapter.targets
         check_factors(rank, targets)
@@ -104,7 +105,7 @@ class Vera(Method):
         return {t.name: {"A": a[i], "B": b[i]} for i, t in enumerate(targets)}
 
 
-def vectors(adapter: Adapter) -> Expansion:
+def vectors(adapter: AdapterContents) -> Expansion:
     """What vector slots take: d [1, rank] and b [1, out] per target, times their scales."""
     targets, d = adapter.targets, adapter.coefficients["d"].dense()
     rows = unstacked(adapter, "b", [t.out_features for t in targets])
@@ -119,7 +120,7 @@ def _widest(targets: Sequence[Target]) -> tuple[int, int]:
     return wide, max((t.out_features for t in targets), default=1)
 
 
-def _matrices(adapter: Adapter, basis: BasisCache) -> tuple[Iterable[NDArray[Any]], ...]:
+def _matrices(adapter: AdapterContents, basis: BasisCache) -> tuple[Iterable[NDArray[Any]], ...]:
     """A [in or more, rank] and B [rank, out or more], blocks of rows: floats, or bits in uint8."""
     kind, seed, rank = adapter.basis.kind, adapter.seed, adapter.config["rank"]
     wide, high = _widest(adapter.targets)

@@ -6,8 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..pages import duration, html, size, style
-from ..pages.html import key
+from ..pages import duration, size, style
+from ..pages.html import (
+    chips,
+    definitions,
+    document,
+    figure,
+    key,
+    paragraphs,
+    scroll_table,
+    tiles,
+)
 from ..pages.words import ram
 from . import charts, wording
 from .tables import Table, all_tables, comparison_tables
@@ -73,8 +82,8 @@ def profile_page(record: Record) -> str:
         "<header>",
         '<p class="kicker">regrow profile</p>',
         f"<h1>What “{escape(name)}” costs on this machine</h1>",
-        html.chips(_chips(record)),
-        html.tiles(_tiles(record)),
+        chips(_chips(record)),
+        tiles(_tiles(record)),
         "</header><main>",
         '<div class="columns">',
         *_figures(record),
@@ -85,7 +94,7 @@ def profile_page(record: Record) -> str:
         f"<footer>Made by regrow {version} with <code>regrow profile</code>, {made}. This page is "
         "one file and loads nothing.</footer>",
     ]
-    return html.document(f"regrow profile: {name}", style(), body)
+    return document(f"regrow profile: {name}", style(), body)
 
 
 def _chips(record: Record) -> list[tuple[str, str]]:
@@ -143,7 +152,7 @@ def _last_tile(record: Record) -> tuple[str, str, str]:
 
 def _figures(record: Record) -> Iterator[str]:
     def panel(kicker: str, title: str, chart: Chart, caption: str) -> str:
-        return html.figure(kicker, title, chart(record, title), caption)
+        return figure(kicker, title, chart(record, title), caption)
 
     source = escape(record["memory"]["source"])
     yield panel("Latency", wording.latency_takeaway(record), charts.latency_chart, _LATENCY)
@@ -172,7 +181,7 @@ def _figures(record: Record) -> Iterator[str]:
 
 
 def _tables(title: str, tables: Sequence[Table]) -> str:
-    drawn = "".join(html.scroll_table(part.caption, part.head, part.rows) for part in tables)
+    drawn = "".join(scroll_table(part.caption, part.head, part.rows) for part in tables)
     return (
         f'<section class="panel"><p class="kicker">All figures</p><h2>{escape(title)}</h2>'
         f'<div class="tables single">{drawn}</div></section>'
@@ -194,10 +203,10 @@ def _about(record: Record) -> str:
     }
     return (
         '<div class="pair"><section class="panel"><p class="kicker">How it was measured</p>'
-        f"<h2>Times and memory of this machine and this run.</h2>{html.definitions(facts)}"
-        f"{html.paragraphs(notes(record))}</section>"
+        f"<h2>Times and memory of this machine and this run.</h2>{definitions(facts)}"
+        f"{paragraphs(notes(record))}</section>"
         '<section class="panel"><p class="kicker">Words</p>'
-        f"<h2>What the words on this page mean</h2>{html.definitions(_WORDS)}</section></div>"
+        f"<h2>What the words on this page mean</h2>{definitions(_WORDS)}</section></div>"
     )
 
 
@@ -209,11 +218,11 @@ def comparison_page(found: Record) -> str:
         "<header>",
         '<p class="kicker">regrow profile --compare</p>',
         f"<h1>{verdict} by more than the noise</h1>",
-        html.chips([("", f"A: {found['a']}"), ("", f"B: {found['b']}")]),
+        chips([("", f"A: {found['a']}"), ("", f"B: {found['b']}")]),
         "</header><main>",
         '<section class="panel"><p class="kicker">The rule</p>',
-        f"{html.paragraphs(comparison_notes(found))}</section>",
+        f"{paragraphs(comparison_notes(found))}</section>",
         _tables("Every figure that both profiles have", comparison_tables(found)),
         "</main><footer>This page is one file and loads nothing.</footer>",
     ]
-    return html.document("regrow profile --compare", style(), body)
+    return document("regrow profile --compare", style(), body)
