@@ -5,8 +5,8 @@
 The users of four benchmarks (mnist_writers.py, keyword_speakers.py, story_roles.py, intents.py;
 their data, models and settings) adapt with NOLA; a user whose adapter is not written keeps the base
 model. The rule before: a fifth held back, a higher score on it. The gate: a paired test of losses,
-in five folds where fewer than 50 samples would be held back (`regrow_toolchain.gate`). Scored on
-test samples that neither has seen, over all users. Ends in one line of JSON.
+in five folds where fewer than 50 samples would be held back. Scored on test samples that neither
+has seen, over all users. Ends in one line of JSON.
 """
 
 from __future__ import annotations

@@ -288,11 +288,11 @@ class _Outcome:
     """What became of one training.
 
     Attributes:
-        measured: of the samples it had held back, with its adapter; None if there are none.
+        answers: `Task.measure` of the samples it had held back; None if there are none.
     """
 
     adapter: Adapter
-    measured: NDArray[np.float32] | None
+    answers: NDArray[np.float32] | None
     stopped: Stopped | None
 
 
@@ -485,8 +485,8 @@ class _Job:
 
 
 def _answers(outcome: _Outcome) -> NDArray[np.float32]:
-    assert outcome.measured is not None  # of those who had samples held back
-    return outcome.measured
+    assert outcome.answers is not None  # of those who had samples held back
+    return outcome.answers
 
 
 def _score(task: Task, evidence: Evidence, answer: NDArray[np.float32]) -> float:
