@@ -14,20 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-from regrow_inputs import InputReader
-from regrow_runtime import Bundle
-from regrow_toolchain import (
+from regrow import (
     AdaptConfig,
+    Bundle,
     CompressConfig,
+    InputReader,
     adapt,
     compress,
-    export_backbone,
+    export,
     load_backbone,
     load_data,
     save_backbone,
 )
-from regrow_toolchain.demo.dense import DenseRecipe, new_model, save_dense, train_dense
-from regrow_toolchain.demo.digits import load_digits
+from regrow_toolchain.demo import DenseRecipe, load_digits, new_model, save_dense, train_dense
 
 
 def make_inputs(folder: Path, epochs: int) -> None:
@@ -64,12 +63,12 @@ def main() -> None:
         size = done.adapter.save(folder / "user.safetensors")
         print(f"adapter of {size} bytes: {done.before:.1%} before, {done.after:.1%} after")
 
-        export_backbone(backbone, folder / "bundle")
+        export(backbone, folder / "bundle")
 
         # From here on there is no torch: this is what an application on the device does.
         bundle = Bundle.open(folder / "bundle")
         test = np.load(folder / "test.npz")
-        inputs = InputReader.from_bundle(bundle).pictures(list(test["images"]))
+        inputs = InputReader.from_bundle(bundle).images(list(test["images"]))
         for adapter in (None, folder / "user.safetensors"):
             cost = bundle.swap(adapter)
             right = bundle.run(inputs)["logits"].argmax(axis=1) == test["labels"]

@@ -23,11 +23,9 @@ import torch
 from common import Task, finish, interval, losses, outputs_of, parser
 from torch import Tensor
 
-from regrow_toolchain.applying import Hooks
-from regrow_toolchain.cohort import Augmentation, Cohort
-from regrow_toolchain.methods import Trained, get_trainable
-from regrow_toolchain.targets import find_targets
-from regrow_toolchain.training import cosine, deterministic, frozen
+from regrow_toolchain.adapters import Hooks, TrainableAdapter, get_trainable
+from regrow_toolchain.models import find_targets
+from regrow_toolchain.training import Augmentation, MultiUserBatches, cosine, deterministic, frozen
 
 KINDS = ("signs", "uniform", "gaussian")
 TOGETHER = 8  # users in one pass
@@ -40,7 +38,7 @@ def entries(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     return torch.randn(shape, generator=generator)
 
 
-def replace_basis(trained: Trained, kind: str, seed: int) -> None:
+def replace_basis(trained: TrainableAdapter, kind: str, seed: int) -> None:
     """Other entries in place of NOLA's or VeRA's signs."""
     if kind == "signs":
         return
@@ -65,7 +63,9 @@ def train(task: Task, given: Mapping[str, Any], kind: str, seed: int, users: lis
     model = task.backbone.model
     adapt, test = zip(*(task.of(user) for user in users), strict=True)
     augmentation = Augmentation(config["shift"], config["noise"])
-    cohort = Cohort(adapt, size=config["batch_size"], seed=seed, augmentation=augmentation)
+    batches = MultiUserBatches(
+        adapt, size=config["batch_size"], seed=seed, augmentation=augmentation
+    )
     targets = find_targets(model, given["targets"])
     trained = get_trainable(given["method"]).start(targets, given["settings"], seed, len(users))
     trained.storage = "int4"
@@ -78,7 +78,7 @@ def train(task: Task, given: Mapping[str, Any], kind: str, seed: int, users: lis
         for step in range(config["steps"]):
             trained.rounded = 2 * step >= config["steps"]
             hooks.changes = trained.changes()
-            batch = cohort.batch(step)
+            batch = batches.batch(step)
             outputs = outputs_of(model, batch.inputs)
             each = losses(outputs, batch.labels.flatten(), config["label_smoothing"])
             optimizer.zero_grad()
@@ -91,10 +91,10 @@ def train(task: Task, given: Mapping[str, Any], kind: str, seed: int, users: lis
 
 
 @torch.no_grad()
-def scores(model: Any, hooks: Hooks, trained: Trained, test: Any) -> list[float]:
+def scores(model: Any, hooks: Hooks, trained: TrainableAdapter, test: Any) -> list[float]:
     trained.rounded = True
     hooks.changes = trained.changes()
-    batch = Cohort(test, size=max(map(len, test)), seed=0).batch(0)
+    batch = MultiUserBatches(test, size=max(map(len, test)), seed=0).batch(0)
     right = outputs_of(model, batch.inputs).argmax(1).view_as(batch.labels) == batch.labels
     return [float(row[: len(part)].double().mean()) for row, part in zip(right, test, strict=True)]
 

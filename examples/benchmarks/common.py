@@ -24,12 +24,9 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from regrow_toolchain.adapting import adapt_users
-from regrow_toolchain.applying import applied
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.config import AdaptConfig
-from regrow_toolchain.data.dataset import Dataset
-from regrow_toolchain.profiling.environment import read_environment
+from regrow import AdaptConfig, Backbone, Dataset, adapt_users
+from regrow_toolchain.adapters import applied
+from regrow_toolchain.profiling import read_environment
 from regrow_toolchain.training import augment, batches, cosine, deterministic
 
 Scores = NDArray[np.float64]  # one per user

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from regrow_toolchain.profiling.environment import read_environment
+from regrow_toolchain.profiling import read_environment
 
 BACKBONE = "sha256:" + "00" * 32
 # By form: options of `export_bundle`. The first is what the others are compared to.
@@ -68,9 +68,10 @@ def source(model: str, small: bool) -> Any:
 
 def make_adapter(found: Any, names: list[str], small: bool) -> Any:
     """NOLA's, with random numbers, in int4."""
+    from regrow import Adapter
     from regrow_export import slot_targets
     from regrow_format.methods import get_method
-    from regrow_runtime import Adapter, Coefficients
+    from regrow_runtime import Coefficients
 
     method, targets, draw = get_method("nola"), slot_targets(found.model, names), 7
     k = 64 if small else 1000
@@ -112,7 +113,7 @@ def _memory(field: str) -> int:
 
 def measure(folder: Path, form: str, repeat: int) -> dict[str, float]:
     """Open, swap and run one bundle: ms, and bytes of private memory."""
-    from regrow_runtime import Bundle
+    from regrow import Bundle
 
     before, start = _memory("RssAnon"), time.perf_counter()
     bundle = Bundle.open(folder, threads=1)

@@ -24,10 +24,9 @@ import numpy as np
 import story_roles
 from common import Scores, Task, Variant, evaluate, finish, interval, parser
 
-from regrow_toolchain.adapting import Adapted, adapt_users
-from regrow_toolchain.applying import applied
-from regrow_toolchain.config import AdaptConfig
-from regrow_toolchain.data.dataset import split
+from regrow import AdaptConfig, adapt_users
+from regrow_toolchain.adapters import Adapted, applied
+from regrow_toolchain.data import split
 
 HOLDOUT = 0.2
 

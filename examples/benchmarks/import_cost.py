@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from regrow_toolchain.profiling.environment import read_environment
+from regrow_toolchain.profiling import read_environment
 
 CASES = {
     "numpy and onnxruntime": "import numpy, onnxruntime",

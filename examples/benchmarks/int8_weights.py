@@ -3,7 +3,7 @@
     python examples/benchmarks/int8_weights.py DATA MODELS [--turns 30] [--threads 1] [--small]
         [--only fashion-vit|kwt1]
 
-DATA has `fashion-mnist/train.npz`, whose last 5,000 pictures measure, and `fsdd/recordings.zip`;
+DATA has `fashion-mnist/train.npz`, whose last 5,000 images measure, and `fsdd/recordings.zip`;
 MODELS has `fashion-vit/` and `kwt1/`, which gets a head for digits (`keyword_speakers.py`) from 400
 recordings and is measured on the others. One sample a run, as on a device. Rows, of the same linear
 layers:
@@ -42,10 +42,8 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from timing import Timed, save_feeds, time_in_turns
 
+from regrow import Backbone, Dataset, export
 from regrow_format.integers import saturates
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.data import Dataset
-from regrow_toolchain.exporting import export_backbone
 
 STOCK: Mapping[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"]}
 # By row: whether regrow's own graph is rounded, and how.
@@ -112,9 +110,7 @@ def graphs(case: Case, room: Path) -> dict[str, Path]:
     inputs = {case.input: case.held.inputs[case.input][:2]}
     found = {}
     for row, precision in (("fp32", "fp32"), ("regrow", "int8")):
-        export_backbone(
-            case.backbone, room / row, mode="merged", precision=precision, inputs=inputs
-        )
+        export(case.backbone, room / row, mode="merged", precision=precision, inputs=inputs)
         found[row] = room / row / "backbone.onnx"
     layers = _named_layers(found["fp32"], found["regrow"], room / "named.onnx")
     plain = _torch_onnx(case, room / "plain.onnx")

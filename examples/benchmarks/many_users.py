@@ -20,14 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from regrow_toolchain.adapting import adapt, adapt_users
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.config import AdaptConfig
-from regrow_toolchain.data import Dataset
-from regrow_toolchain.demo.dense import new_model
-from regrow_toolchain.lowrank import apply_plan
-from regrow_toolchain.profiling.environment import read_environment
-from regrow_toolchain.rules import plan_layers
+from regrow import AdaptConfig, Backbone, Dataset, adapt, adapt_users
+from regrow_toolchain.compress import plan_layers
+from regrow_toolchain.demo import new_model
+from regrow_toolchain.models import apply_plan
+from regrow_toolchain.profiling import read_environment
 
 SAMPLES = 8
 

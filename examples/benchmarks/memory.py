@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from swap import make_adapter, make_model
 
-from regrow_toolchain.profiling.environment import read_environment
+from regrow_toolchain.profiling import read_environment
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 PROFILES = ("speed", "memory")
@@ -31,15 +31,13 @@ _FIELDS = {"RssAnon": "private", "RssFile": "mapped", "VmRSS": "resident", "VmHW
 
 
 def make(folder: Path, small: bool) -> None:
-    from regrow_toolchain import export_backbone, load_backbone
+    from regrow import export, load_backbone
 
     make_model(folder / "model", small)
     backbone = load_backbone(folder / "model")
     make_adapter(backbone, k=64 if small else 1000, seed=7).save(folder / "user.safetensors")
     for precision in PRECISIONS:
-        export_backbone(
-            backbone, folder / precision, targets=["query", "value"], precision=precision
-        )
+        export(backbone, folder / precision, targets=["query", "value"], precision=precision)
 
 
 def state() -> dict[str, float]:
@@ -54,7 +52,7 @@ def state() -> dict[str, float]:
 
 
 def measure(folder: Path, profile: str) -> dict[str, dict[str, float]]:
-    """In this process: opened, then an adapter swapped in and three runs of one picture."""
+    """In this process: opened, then an adapter swapped in and three runs of one image."""
     import regrow_runtime
 
     before = state()

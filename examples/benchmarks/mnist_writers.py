@@ -32,8 +32,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.data.dataset import Dataset
+from regrow import Backbone, Dataset
 
 ADAPT = 30  # digits of a writer that adapt
 NAMES = tuple(str(digit) for digit in range(10))
@@ -148,7 +147,7 @@ def variant(label: str, method: str, targets: tuple[str, ...], **settings: Any) 
 
 def main() -> None:
     options = parser(__doc__, "data")
-    options.add_argument("--short-base", action="store_true", help="8 epochs, no shifted pictures")
+    options.add_argument("--short-base", action="store_true", help="8 epochs, no shifted images")
     args = options.parse_args()
     task, base = make_task(args)
     print(f"base: {base:.4f} on writers of its own series")

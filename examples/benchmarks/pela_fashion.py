@@ -1,8 +1,8 @@
-"""PELA's ablation on pictures: a ViT of 1.2 M parameters on Fashion-MNIST, and int8 beside it.
+"""PELA's ablation on images: a ViT of 1.2 M parameters on Fashion-MNIST, and int8 beside it.
 
     python examples/benchmarks/pela_fashion.py DATA MODEL [--ratios 2 3 4 10] [--small]
 
-DATA has `fashion-mnist/train.npz` (images, labels): the first 55,000 pictures train, the last 5,000
+DATA has `fashion-mnist/train.npz` (images, labels): the first 55,000 images train, the last 5,000
 measure. MODEL is the checkpoint's folder. Rows: the dense model as it is and trained on for the
 same epochs (`dense +`); for every ratio the start without training, and training from it by
 the labels alone, + feature distillation, + weight perturbation, both, and both from the start that
@@ -29,13 +29,18 @@ from common import finish, parser
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow_runtime import Bundle
-from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
-from regrow_toolchain.compressing import compress
-from regrow_toolchain.config import CompressConfig
-from regrow_toolchain.data import Dataset
-from regrow_toolchain.exporting import export_backbone
-from regrow_toolchain.training import batches, cosine, deterministic, logits_of, score, shifted
+from regrow import (
+    Backbone,
+    Bundle,
+    CompressConfig,
+    Dataset,
+    compress,
+    export,
+    load_backbone,
+    save_backbone,
+)
+from regrow_toolchain.models import logits_of
+from regrow_toolchain.training import accuracy, batches, cosine, deterministic, shifted
 
 TRAIN = 55_000
 SETTINGS = CompressConfig(
@@ -91,7 +96,7 @@ def train_dense(
     model = backbone.model
     per_epoch = -(-len(train) // config.batch_size)
     steps = per_epoch * config.epochs
-    scores = [score(model, held)]
+    scores = [accuracy(model, held)]
     with deterministic(config.seed):
         model.requires_grad_(True)
         optimizer = torch.optim.AdamW(
@@ -111,7 +116,7 @@ def train_dense(
             optimizer.step()
             schedule.step()
             if (step + 1) % per_epoch == 0:
-                scores.append(score(model, held))
+                scores.append(accuracy(model, held))
     return model.eval().requires_grad_(False), scores
 
 
@@ -172,7 +177,7 @@ def answered(backbone: Backbone, held: Dataset, precision: str) -> dict[str, Any
     """Accuracy in ONNX Runtime, and bytes of what ships."""
     with tempfile.TemporaryDirectory() as room:
         folder = Path(room) / "bundle"
-        export_backbone(backbone, folder, precision=precision)
+        export(backbone, folder, precision=precision)
         bundle = Bundle.open(folder)
         right = 0
         for start in range(0, len(held), 250):
@@ -208,7 +213,7 @@ def compared(args: Any, make: Callable[[], Any], held: Dataset) -> dict[str, Any
     base = replace(SETTINGS, epochs=args.epochs, seed=args.seeds[0])
     backbone = make()[0]
     rows = [{"row": "dense", "ratio": 1.0, "parameters": backbone.parameters,
-             "accuracy": score(backbone.model, held)}]  # fmt: skip
+             "accuracy": accuracy(backbone.model, held)}]  # fmt: skip
     print(rows[0], flush=True)
     wanted = [("dense +", 1.0, base)]
     wanted += [

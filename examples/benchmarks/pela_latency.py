@@ -31,12 +31,10 @@ from common import finish
 from timing import Timed, save_feeds, time_in_turns
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
-from regrow_toolchain.compressing import compress
-from regrow_toolchain.config import CompressConfig
-from regrow_toolchain.exporting import export_backbone
-from regrow_toolchain.huggingface import quiet_transformers
-from regrow_toolchain.measure import read_cpu
+from regrow import Backbone, CompressConfig, compress, load_backbone, save_backbone
+from regrow_toolchain.interop import export_backbone
+from regrow_toolchain.measurement import read_cpu
+from regrow_toolchain.models import quiet_transformers
 
 SMALL = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 128}  # fmt: skip

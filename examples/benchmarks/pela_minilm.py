@@ -27,12 +27,10 @@ from intents import find_model
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel
 
-from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
-from regrow_toolchain.compressing import compress
-from regrow_toolchain.config import CompressConfig
-from regrow_toolchain.data import Dataset
-from regrow_toolchain.data.text import Encoder
-from regrow_toolchain.training import features_of, trimmed
+from regrow import Backbone, CompressConfig, Dataset, compress, load_backbone, save_backbone
+from regrow_toolchain.data import Encoder
+from regrow_toolchain.models import features_of
+from regrow_toolchain.training import trimmed
 
 LONGEST, HELD = 64, 512  # tokens; sentences that choose the best epoch
 SETTINGS = CompressConfig(

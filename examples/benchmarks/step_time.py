@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow_toolchain.methods import get_trainable
-from regrow_toolchain.profiling.environment import read_environment
-from regrow_toolchain.targets import find_targets
+from regrow_toolchain.adapters import get_trainable
+from regrow_toolchain.models import find_targets
+from regrow_toolchain.profiling import read_environment
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from regrow import Adapter, Store
 from regrow_format.methods import get_method
-from regrow_runtime import Adapter, Coefficients, Target
-from regrow_runtime.store import Store
-from regrow_toolchain.profiling.environment import read_environment
+from regrow_runtime import Coefficients, Target
+from regrow_toolchain.profiling import read_environment
 
 FEW = 10
 

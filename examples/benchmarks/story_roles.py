@@ -19,8 +19,7 @@ import torch
 from common import Task, Variant, choose, compare, finish, fp32, parser, print_table, smallest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from regrow_toolchain.backbone import Backbone
-from regrow_toolchain.data.dataset import Dataset
+from regrow import Backbone, Dataset
 
 WINDOW, START = 128, 1
 LEAST = 10_000  # characters

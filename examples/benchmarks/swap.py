@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from regrow import Adapter, Bundle
 from regrow_format.methods import get_method
-from regrow_runtime import Adapter, Bundle, Coefficients
-from regrow_toolchain.profiling.environment import read_environment
+from regrow_runtime import Coefficients
+from regrow_toolchain.profiling import read_environment
 
 
 def make_model(folder: Path, small: bool) -> None:
@@ -41,7 +42,7 @@ def make_model(folder: Path, small: bool) -> None:
 
 
 def make_adapter(backbone: Any, k: int, seed: int) -> Adapter:
-    from regrow_toolchain.targets import find_targets
+    from regrow_toolchain.models import find_targets
 
     method = get_method("nola")
     targets = find_targets(backbone.model, ["query", "value"])
@@ -79,14 +80,14 @@ def times(
 
 
 def make(folder: Path, small: bool) -> None:
-    from regrow_toolchain import convert, export_backbone, load_backbone
+    from regrow import convert, export, load_backbone
 
     make_model(folder / "model", small)
     backbone = load_backbone(folder / "model")
     adapter = make_adapter(backbone, k=64 if small else 1000, seed=7)
     adapter.save(folder / "user.safetensors")
-    export_backbone(backbone, folder / "bundle", targets=["query", "value"])
-    export_backbone(backbone, folder / "merged", mode="merged", adapter=adapter)
+    export(backbone, folder / "bundle", targets=["query", "value"])
+    export(backbone, folder / "merged", mode="merged", adapter=adapter)
     convert(adapter, folder / "bundle", folder / "user.onnx_adapter", to="onnx_adapter")
 
 

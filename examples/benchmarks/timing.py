@@ -38,7 +38,7 @@ if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(
 TIMED = """
 import json, sys, time
 import numpy as np, onnxruntime
-from regrow_toolchain.measure import read_memory
+from regrow_toolchain.measurement import read_memory
 graph, feeds, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = threads, 3

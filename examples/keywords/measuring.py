@@ -42,7 +42,7 @@ def users(kind, base, user):
     import onnxruntime as ort
 
     if kind == "bundle":
-        from regrow_runtime import Bundle
+        from regrow import Bundle
 
         bundle = Bundle.open(base, threads=1)
         return (lambda path=user: bundle.swap(path)), lambda x: next(

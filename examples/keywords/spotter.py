@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from regrow_runtime import Adapter
+from regrow import Adapter
 
 
 class Block(nn.Module):

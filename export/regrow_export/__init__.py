@@ -7,19 +7,27 @@ model), "seeded" (the basis is rebuilt inside the graph). Every bundle is run ag
 it is kept. Importing this module loads neither torch nor onnx; exporting does.
 """
 
-from .bundle import export_bundle
-from .expander import build_expander
-from .measure import Measure
-from .source import ExportSource
-from .targets import find_biased, find_linears, kinds_for, slot_targets
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ExportSource",
-    "Measure",
-    "build_expander",
-    "export_bundle",
-    "find_biased",
-    "find_linears",
-    "kinds_for",
-    "slot_targets",
-]
+from .lazy import load_on_use
+
+if TYPE_CHECKING:
+    from .bundle import export_bundle as export_bundle
+    from .layers import find_biased as find_biased
+    from .layers import find_linears as find_linears
+    from .layers import kinds_for as kinds_for
+    from .layers import slot_targets as slot_targets
+    from .methods import build_expander as build_expander
+    from .source import ExportSource as ExportSource
+    from .validation import Measure as Measure
+else:
+    __all__, __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            ".bundle": ("export_bundle",),
+            ".layers": ("find_biased", "find_linears", "kinds_for", "slot_targets"),
+            ".methods": ("build_expander",),
+            ".source": ("ExportSource",),
+            ".validation": ("Measure",),
+        },
+    )

@@ -13,23 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow_export.environment import deterministic_export, quiet, require_export
+from regrow_export.layers import TARGET_KINDS, check_adapter, head_widths
+from regrow_export.methods import check_graph
+from regrow_export.modes import write_expanders
+from regrow_export.quantization import INT8_ROUNDING, check_precision
+from regrow_export.slots import SlotPlan
+from regrow_export.source import ExportSource
+from regrow_export.validation import Measure
 from regrow_format.adapter import Adapter
 from regrow_format.errors import UsageError
 from regrow_format.files import check_output, new_folder, sha256_file
 from regrow_format.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
 from regrow_runtime.slots import HEAD_FILE
 
-from .bundle_expanders import write_expanders
-from .expander import check_graph
-from .extras import quiet, require_export, steady_torch
-from .measure import Measure
-from .precision import INT8_ROUNDING, check_precision
-from .slot_plan import SlotPlan
-from .source import ExportSource
-from .targets import TARGET_KINDS, check_adapter, head_widths
-
 if TYPE_CHECKING:
-    from .modes import Draft
+    from regrow_export.modes import Draft
 
 __all__ = ["export_bundle"]
 
@@ -95,7 +94,7 @@ def export_bundle(
     head_widths(source, [t.name for t in adapter.targets] if adapter else targets)
     with (
         quiet(),
-        steady_torch(source.model),
+        deterministic_export(source.model),
         new_folder(out, marker=MANIFEST, force=force) as folder,
     ):
         return _export(source, folder, mode, targets, plan, adapter, inputs, precision, measure)
@@ -147,8 +146,8 @@ def _export(
     precision: str,
     measure: Measure | None,
 ) -> Manifest:
-    from .checking import with_checks
-    from .modes import merged, plain, seeded, swappable
+    from regrow_export.modes import merged, plain, seeded, swappable
+    from regrow_export.validation import with_checks
 
     if mode == "swappable":
         draft = swappable(source, folder, targets, plan, inputs, precision, measure)
@@ -176,7 +175,7 @@ def _write_head(folder: Path, source: ExportSource) -> None:
     """The backbone's head apart: a batch may mix it with heads of adapters (see the runtime)."""
     from safetensors.numpy import save_file
 
-    from .feeds import model_head
+    from regrow_export.slots import model_head
 
     tensors = {}
     for layer in model_head(source.model, source.head):

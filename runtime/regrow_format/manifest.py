@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .cache import CacheSpec, parse_cache
 from .errors import FormatError, UsageError
 from .fields import Fields, dump_json, parse_json
 from .files import no_folder, read_bytes, sha256_file
+from .kv_cache import CacheSpec, parse_cache
 from .record import Record
 from .rounding import Rounding, parse_rounding
 

@@ -1,18 +1,18 @@
-"""Raw input to the arrays that a bundle takes: pictures, sounds and texts, without torch.
+"""Raw input to the arrays that a bundle takes: images, sounds and texts, without torch.
 
     reader = InputReader.from_bundle(bundle)
     [(label, probability)] = answer(bundle, reader.sounds(["clip.wav"]))
 
-Sounds need nothing but NumPy; files of pictures need pillow and texts `tokenizers`, which the extra
+Sounds need nothing but NumPy; files of images need pillow and texts `tokenizers`, which the extra
 `run` brings and which are imported when they are needed.
 """
 
-from .answers import answer, mean_embeddings, top_answers
-from .images import IMAGE_ENDINGS, as_pictures, read_image
-from .pictures import PREPROCESSOR, ImagePreprocessor
+from .audio import SoundPreprocessor
+from .image_files import IMAGE_ENDINGS, as_pictures, read_image
+from .images import PREPROCESSOR, ImagePreprocessor
+from .predictions import answer, mean_embeddings, top_answers
 from .reader import InputReader
-from .sounds import SoundPreprocessor
-from .texts import TextPreprocessor
+from .text import TextPreprocessor
 from .wav import WAV_ENDINGS, read_wav, resample
 
 __all__ = [

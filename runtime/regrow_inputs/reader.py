@@ -1,4 +1,4 @@
-"""`InputReader`: pictures, sounds and texts to the arrays that a bundle's graph takes."""
+"""`InputReader`: images, sounds and texts to the arrays that a bundle's graph takes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from regrow_format.errors import UsageError
 from regrow_format.manifest import TensorSpec
 from regrow_runtime import Bundle, Manifest
 
-from .extractors import is_sound
-from .images import read_image
-from .pictures import ImagePreprocessor
-from .sounds import Sound, SoundPreprocessor, sound_input
-from .texts import TOKENIZER, TextPreprocessor
+from .audio import Sound, SoundPreprocessor, sound_input
+from .audio_settings import is_sound
+from .image_files import read_image
+from .images import ImagePreprocessor
+from .text import TOKENIZER, TextPreprocessor
 from .wav import read_wav
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class InputReader:
     """What a bundle makes of raw input; use `InputReader.from_bundle`.
 
     Attributes:
-        takes: which of "pictures", "sounds" and "texts" the model takes. A model of several, such
-            as CLIP, gets what the methods return together: `pictures(…) | texts(…)`.
+        takes: which of "images", "sounds" and "texts" the model takes. A model of several, such
+            as CLIP, gets what the methods return together: `images(…) | texts(…)`.
     """
 
     def __init__(self, folder: Path, inputs: Sequence[TensorSpec]) -> None:
@@ -56,15 +56,15 @@ class InputReader:
             return cls(bundle.folder, bundle.graph.inputs)
         return cls(Path(bundle), Manifest.load(bundle).graphs[0].inputs)
 
-    def pictures(self, pictures: Sequence[str | Path | NDArray[Any] | Image]) -> Feeds:
+    def images(self, pictures: Sequence[str | Path | NDArray[Any] | Image]) -> Feeds:
         """From files (which need pillow), arrays uint8 [height, width(, channels)], or pillow's.
 
         Raises:
-            UsageError: the model takes no pictures, or one has not the size that it takes.
-            FormatError: a file is no picture, or the preprocessing is broken.
+            UsageError: the model takes no images, or one has not the size that it takes.
+            FormatError: a file is no image, or the preprocessing is broken.
             RegrowError: pillow is not installed.
         """
-        self._check("pictures", pictures)
+        self._check("images", pictures)
         opened = [read_image(Path(p)) if isinstance(p, str | Path) else p for p in pictures]
         return {self._pixels or _PIXELS: self.preprocessor(opened)}
 
@@ -104,7 +104,7 @@ class InputReader:
     def _kinds(self) -> list[str]:
         sound = is_sound(self.folder) and sound_input(list(self._inputs)) is not None
         found = {
-            "pictures": self._pixels is not None and not sound,
+            "images": self._pixels is not None and not sound,
             "sounds": sound,
             "texts": _TOKENS in self._inputs and (self.folder / TOKENIZER).is_file(),
         }
@@ -137,7 +137,7 @@ class InputReader:
     @cached_property
     def preprocessor(self) -> ImagePreprocessor:
         """The image preprocessing alone."""
-        self._check("pictures", ("",))
+        self._check("images", ("",))
         return ImagePreprocessor.from_folder(self.folder)
 
     @cached_property

@@ -7,12 +7,20 @@ Open a bundle, swap personal adapters without reloading the model, run it:
     logits = bundle.run({"pixel_values": x})["logits"]
 """
 
-from regrow_format.adapter import Adapter, Coefficients, Head, HeadLayer, Probe, Target, Validated
+from regrow_format.adapter import (
+    Adapter,
+    Coefficients,
+    Head,
+    HeadLayer,
+    Probe,
+    Target,
+    Validated,
+)
 from regrow_format.basis import BasisCache, BasisSpec, Role, locations, sign_bits, signs
 from regrow_format.errors import FormatError, MismatchError, RegrowError, UsageError
 from regrow_format.manifest import Manifest, Slot
 
-from .bundle import Bundle, SwapCost
+from .bundle import Bundle, SwapStats
 from .checks import Check
 from .generate import Generated, Generation
 from .sessions import PROFILES, Profile
@@ -37,7 +45,7 @@ __all__ = [
     "RegrowError",
     "Role",
     "Slot",
-    "SwapCost",
+    "SwapStats",
     "Target",
     "UsageError",
     "Validated",

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from regrow_format.errors import MismatchError, RegrowError, UsageError
 from regrow_format.manifest import Manifest, Slot
 
-from .slots import Feeds, Resident
+from .slots import Feeds, LoadedAdapter
 
 __all__ = ["as_weight", "blend"]
 
-Parts = Sequence[tuple[Resident, float]]
+Parts = Sequence[tuple[LoadedAdapter, float]]
 
 
 def as_weight(weight: object, what: str) -> float:
@@ -32,7 +32,7 @@ def as_weight(weight: object, what: str) -> float:
     return float(weight)
 
 
-def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> Resident:
+def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> LoadedAdapter:
     """The resident that changes weights by the sum of weight times what each resident changes.
 
     Args:
@@ -65,7 +65,7 @@ def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> Resi
         # In slots of fixed shapes, classes that a head does not have are -inf.
         if not (np.isfinite(array) | (array == -np.inf if key in heads else False)).all():
             raise RegrowError(f"blend: {key} must be finite, got weights that are too large")
-    return Resident(name, feeds, parts[0][0].labels)
+    return LoadedAdapter(name, feeds, parts[0][0].labels)
 
 
 def _blended(slot: Slot, parts: Parts, base_head: Feeds) -> Feeds:

@@ -14,21 +14,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from regrow_format.adapter import Adapter
 from regrow_format.basis import BasisCache
-from regrow_format.cache import CacheSpec
 from regrow_format.errors import RegrowError, UsageError
+from regrow_format.kv_cache import CacheSpec
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 
 from .blend import as_weight, blend
 from .checks import Check, Prober
 from .generate import Generated, Generation, Ids, Settings
-from .health import History, SwapCost, recorded, report
+from .health import History, SwapStats, recorded, report
 from .sessions import PROFILES, Profile, first_line, open_session, profile_of, run_options
-from .slots import Feeds, Resident, check_fit, expand, load_head, stack
+from .slots import Feeds, LoadedAdapter, check_fit, expand, load_head, stack
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["Bundle", "SwapCost"]
+__all__ = ["Bundle", "SwapStats"]
 
 
 class Bundle:
@@ -47,10 +47,10 @@ class Bundle:
         self._session = session
         self._run_options = run_options(profile, session)
         self._swap_lock = threading.Lock()
-        self._residents: dict[str, Resident] = {}
+        self._residents: dict[str, LoadedAdapter] = {}
         self._resident_bytes, self._batch = profile.resident_bytes, profile.batch
         self._uses = itertools.count()
-        self._active: Resident | None = None
+        self._active: LoadedAdapter | None = None
         self._base_head: Feeds | None = None
         self.history, self._prober, self._profile = History(), Prober(folder, manifest), profile
 
@@ -122,7 +122,7 @@ class Bundle:
         any_backbone: bool = False,
         check: bool = False,
         scale: float = 1.0,
-    ) -> SwapCost:
+    ) -> SwapStats:
         """Check and expand an adapter and keep it resident, without activating it.
 
         Others may be dropped for it: see `Profile.resident_bytes`.
@@ -155,7 +155,7 @@ class Bundle:
         any_backbone: bool = False,
         check: bool = False,
         scale: float = 1.0,
-    ) -> SwapCost:
+    ) -> SwapStats:
         """Make another adapter the active one; None is the base.
 
         A string that names a resident adapter activates that one; any other string is a path. The
@@ -165,7 +165,7 @@ class Bundle:
         with self._swap_lock:
             if adapter is None:
                 self._active = None
-                return SwapCost("base", None, _ms(start))
+                return SwapStats("base", None, _ms(start))
             if isinstance(adapter, str) and adapter in self._residents:
                 if scale != 1:
                     raise UsageError(
@@ -175,14 +175,14 @@ class Bundle:
                 resident = self._resident(adapter)
                 self._require(resident, check)
                 self._active = resident
-                return SwapCost("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
+                return SwapStats("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
             resident, cost = self._expand(adapter, name, any_backbone, scale)
             self._require(resident, check)
             self._active = resident
             self._keep(resident)
         return cost
 
-    def forget(self, name: str) -> None:
+    def unload(self, name: str) -> None:
         """Free a resident adapter's RAM; if it is active it stays so until the next swap."""
         with self._swap_lock:
             self._resident(name)
@@ -202,7 +202,7 @@ class Bundle:
             resident = self._resident(adapter)
         return self._prober.check(self._run, resident)
 
-    def _require(self, resident: Resident, check: bool) -> None:
+    def _require(self, resident: LoadedAdapter, check: bool) -> None:
         if check:
             self._prober.check(self._run, resident).require()
 
@@ -217,7 +217,7 @@ class Bundle:
         profile = next((n for n, p in PROFILES.items() if p == self._profile), "own")
         return report(self, dict(self._residents), self._session, profile)
 
-    def _resident(self, name: str) -> Resident:
+    def _resident(self, name: str) -> LoadedAdapter:
         resident = self._residents.get(name)  # one look-up: another thread may forget it
         if resident is None:
             known = ", ".join(sorted(self._residents)) or "none"
@@ -227,7 +227,7 @@ class Bundle:
         resident.used, resident.last_use = next(self._uses), time.time()
         return resident
 
-    def _keep(self, resident: Resident) -> None:
+    def _keep(self, resident: LoadedAdapter) -> None:
         """Make it resident, and drop others that are too many bytes together."""
         resident.used, resident.last_use = next(self._uses), time.time()
         self._residents[resident.name] = resident
@@ -244,7 +244,7 @@ class Bundle:
         name: str | None,
         any_backbone: bool,
         scale: float,
-    ) -> tuple[Resident, SwapCost]:
+    ) -> tuple[LoadedAdapter, SwapStats]:
         start, scale = time.perf_counter(), as_weight(scale, "scale")
         if isinstance(source, Mapping):
             weights = {key: as_weight(w, f"weight of {key}") for key, w in source.items()}
@@ -256,10 +256,10 @@ class Bundle:
         misses = self.basis.misses
         feeds = expand(adapter, self.manifest, self.basis, self.folder)
         labels = adapter.head.labels if adapter.head else self.manifest.labels
-        resident = Resident(name, feeds, labels, probe=adapter.probe)
+        resident = LoadedAdapter(name, feeds, labels, probe=adapter.probe)
         if scale != 1:
             resident = blend(name, [(resident, scale)], self.manifest, {})
-        cost = SwapCost(
+        cost = SwapStats(
             kind="cached" if self.basis.misses == misses else "cold",
             name=name,
             total_ms=_ms(start),
@@ -272,7 +272,7 @@ class Bundle:
 
     def _blend(
         self, weights: Mapping[str, float], name: str | None, start: float
-    ) -> tuple[Resident, SwapCost]:
+    ) -> tuple[LoadedAdapter, SwapStats]:
         if name is None:
             raise UsageError("name must be given with a blend, got None")
         if name in weights:
@@ -280,7 +280,7 @@ class Bundle:
         parts = [(self._resident(key), weight) for key, weight in weights.items()]
         head = self._head([resident for resident, _ in parts])
         resident = blend(name, parts, self.manifest, head)
-        return resident, SwapCost("blend", name, _ms(start), resident_bytes=resident.nbytes)
+        return resident, SwapStats("blend", name, _ms(start), resident_bytes=resident.nbytes)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -317,7 +317,7 @@ class Bundle:
     def _run(
         self,
         inputs: Mapping[str, ArrayLike],
-        active: Resident | None,
+        active: LoadedAdapter | None,
         adapters: Sequence[str | None] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, NDArray[Any]]:
@@ -405,7 +405,7 @@ class Bundle:
 
     def _adapted(
         self, adapters: Sequence[str | None] | None, samples: int
-    ) -> tuple[list[Resident | None], Feeds]:
+    ) -> tuple[list[LoadedAdapter | None], Feeds]:
         """The adapters that serve a batch now, and what they put into the slots."""
         if adapters is None:
             active = self._active  # one look: another thread may swap
@@ -418,7 +418,7 @@ class Bundle:
         residents = self._named(adapters, batch)
         return stack(residents, self.manifest.slots, self._head(residents))
 
-    def _named(self, adapters: Sequence[str | None], batch: set[int]) -> list[Resident | None]:
+    def _named(self, adapters: Sequence[str | None], batch: set[int]) -> list[LoadedAdapter | None]:
         if self.manifest.mode != "swappable":
             raise UsageError(
                 f"adapters per sample need a swappable bundle, got {self.manifest.mode}"
@@ -434,7 +434,7 @@ class Bundle:
             )
         return [None if name is None else self._resident(name) for name in adapters]
 
-    def _head(self, residents: Sequence[Resident | None]) -> Feeds:
+    def _head(self, residents: Sequence[LoadedAdapter | None]) -> Feeds:
         """The base's head, read once, and only if a batch mixes it with others."""
         slots = {v for s in self.manifest.slots if s.kind == "head" for v in s.inputs.values()}
         with_head = [bool(r and slots & r.feeds.keys()) for r in residents]

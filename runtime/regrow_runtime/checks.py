@@ -17,7 +17,7 @@ from regrow_format.files import read_bytes
 from regrow_format.manifest import Manifest
 from regrow_format.record import Record
 
-from .slots import Feeds, Resident
+from .slots import Feeds, LoadedAdapter
 
 __all__ = ["EXPECTED_FILE", "KEPT", "PROBE_FILE", "Check", "Prober", "load_tensors"]
 
@@ -87,7 +87,9 @@ class Prober:
             raise FormatError(f"{self.folder / PROBE_FILE} must have {lost[0]}, got none")
         return {name: stored[name][:1] for name in names}
 
-    def check(self, run: Callable[[Feeds, Resident | None], Feeds], new: Resident | None) -> Check:
+    def check(
+        self, run: Callable[[Feeds, LoadedAdapter | None], Feeds], new: LoadedAdapter | None
+    ) -> Check:
         """Run the probe with an adapter, or None for the base.
 
         Args:

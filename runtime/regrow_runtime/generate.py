@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regrow_format.basis import Role
-from regrow_format.cache import positions
 from regrow_format.errors import RegrowError, UsageError
+from regrow_format.kv_cache import positions
 from regrow_format.philox import check_seed, key_of, philox_words
 from regrow_format.record import Record
 
 if TYPE_CHECKING:
     from regrow_format.manifest import Manifest
 
-    from .slots import Feeds, Resident
+    from .slots import Feeds, LoadedAdapter
 
 __all__ = ["Generated", "Generation", "Settings", "choose"]
 
@@ -42,7 +42,7 @@ class CausalModel(Protocol):
 
     def _adapted(
         self, adapters: Sequence[str | None] | None, samples: int
-    ) -> tuple[list[Resident | None], Feeds]:
+    ) -> tuple[list[LoadedAdapter | None], Feeds]:
         """The adapters that serve a batch now, and what they put into the slots."""
 
     def _call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
@@ -112,7 +112,7 @@ class Generation:
         self.mask: Ids = self.ids  # 0 where a sample is padded
         self._bundle, self._spec = bundle, spec
         self._cached, self._past = 0, dict[str, NDArray[Any]]()  # tokens in the cache, and it
-        self._owners: list[Resident | None] = []
+        self._owners: list[LoadedAdapter | None] = []
 
     def generate(
         self,

@@ -15,15 +15,15 @@ from regrow_format.manifest import Manifest
 from regrow_format.record import Record
 
 from .sessions import VERSION
-from .slots import Resident
+from .slots import LoadedAdapter
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["History", "SwapCost", "recorded", "report"]
+__all__ = ["History", "SwapStats", "recorded", "report"]
 
 
-class SwapCost(Record):
+class SwapStats(Record):
     """What a swap cost, in milliseconds and bytes.
 
     `kind` is "base" (no adapter), "resident" (only a pointer changed), "cached" (expanded with a
@@ -66,12 +66,12 @@ B = TypeVar("B", bound=Observed)
 
 
 def recorded(
-    swap: Callable[Concatenate[B, P], SwapCost],
-) -> Callable[Concatenate[B, P], SwapCost]:
+    swap: Callable[Concatenate[B, P], SwapStats],
+) -> Callable[Concatenate[B, P], SwapStats]:
     """A method that swaps or loads, with its failures counted, and the kinds of its swaps."""
 
     @wraps(swap)
-    def counting(self: B, /, *args: P.args, **named: P.kwargs) -> SwapCost:
+    def counting(self: B, /, *args: P.args, **named: P.kwargs) -> SwapStats:
         past = self.history
         try:
             cost = swap(self, *args, **named)
@@ -88,7 +88,10 @@ def recorded(
 
 
 def report(
-    bundle: Observed, residents: Mapping[str, Resident], session: ort.InferenceSession, profile: str
+    bundle: Observed,
+    residents: Mapping[str, LoadedAdapter],
+    session: ort.InferenceSession,
+    profile: str,
 ) -> dict[str, Any]:
     """See `Bundle.health`."""
     now, past = time.time(), bundle.history

@@ -20,12 +20,12 @@ from regrow_format.files import read_bytes
 from regrow_format.manifest import Manifest, SeededSpec, Slot
 from regrow_format.philox import key_of
 
-from .slotkinds import Feeds, basis_mismatch, slot_feeds, slot_kind
+from .slot_kinds import Feeds, basis_mismatch, slot_feeds, slot_kind
 
 __all__ = [
     "HEAD_FILE",
     "Feeds",
-    "Resident",
+    "LoadedAdapter",
     "check_damage",
     "check_fit",
     "expand",
@@ -39,7 +39,7 @@ _SHORT = 19  # characters of a backbone_id that people are shown
 
 
 @dataclass(eq=False)
-class Resident:
+class LoadedAdapter:
     """An adapter that is expanded and in RAM: swapping to it changes one pointer.
 
     Attributes:
@@ -283,7 +283,9 @@ def _head_tensor(
     return tensor
 
 
-def stack(residents: Sequence[Resident | None], slots: Sequence[Slot], base_head: Feeds) -> Feeds:
+def stack(
+    residents: Sequence[LoadedAdapter | None], slots: Sequence[Slot], base_head: Feeds
+) -> Feeds:
     """Feeds in which every sample of a batch has its own adapter, or None for the base.
 
     Ranks are padded with zeros, and so are the deltas and biases that a sample does not have. Heads
@@ -303,7 +305,7 @@ def stack(residents: Sequence[Resident | None], slots: Sequence[Slot], base_head
 
 
 def _row(
-    resident: Resident | None, name: str, part: str, slot: Slot, base_head: Feeds
+    resident: LoadedAdapter | None, name: str, part: str, slot: Slot, base_head: Feeds
 ) -> NDArray[Any]:
     feeds = base_head if slot.kind == "head" else {}
     if resident is not None and name in resident.feeds:

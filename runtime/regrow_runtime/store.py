@@ -28,7 +28,7 @@ from .index import Index, Installed, clean
 from .slots import check_fit
 
 if TYPE_CHECKING:
-    from .bundle import Bundle, SwapCost
+    from .bundle import Bundle, SwapStats
 
 __all__ = ["Installed", "Store", "check_incoming"]
 
@@ -195,7 +195,7 @@ class Store:
         """The file of the user's active adapter: for reading only."""
         return self._file(self._active(user).digest)
 
-    def swap(self, bundle: Bundle, user: str, **options: Any) -> SwapCost:
+    def swap(self, bundle: Bundle, user: str, **options: Any) -> SwapStats:
         """`Bundle.swap` to the user's active adapter; the hash of its file is checked.
 
         It is resident under `Installed.name`, which holds user, version and content, so that an

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 
 from regrow_export import build_expander, export_bundle, slot_targets
-from regrow_export.expander import adapter_inputs
+from regrow_export.methods import adapter_inputs
 from regrow_format.adapter import Target
 from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Bundle

@@ -42,12 +42,12 @@ def folder(tmp_path):
 def test_pictures(folder):
     path = folder(_spec("x", 3, 4, 4), preprocessing=PICTURES)
     reader = InputReader.from_bundle(path)
-    assert reader.takes == ("pictures",)
+    assert reader.takes == ("images",)
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    found = reader.pictures([pixels, pixels])
+    found = reader.images([pixels, pixels])
     assert list(found) == ["x"]
     np.testing.assert_array_equal(found["x"][1], pixels.transpose(2, 0, 1))
-    assert InputReader.from_bundle(str(path)).takes == ("pictures",)
+    assert InputReader.from_bundle(str(path)).takes == ("images",)
 
 
 def test_sounds(folder):
@@ -75,11 +75,11 @@ def test_sounds_of_one_length(folder):
     ("specs", "preprocessing", "kind", "message"),
     [
         ([_spec("x", 3, 4, 4)], PICTURES, "sounds",
-         r"model must take sounds, got one that takes pictures \(x\)"),
+         r"model must take sounds, got one that takes images \(x\)"),
         ([_spec("x", 3, 4, 4)], PICTURES, "texts",
-         r"model must take texts, got one that takes pictures \(x\)"),
-        ([_spec("input_values", "n")], SOUNDS, "pictures",
-         r"must take pictures, got one that takes sounds \(input_values\)"),
+         r"model must take texts, got one that takes images \(x\)"),
+        ([_spec("input_values", "n")], SOUNDS, "images",
+         r"must take images, got one that takes sounds \(input_values\)"),
         ([_spec("x", 7)], None, "sounds",
          r"takes arrays \(x\) and has no preprocessor_config.json for sounds"),
         ([_spec("input_ids", "n")], None, "texts",
@@ -95,8 +95,8 @@ def test_the_wrong_kind_of_input(folder, specs, preprocessing, kind, message):
 def test_lists_are_wanted(folder):
     reader = InputReader.from_bundle(folder(_spec("x", 3, 4, 4), preprocessing=PICTURES))
     for given in ([], "x.png", Path("x.png")):
-        with pytest.raises(UsageError, match="pictures must be a list of at least one, got"):
-            reader.pictures(given)
+        with pytest.raises(UsageError, match="images must be a list of at least one, got"):
+            reader.images(given)
 
 
 def test_no_bundle(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from regrow_format.cache import CacheSpec, CacheTensor
+from regrow_format.kv_cache import CacheSpec, CacheTensor
 from regrow_format.manifest import (
     SLOT_PARTS,
     Checks,

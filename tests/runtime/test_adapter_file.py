@@ -14,14 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regrow_format.adapter import (
-    FORMAT,
-    STORAGE,
-    Adapter,
-    Coefficients,
-    Target,
-    Validated,
-)
+from regrow_format.adapter import FORMAT, STORAGE, Adapter, Coefficients, Target, Validated
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.methods import METHODS
 

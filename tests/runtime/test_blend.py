@@ -80,7 +80,7 @@ def test_a_blend_is_a_resident_as_others_are(bundle, pixels, weights, make_adapt
     assert bundle.load({"user-0": 0.5, "user-1": 0.5}, name="half").kind == "blend"
     assert bundle.active is None
     bundle.load({"half": 0.5, "user-0": 1}, name="again")
-    bundle.forget("user-1")
+    bundle.unload("user-1")
     found = _logits(bundle, pixels, adapters=["half", None, "again", "user-0", "half"])
     sums = {"half": (0.5, 0.5), None: (0, 0), "again": (1.25, 0.25), "user-0": (1, 0)}
     for row, name in enumerate(["half", None, "again", "user-0", "half"]):

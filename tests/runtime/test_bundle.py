@@ -236,7 +236,7 @@ def test_what_was_not_used_for_longest_is_dropped(crowded, make_adapter):
     crowded.load(make_adapter(), name="d")
     assert set(crowded.residents) == {"a", "c", "d"}
     with pytest.raises(UsageError, match=r"adapter must be resident \(a, c, d\), got 'b'"):
-        crowded.forget("b")
+        crowded.unload("b")
 
 
 def test_a_run_is_a_use(crowded, make_adapter, pixels):
@@ -275,11 +275,11 @@ def test_what_has_just_been_loaded_stays_however_large(bundle_folder, make_adapt
 def test_forgetting(bundle, pixels, make_adapter):
     bundle.swap(make_adapter(), name="a")
     before = _logits(bundle, pixels)
-    bundle.forget("a")
+    bundle.unload("a")
     assert bundle.residents == {}
     assert bundle.active == "a"  # until the next swap
     np.testing.assert_array_equal(_logits(bundle, pixels), before)
-    for use in (bundle.forget, bundle.labels):
+    for use in (bundle.unload, bundle.labels):
         with pytest.raises(UsageError, match=r"must be resident \(none\), got 'a': load or swap"):
             use("a")
     bundle.load(make_adapter(), name="b")

@@ -48,7 +48,7 @@ class Storm:
         names = [None if adapter is None else "alone"] * len(self.pixels)
         logits = self.bundle.run({"pixel_values": self.pixels}, names)["logits"]
         if adapter is not None:
-            self.bundle.forget("alone")
+            self.bundle.unload("alone")
         return logits
 
     def break_files(self, make_adapter):
@@ -142,7 +142,7 @@ def _forget(storm, rng):
     names = list(storm.bundle.residents)
     if names:
         try:
-            storm.bundle.forget(names[rng.integers(len(names))])
+            storm.bundle.unload(names[rng.integers(len(names))])
         except UsageError:
             return "dropped"
     return None

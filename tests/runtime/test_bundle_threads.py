@@ -63,7 +63,7 @@ def test_forgetting_while_others_run(bundle, pixels, make_adapter):
 
     def churn() -> None:
         while not stop.is_set():
-            bundle.forget("a")
+            bundle.unload("a")
             bundle.load(adapter, name="a")
             stop.wait(0.001)
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from regrow_format.cache import positions
+from regrow_format.kv_cache import positions
 from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle, FormatError
 

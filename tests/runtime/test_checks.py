@@ -22,7 +22,7 @@ from regrow_runtime import (
     UsageError,
 )
 from regrow_runtime.checks import Prober
-from regrow_runtime.slots import Resident
+from regrow_runtime.slots import LoadedAdapter
 
 KNOWN = "0123456789abcdef"
 
@@ -185,7 +185,7 @@ def test_classes_that_only_fill_up_the_head_do_not_count(probed_folder, make_ada
     logits = np.array([[1.0, 2.0, -np.inf]], np.float32)
     prober = Prober(probed_folder, Manifest.load(probed_folder))
     probe = Probe(np.array([1.0, 2.0], np.float16), 0.01, KNOWN)
-    resident = Resident("user", {}, ("a", "b"), probe=probe)
+    resident = LoadedAdapter("user", {}, ("a", "b"), probe=probe)
     found = prober.check(lambda _, r: {"logits": logits if r else np.zeros((1, 3))}, resident)
     assert (found.finding, found.difference) == ("fine", 0)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from regrow_toolchain.cli import _group, main
+from regrow_toolchain.cli import main
+from regrow_toolchain.cli.app import _group
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_adapters_by_sample_are_watched_too(lm, adapters, make_adapter):
     assert chat.generate([[1], [2]], max_new_tokens=2).recomputed == 0
     lm.load(make_adapter("lora", draw=7, targets=LM_TARGETS), name="b")
     assert chat.generate([[1], [2]], max_new_tokens=2).recomputed == 5
-    lm.forget("a")
+    lm.unload("a")
     with pytest.raises(UsageError, match=r"adapter must be resident \(b, c\), got 'a'"):
         chat.generate([[1], [2]], max_new_tokens=2)
 

@@ -50,7 +50,7 @@ def test_arrays_of_pictures_need_no_pillow(python, bundle_folder):
         "from regrow_inputs import InputReader, answer\n"
         "from regrow_runtime import Bundle\n"
         "bundle = Bundle.open(sys.argv[1])\n"
-        "feeds = InputReader.from_bundle(bundle).pictures([np.zeros((4, 4), np.uint8)])\n"
+        "feeds = InputReader.from_bundle(bundle).images([np.zeros((4, 4), np.uint8)])\n"
         "print(feeds['pixel_values'].shape, answer(bundle, feeds)[0][0])",
         str(bundle_folder), block=HEAVY,
     )  # fmt: skip

@@ -213,8 +213,8 @@ def test_the_page_is_one_file_that_loads_nothing(profiled):
 
 
 def test_words_of_strangers_are_escaped(record):
+    from regrow_toolchain.profiling import record_lines
     from regrow_toolchain.profiling.page import profile_page
-    from regrow_toolchain.profiling.text import record_lines
 
     evil = json.loads(json.dumps(record).replace('"user"', '"<script>x</script>|y"'))
     page = profile_page(evil)
@@ -235,7 +235,7 @@ def test_what_a_limit_counts_is_told_beside_the_answer(record, kind, told):
 
 def test_a_language_model_and_many_cases_are_drawn(record):
     """The cases by names short enough for a phone; adapters' long names are cut at the end."""
-    from regrow_toolchain.pages.words import GAP
+    from regrow_toolchain.pages import GAP
     from regrow_toolchain.profiling.page import profile_page
 
     changed = json.loads(json.dumps(record).replace('"user"', '"a-user-with-a-long-name"'))
@@ -270,7 +270,7 @@ def test_compare_with_itself(regrow, profiled, tmp_path):
 
 
 def test_a_bundle_twice_as_slow_is_told_from_noise(record):
-    from regrow_toolchain.profiling.compare import compare
+    from regrow_toolchain.profiling import compare
 
     a = json.loads(json.dumps(record))
     a["noise"]["others"] = 0.0
@@ -288,7 +288,7 @@ def test_a_bundle_twice_as_slow_is_told_from_noise(record):
 
 
 def test_a_crowded_machine_and_another_clock_raise_the_bar(record):
-    from regrow_toolchain.profiling.compare import compare
+    from regrow_toolchain.profiling import compare
 
     a, b = (json.loads(json.dumps(record)) for _ in range(2))
     a["noise"]["others"], a["environment"]["cores"] = 1.0, 4
@@ -467,11 +467,11 @@ def test_a_limit_that_cannot_be_tried_is_no_yes(monkeypatch):
 def test_a_part_that_fails_is_named_and_the_rest_is_made(bundle_folder, files, monkeypatch):
     """As when the disk is too full for copies of adapters, or a prompt is too long to go on."""
     from regrow_toolchain.config import ProfileConfig
+    from regrow_toolchain.profiling import parse_settings, record_lines
     from regrow_toolchain.profiling import record as module
     from regrow_toolchain.profiling.page import profile_page
     from regrow_toolchain.profiling.processes import Outcome
-    from regrow_toolchain.profiling.settings import parse_settings
-    from regrow_toolchain.profiling.text import record_lines, record_markdown
+    from regrow_toolchain.profiling.text import record_markdown
 
     real, lost = module.run_case, {"swaps", "residents", "operators", "language", "sustained"}
 
@@ -500,7 +500,7 @@ def test_a_part_that_fails_is_named_and_the_rest_is_made(bundle_folder, files, m
 def test_without_proc_the_rest_is_still_made(python, bundle_folder, tmp_path):
     """A worker that cannot read /proc/self/status tells the peak, and everything else."""
     code = (
-        "import pathlib, regrow_toolchain.measure.memory as m\n"
+        "import pathlib, regrow_toolchain.measurement.memory as m\n"
         f"m._STATUS = pathlib.Path({str(tmp_path / 'no')!r})\n"
         "m.read_memory.__defaults__ = (m._STATUS, m._STATUS)\n"
         "from regrow_toolchain.profiling import worker\nworker.main()\n"

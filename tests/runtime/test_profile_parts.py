@@ -15,14 +15,14 @@ from safetensors.numpy import save_file
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_runtime import UsageError
 from regrow_toolchain.config import ProfileConfig
-from regrow_toolchain.measure import CoreWait, EnergyMeter, read_governor, read_load
-from regrow_toolchain.measure.waiting import Reading
+from regrow_toolchain.measurement import CoreWait, EnergyMeter, Reading, read_governor, read_load
+from regrow_toolchain.profiling import parse_settings
 from regrow_toolchain.profiling.cases.operators import group, module_of
 from regrow_toolchain.profiling.environment import NoiseMeter
 from regrow_toolchain.profiling.feeds import has_length, make_feeds, probe_length
 from regrow_toolchain.profiling.limits import memory_limit
-from regrow_toolchain.profiling.noise import LEVEL, _skipped, judge
-from regrow_toolchain.profiling.settings import Cell, parse_settings
+from regrow_toolchain.profiling.settings import Cell
+from regrow_toolchain.profiling.significance import LEVEL, _skipped, judge
 
 # -- noise -----------------------------------------------------------------------------------------
 
@@ -314,7 +314,7 @@ def test_noise_of_others_is_noted() -> None:
 
 
 def test_memory_on_other_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from regrow_toolchain.measure import memory, memory_elsewhere
+    from regrow_toolchain.measurement import memory, memory_other_systems
 
     monkeypatch.setattr(memory.sys, "platform", "freebsd14")
     found = memory.read_memory(tmp_path / "missing")
@@ -325,6 +325,6 @@ def test_memory_on_other_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     # No libproc here: the peak is what is left, and the figure is named.
     assert memory.read_memory(tmp_path / "missing").source.startswith("getrusage")
     named = memory.Memory(1, 2, 3, source="Windows")
-    monkeypatch.setattr(memory_elsewhere, "windows", lambda: named)
+    monkeypatch.setattr(memory_other_systems, "windows", lambda: named)
     monkeypatch.setattr(memory.sys, "platform", "win32")
     assert memory.read_memory(tmp_path / "missing") is named

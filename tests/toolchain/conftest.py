@@ -19,12 +19,17 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_toolchain.backbone import Backbone, load_backbone, save_backbone
-from regrow_toolchain.compressing import Compressed, compress
+from regrow_toolchain.compress import Compressed, compress
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
-from regrow_toolchain.huggingface import quiet_transformers
-from regrow_toolchain.training import batches, cosine, deterministic, logits_of
+from regrow_toolchain.models import (
+    Backbone,
+    load_backbone,
+    logits_of,
+    quiet_transformers,
+    save_backbone,
+)
+from regrow_toolchain.training import batches, cosine, deterministic
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -97,7 +102,7 @@ def dataset() -> Callable[..., Dataset]:
 
 @pytest.fixture(scope="session")
 def class_folder() -> Callable[..., Path]:
-    """class_folder(path, count, seed, ...): pictures as PNG files, a folder per class."""
+    """class_folder(path, count, seed, ...): images as PNG files, a folder per class."""
     from PIL import Image
 
     def make(

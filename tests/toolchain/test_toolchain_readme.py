@@ -24,15 +24,15 @@ def test_its_lines_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import regrow_toolchain
+    import regrow
 
     shutil.copytree(vit_folder, tmp_path / "vit")
     class_folder(tmp_path / "train", 30, 1)
     pixels, labels = pictures(30, 2, inverted=True)
     np.savez(tmp_path / "mine.npz", images=pixels, labels=labels)
     (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(encoding="utf-8"), re.DOTALL)
-    names = ", ".join(dir(regrow_toolchain))
-    (tmp_path / "lines.py").write_text(f"from regrow_toolchain import {names}\n{code}")
+    names = ", ".join(dir(regrow))
+    (tmp_path / "lines.py").write_text(f"from regrow import {names}\n{code}")
     monkeypatch.chdir(tmp_path)
     runpy.run_path("lines.py")
     adapter = Adapter.load(tmp_path / "mine.safetensors")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-
-import regrow_toolchain
 
 _TOP = Path(__file__).parents[2]
 _PACKAGES = {
@@ -51,7 +51,7 @@ def test_transformers_comes_without_scikit_learn() -> None:
     """And the rest of the process can have it all the same."""
     pytest.importorskip("transformers")
     code = """
-from regrow_toolchain.huggingface import quiet_transformers
+from regrow_toolchain.models import quiet_transformers
 with quiet_transformers():
     from transformers import GenerationMixin
 """
@@ -80,39 +80,35 @@ def test_the_command_line_brings_nothing_heavy() -> None:
 
 def test_the_light_parts_bring_no_torch() -> None:
     code = (
-        "import regrow_toolchain.measure, regrow_toolchain.demo.device, regrow_toolchain.config, "
-        "regrow_toolchain.profiling.worker, regrow_toolchain.pages"
+        "import regrow_toolchain.measurement, regrow_toolchain.demo.device, "
+        "regrow_toolchain.config, regrow_toolchain.profiling.worker, regrow_toolchain.pages"
     )
     assert _loaded(code) == set()
-    assert _loaded("from regrow_toolchain import load_data, Dataset") <= {
+    assert _loaded("from regrow_toolchain.data import load_data, Dataset") <= {
         "numpy", "onnxruntime", "safetensors", "PIL",
     }  # fmt: skip
 
 
-def test_every_name_resolves() -> None:
-    names = dir(regrow_toolchain)
-    assert names == sorted(names)
-    assert {"adapt", "compress", "load_backbone", "export_backbone", "load_data"} <= set(names)
-    for name in names:
-        found = getattr(regrow_toolchain, name)
-        assert found.__name__ == name
-        assert found.__doc__
+_FACES = [
+    f"{package}.{module.name}"
+    for package in ("regrow_toolchain", "regrow_export")
+    for module in pkgutil.iter_modules(import_module(package).__path__)
+    if module.ispkg
+]
 
 
-def test_names_for_type_checkers_are_the_same() -> None:
-    tree = ast.parse((_PACKAGES["regrow_toolchain"] / "__init__.py").read_text(encoding="utf-8"))
-    typed = {
-        alias.asname
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level == 1
-        for alias in node.names
-    }
-    assert typed == set(dir(regrow_toolchain))
+@pytest.mark.parametrize("face", _FACES)
+def test_every_name_of_a_face_resolves(face: str) -> None:
+    package = import_module(face)
+    assert package.__doc__
+    assert dir(package)
+    for name in getattr(package, "__all__", ()):
+        assert getattr(package, name) is not None
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = regrow_toolchain.nothing
+        _ = import_module("regrow_toolchain.models").nothing
 
 
 def _imports(path: Path) -> Iterator[str]:

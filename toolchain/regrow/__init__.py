@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from regrow_inputs import InputReader as InputReader
     from regrow_inputs import answer as answer
     from regrow_runtime import Bundle as Bundle
-    from regrow_runtime import SwapCost as SwapCost
+    from regrow_runtime import SwapStats as SwapStats
     from regrow_runtime.store import Store as Store
-    from regrow_toolchain.adapting import adapt as adapt
-    from regrow_toolchain.adapting import adapt_users as adapt_users
-    from regrow_toolchain.backbone import Backbone as Backbone
-    from regrow_toolchain.backbone import load_backbone as load_backbone
-    from regrow_toolchain.backbone import save_backbone as save_backbone
-    from regrow_toolchain.compressing import compress as compress
+    from regrow_toolchain.adapters import adapt as adapt
+    from regrow_toolchain.adapters import adapt_users as adapt_users
+    from regrow_toolchain.compress import compress as compress
     from regrow_toolchain.config import AdaptConfig as AdaptConfig
     from regrow_toolchain.config import CompressConfig as CompressConfig
     from regrow_toolchain.config import ImportConfig as ImportConfig
     from regrow_toolchain.config import ProfileConfig as ProfileConfig
-    from regrow_toolchain.converting import convert as convert
     from regrow_toolchain.data import Dataset as Dataset
     from regrow_toolchain.data import load_data as load_data
-    from regrow_toolchain.exporting import export_backbone as _export_backbone
     from regrow_toolchain.extras import MissingExtra as MissingExtra
-    from regrow_toolchain.importing import import_peft as import_peft
-    from regrow_toolchain.verifying import verify as verify
+    from regrow_toolchain.interop import convert as convert
+    from regrow_toolchain.interop import export_backbone as _export_backbone
+    from regrow_toolchain.interop import import_peft as import_peft
+    from regrow_toolchain.models import Backbone as Backbone
+    from regrow_toolchain.models import load_backbone as load_backbone
+    from regrow_toolchain.models import save_backbone as save_backbone
+    from regrow_toolchain.verification import verify as verify
 
     export = _export_backbone
     __version__: str
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _CONTENTS = {
     "AdaptConfig": ("regrow_toolchain.config", ""),
     "Adapter": ("regrow_format", ""),
-    "Backbone": ("regrow_toolchain.backbone", "export"),
+    "Backbone": ("regrow_toolchain.models", "export"),
     "Bundle": ("regrow_runtime", ""),
     "CompressConfig": ("regrow_toolchain.config", ""),
     "Dataset": ("regrow_toolchain.data", ""),
@@ -61,18 +61,18 @@ _CONTENTS = {
     "ProfileConfig": ("regrow_toolchain.config", ""),
     "RegrowError": ("regrow_format", ""),
     "Store": ("regrow_runtime.store", ""),
-    "SwapCost": ("regrow_runtime", ""),
-    "adapt": ("regrow_toolchain.adapting", "export"),
-    "adapt_users": ("regrow_toolchain.adapting", "export"),
+    "SwapStats": ("regrow_runtime", ""),
+    "adapt": ("regrow_toolchain.adapters", "export"),
+    "adapt_users": ("regrow_toolchain.adapters", "export"),
     "answer": ("regrow_inputs", ""),
-    "compress": ("regrow_toolchain.compressing", "export"),
-    "convert": ("regrow_toolchain.converting", ""),
-    "export": ("regrow_toolchain.exporting", "export"),
-    "import_peft": ("regrow_toolchain.importing", ""),
-    "load_backbone": ("regrow_toolchain.backbone", "export"),
+    "compress": ("regrow_toolchain.compress", "export"),
+    "convert": ("regrow_toolchain.interop", ""),
+    "export": ("regrow_toolchain.interop", "export"),
+    "import_peft": ("regrow_toolchain.interop", ""),
+    "load_backbone": ("regrow_toolchain.models", "export"),
     "load_data": ("regrow_toolchain.data", ""),
-    "save_backbone": ("regrow_toolchain.backbone", "export"),
-    "verify": ("regrow_toolchain.verifying", ""),
+    "save_backbone": ("regrow_toolchain.models", "export"),
+    "verify": ("regrow_toolchain.verification", ""),
 }
 # Those that are called otherwise where they are.
 _THERE = {"export": "export_backbone"}
@@ -88,9 +88,9 @@ if not TYPE_CHECKING:  # to which every name would be there
         elif name in _CONTENTS:
             module, extra = _CONTENTS[name]
             if extra:
-                from regrow_toolchain.extras import need
+                from regrow_toolchain.extras import require_extra
 
-                need(extra, f"regrow.{name}")
+                require_extra(extra, f"regrow.{name}")
             found = getattr(import_module(module), _THERE.get(name, name))
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,8 +101,8 @@ class CompressConfig:
         "hinge", "Form of the perturbation term.", choices=("hinge", "paper", "squared")
     )
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
-    shift: float = setting(0.0, "Augmentation: shift pictures by up to this many pixels.")
-    noise: float = setting(0.0, "Augmentation: standard deviation of noise on pictures.")
+    shift: float = setting(0.0, "Augmentation: shift images by up to this many pixels.")
+    noise: float = setting(0.0, "Augmentation: standard deviation of noise on images.")
     holdout: float = setting(0.1, "Share of the data kept for measuring.")
     keep: str = setting(
         "best",
@@ -163,8 +163,8 @@ class AdaptConfig:
         1, "Pieces that a step's samples are cut into, to save memory.", low=1
     )
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
-    shift: float = setting(0.6, "Augmentation: shift pictures by up to this many pixels.")
-    noise: float = setting(0.15, "Augmentation: standard deviation of noise on pictures.")
+    shift: float = setting(0.6, "Augmentation: shift images by up to this many pixels.")
+    noise: float = setting(0.15, "Augmentation: standard deviation of noise on images.")
     holdout: float = setting(
         0.2,
         "Share of the data held back to judge the adapter by; where that are fewer than 50 "

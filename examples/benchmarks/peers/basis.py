@@ -33,9 +33,8 @@ def signs_in_numpy(vectors: int, entries: int, repeat: int) -> dict[str, float]:
 def signs_in_onnx(vectors: int, entries: int, repeat: int) -> dict[str, float]:
     from onnx import TensorProto, helper
 
-    from regrow_export.builder import GraphBuilder
-    from regrow_export.graph import IR_VERSION, OPSET
-    from regrow_export.methods.signs import round_keys, sign_bits
+    from regrow_export.graph import IR_VERSION, OPSET, GraphBuilder
+    from regrow_export.methods import round_keys, sign_bits
 
     g = GraphBuilder("signs")
     bits = sign_bits(g, round_keys(g, "seed"), 0, [0], vectors, entries)
@@ -57,7 +56,8 @@ def expansion_in_numpy(vectors: int, layers: int, width: int, repeat: int) -> di
 
 
 def expansion_in_onnx(vectors: int, layers: int, width: int, repeat: int) -> dict[str, float]:
-    from regrow_export.expander import adapter_inputs, build_expander
+    from regrow_export import build_expander
+    from regrow_export.methods import adapter_inputs
 
     adapter = _adapter(vectors, layers, width)
     model = build_expander(adapter.config, adapter.targets, adapter.storage)
@@ -74,8 +74,9 @@ def one_thread(model: bytes) -> Any:
 
 
 def _adapter(vectors: int, layers: int, width: int) -> Any:
+    from regrow import Adapter
     from regrow_format.methods import get_method
-    from regrow_runtime import Adapter, Coefficients, Target
+    from regrow_runtime import Coefficients, Target
 
     targets = tuple(Target(f"layer.{number:02}", width, width) for number in range(layers))
     config = {"k": vectors, "l": vectors, "rank": 8, "c": 1.0, "shared": True}

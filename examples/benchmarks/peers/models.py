@@ -64,8 +64,7 @@ class Room:
         """The same, compressed to half by plain SVD: training changes no shape."""
 
         def make(path: Path) -> None:
-            from regrow_toolchain import compress, load_backbone, save_backbone
-            from regrow_toolchain.config import CompressConfig
+            from regrow import CompressConfig, compress, load_backbone, save_backbone
 
             source = load_backbone(self.dense())
             save_backbone(compress(source, None, CompressConfig(ratio=2.0)).backbone, path)
@@ -76,7 +75,7 @@ class Room:
         """A user's file."""
 
         def make(path: Path) -> None:
-            from regrow_toolchain import load_backbone
+            from regrow import load_backbone
 
             adapter_of(
                 load_backbone(getattr(self, source)()), user, 64 if self.small else 1000
@@ -89,14 +88,13 @@ class Room:
         """An exported model; merged ones have a user's adapter in them."""
 
         def make(path: Path) -> None:
-            from regrow_runtime import Adapter
-            from regrow_toolchain import export_backbone, load_backbone
+            from regrow import Adapter, export, load_backbone
 
             backbone = load_backbone(getattr(self, source)())
             given: dict[str, Any] = {"targets": ["query", "value"]}
             if mode == "merged":
                 given = {"mode": "merged", "adapter": Adapter.load(self.adapter(user, source))}
-            export_backbone(backbone, path, precision=precision, **given)
+            export(backbone, path, precision=precision, **given)
 
         owner = f"-{user}" if mode == "merged" else ""
         return self._made(f"{source}-{mode}-{precision}{owner}", make)
@@ -115,8 +113,8 @@ class Room:
 
     def factors(self, user: int) -> dict[str, np.ndarray]:
         """A [1, in, r] and B [1, r, out] by the name of the graph's input."""
-        from regrow_runtime import Adapter, Manifest
-        from regrow_toolchain.converting import dense_tensors
+        from regrow import Adapter, Manifest
+        from regrow_toolchain.interop import dense_tensors
 
         return dense_tensors(
             Adapter.load(self.adapter(user)), Manifest.load(self.bundle()), self.bundle()
@@ -126,7 +124,7 @@ class Room:
         """The same change for ONNX Runtime's LoraAdapter."""
 
         def make(path: Path) -> None:
-            from regrow_toolchain.converting import convert
+            from regrow import convert
 
             convert(self.adapter(user), self.bundle(), path, to="onnx_adapter")
 
@@ -153,9 +151,10 @@ class Room:
 
 def adapter_of(backbone: Any, seed: int, k: int) -> Any:
     """NOLA with coefficients drawn at random."""
+    from regrow import Adapter
     from regrow_format.methods import get_method
-    from regrow_runtime import Adapter, Coefficients
-    from regrow_toolchain.targets import find_targets
+    from regrow_runtime import Coefficients
+    from regrow_toolchain.models import find_targets
 
     method, draw = get_method("nola"), np.random.default_rng(seed)
     targets = find_targets(backbone.model, ["query", "value"])
@@ -214,7 +213,7 @@ def times(call: Callable[[], object], repeat: int, warm: int = 2) -> dict[str, f
 
 def memory() -> dict[str, int | None]:
     """Private bytes now, and the peak with mapped files."""
-    from regrow_toolchain.measure import read_memory
+    from regrow_toolchain.measurement import read_memory
 
     found = read_memory()
     return {"private": found.rss_anon, "peak": found.peak}
@@ -248,7 +247,7 @@ def arguments(doc: str) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    from regrow_toolchain.profiling.environment import read_environment
+    from regrow_toolchain.profiling import read_environment
 
     return read_environment()
 

@@ -47,7 +47,7 @@ def form(room: Room, name: str) -> dict[str, Any]:
     kind, mode = name.rsplit(", ", 1)
     source, precision = FORMS[kind]
     folder, x = room.bundle(source, mode, precision), {"pixel_values": pixels(room.small)}
-    from regrow_runtime import Bundle
+    from regrow import Bundle
 
     bundle = Bundle.open(folder, threads=1)
     if mode == "swappable":
@@ -85,7 +85,7 @@ def regrow_many(room: Room, _name: str) -> dict[str, Any]:
     """Resident adapters: RAM, and the time of a swap between them."""
     from dataclasses import replace
 
-    from regrow_runtime import Bundle
+    from regrow import Bundle
     from regrow_runtime.sessions import PROFILES
 
     counts = COUNTS[:2] if room.small else COUNTS

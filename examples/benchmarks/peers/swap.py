@@ -33,7 +33,7 @@ Way = tuple[Callable[[int], object], Callable[[], np.ndarray]]
 
 
 def regrow(room: Room, kind: str) -> Way:
-    from regrow_runtime import Bundle
+    from regrow import Bundle
 
     bundle, x = Bundle.open(room.bundle(), threads=1), {"pixel_values": pixels(room.small)}
     files = {user: room.adapter(user) for user in USERS}

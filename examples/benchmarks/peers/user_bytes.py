@@ -72,9 +72,10 @@ def ours(model: Any, name: str, settings: dict[str, Any], patterns: list[str], s
 
 
 def made(model: Any, name: str, settings: dict[str, Any], patterns: list[str], storage: str) -> Any:
+    from regrow import Adapter
     from regrow_format.methods import get_method
-    from regrow_runtime import Adapter, Coefficients
-    from regrow_toolchain.targets import find_targets
+    from regrow_runtime import Coefficients
+    from regrow_toolchain.models import find_targets
 
     method, draw = get_method(name), np.random.default_rng(0)
     targets = find_targets(model, patterns)
@@ -104,7 +105,7 @@ def peft_file(model: Any, name: str, settings: dict[str, Any], patterns: list[st
 
     from peft import FourierFTConfig, LoraConfig, VeraConfig, get_peft_model
 
-    from regrow_toolchain.targets import find_targets
+    from regrow_toolchain.models import find_targets
 
     names = [target.name for target in find_targets(model, patterns)]
     kinds = {
@@ -124,7 +125,7 @@ def onnx_adapter(model: Any, name: str, settings: dict[str, Any], patterns: list
     """Size of ONNX Runtime's own form: the factors, expanded."""
     from regrow_format.basis import BasisCache
     from regrow_format.methods import get_method
-    from regrow_toolchain.converting import FORMATS
+    from regrow_toolchain.interop import FORMATS
 
     adapter = made(model, name, settings, patterns, "fp32")
     parts = get_method(name).expand(adapter, BasisCache(0))

@@ -1,34 +1,30 @@
-"""Graph builders by method. A further method is one file here and one line in `BUILDERS`."""
+"""Adapter methods inside a graph. A further one is one file here and a line in `registry.py`."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from regrow_format.errors import UsageError
+from regrow_export.lazy import load_on_use
 
-from .base import GraphMethod
-from .bitfit import BitfitGraph
-from .fourierft import FourierftGraph
-from .head import HeadGraph
-from .lora import LoraGraph
-from .nola import NolaGraph
-from .vera import VeraGraph
-
-__all__ = ["BUILDERS", "GraphMethod", "get_builder"]
-
-BUILDERS: dict[str, GraphMethod] = {
-    builder.name: builder
-    for builder in (
-        NolaGraph(),
-        VeraGraph(),
-        FourierftGraph(),
-        LoraGraph(),
-        BitfitGraph(),
-        HeadGraph(),
+if TYPE_CHECKING:
+    from .expander import adapter_inputs as adapter_inputs
+    from .expander import build_expander as build_expander
+    from .expander import check_graph as check_graph
+    from .expander import graph_storage as graph_storage
+    from .expander import input_types as input_types
+    from .expander import splice as splice
+    from .sign_basis import round_keys as round_keys
+    from .sign_basis import sign_bits as sign_bits
+else:
+    __all__, __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            ".expander": (
+                "adapter_inputs",
+                "build_expander",
+                "check_graph",
+                "graph_storage",
+                "input_types",
+                "splice",
+            ),
+            ".sign_basis": ("round_keys", "sign_bits"),
+        },
     )
-}
-
-
-def get_builder(name: str) -> GraphMethod:
-    """The builder of a method; `UsageError` lists those that can be rebuilt inside a graph."""
-    if name not in BUILDERS:
-        raise UsageError(f"method must be one of {', '.join(BUILDERS)} for a graph, got {name!r}")
-    return BUILDERS[name]

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
-
-    from ..builder import GraphBuilder
 
 __all__ = ["GraphMethod"]
 

@@ -17,12 +17,11 @@ from regrow_format.basis import Role
 from regrow_format.errors import UsageError
 
 from .rows import scaled
-from .signs import logical_high, round_keys, words
+from .sign_basis import logical_high, round_keys, words
 
 if TYPE_CHECKING:
+    from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
-
-    from ..builder import GraphBuilder
 
 __all__ = ["FourierftGraph"]
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .rows import scaled_rows
 
 if TYPE_CHECKING:
+    from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
-
-    from ..builder import GraphBuilder
 
 __all__ = ["LoraGraph"]
 

@@ -14,12 +14,11 @@ import numpy as np
 
 from regrow_format.basis import Role
 
-from .signs import head_rows, round_keys, sign_bits
+from .sign_basis import head_rows, round_keys, sign_bits
 
 if TYPE_CHECKING:
+    from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
-
-    from ..builder import GraphBuilder
 
 __all__ = ["NolaGraph"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..builder import GraphBuilder
+    from regrow_export.graph import GraphBuilder
 
 __all__ = ["scaled", "scaled_rows"]
 

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from regrow_format.basis import Role
 
 from .rows import scaled, scaled_rows
-from .signs import head_rows, round_keys, sign_bits
+from .sign_basis import head_rows, round_keys, sign_bits
 
 if TYPE_CHECKING:
+    from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
-
-    from ..builder import GraphBuilder
 
 __all__ = ["VeraGraph"]
 

@@ -3,7 +3,7 @@
 Run once, with the [export] extra: `python tests/runtime/data/make_model.py`. The tests use the
 written files, because the base install has no `onnx`.
 
-The model is a classifier of pictures of 4 x 4: two tanh layers with low_rank, delta and bias slots
+The model is a classifier of images of 4 x 4: two tanh layers with low_rank, delta and bias slots
 ("fc1" 16 -> 8, "fc2" 8 -> 8) and a head slot ("head", 8 -> 3). Slots are inputs with defaults, as
 export makes them: empty or zeros for fc1 and fc2, the base's head for "head".
 """

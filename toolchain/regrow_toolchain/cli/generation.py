@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from regrow_runtime import Bundle
-    from regrow_runtime.bundle import SwapCost
+    from regrow_runtime.bundle import SwapStats
 
 __all__ = ["generated", "generated_lines", "generation_options", "goes_on", "swap_lines"]
 
@@ -51,7 +51,7 @@ def goes_on(bundle: Bundle, out: Path | None) -> bool:
 
 
 def generated(
-    bundle: Bundle, texts: Sequence[str], options: Mapping[str, Any], cost: SwapCost | None
+    bundle: Bundle, texts: Sequence[str], options: Mapping[str, Any], cost: SwapStats | None
 ) -> dict[str, Any]:
     """What the model goes on with after each text, with what `Bundle.generate` reports."""
     from regrow_inputs import InputReader

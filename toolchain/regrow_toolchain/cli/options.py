@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from ..forms import DATA, LABEL_WORDS
-from . import printable
+from regrow_toolchain.data import DATA, LABEL_WORDS
+
+from .app import printable
 
 __all__ = [
     "carried_options",
@@ -157,7 +158,7 @@ def carried_options(function: F) -> F:
         ),
         click.option(
             "--preprocessor", type=click.Path(path_type=Path),
-            help="A preprocessor_config.json, or a folder with one or a tokenizer: how pictures, "
+            help="A preprocessor_config.json, or a folder with one or a tokenizer: how images, "
             "sounds or texts become inputs, for a model that has none.",
         ),
     ):  # fmt: skip

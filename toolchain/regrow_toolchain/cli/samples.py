@@ -1,4 +1,4 @@
-"""What `regrow run` runs on: arrays, pictures, sounds or texts, and what to call each sample."""
+"""What `regrow run` runs on: arrays, images, sounds or texts, and what to call each sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Samples:
 
     Attributes:
         labels: the true ones, if they are known.
-        choices: texts that stand for classes, for a model of pictures and texts.
+        choices: texts that stand for classes, for a model of images and texts.
         mask: the texts' attention_mask.
     """
 
@@ -56,7 +56,7 @@ class Samples:
         self, bundle: Bundle, outputs: Mapping[str, NDArray[Any]], names: Sequence[str], top: int
     ) -> list[list[tuple[str, float]]] | None:
         """None if the model is no classifier."""
-        from regrow_inputs.answers import class_logits, labelled, top_labels
+        from regrow_inputs.predictions import class_logits, labelled, top_labels
 
         if self.choices:
             if (logits := outputs.get("logits_per_image")) is None:
@@ -92,7 +92,7 @@ def check_choice(
     texts: tuple[str, ...],
     pairs: tuple[str, ...],
 ) -> None:
-    """Raise `click.UsageError` unless one kind of input is given, or pictures with texts."""
+    """Raise `click.UsageError` unless one kind of input is given, or images with texts."""
     given = [arrays is not None, bool(images), bool(wavs), bool(texts)]
     if sum(given) != 1 and given != [False, True, False, True]:
         raise click.UsageError("give one of --input, --image, --wav and --text")
@@ -126,10 +126,10 @@ def _pictures(reader: InputReader, images: tuple[Path, ...], texts: tuple[str, .
 
     files, labels = _files(images, IMAGE_ENDINGS, "image")
     if not texts:
-        return Samples(_told(files), lambda: _each(files, reader.pictures, _AT_ONCE), labels)
-    words = reader.texts(texts)  # every picture beside every text
+        return Samples(_told(files), lambda: _each(files, reader.images, _AT_ONCE), labels)
+    words = reader.texts(texts)  # every image beside every text
     return Samples(
-        _told(files), lambda: ({**f, **words} for f in _each(files, reader.pictures, _AT_ONCE)),
+        _told(files), lambda: ({**f, **words} for f in _each(files, reader.images, _AT_ONCE)),
         choices=texts,
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def _below(path: Path, endings: tuple[str, ...], what: str) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
         if not found:
-            kind = "pictures" if what == "image" else "sounds"
+            kind = "images" if what == "image" else "sounds"
             raise UsageError(f"{path} must have {kind} ({', '.join(endings)}), got none")
         return found
     if not path.is_file():

@@ -1,25 +1,12 @@
-"""Plain tables and numbers for people; no dependency, so that the base install has them too."""
+"""Numbers for people, in a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["cost", "giga", "percent", "score", "size", "table"]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
-    return lines + [_line(row, widths) for row in rows]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "  ".join([first, *rest]).rstrip()
+__all__ = ["cost", "giga", "percent", "score", "size"]
 
 
 def size(count: float) -> str:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from regrow_format.errors import UsageError
 from regrow_inputs import PREPROCESSOR, SoundPreprocessor, read_wav
-from regrow_inputs.extractors import is_sound
-from regrow_inputs.sounds import SOUND_INPUTS, sound_input
+from regrow_inputs.audio import SOUND_INPUTS, sound_input
+from regrow_inputs.audio_settings import is_sound
 
 from .source import Source
 

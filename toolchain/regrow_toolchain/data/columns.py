@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from regrow_format.errors import FormatError, UsageError
 
 from .dataset import Dataset
-from .labelling import Labels, labels_of_cells, no_labels
-from .source import LABEL_NAMES, Source
+from .formats import LABEL_NAMES
+from .labels import Labels, labels_of_cells, no_labels
+from .source import Source
 from .text import Encoder, next_tokens
 
 __all__ = ["MAX_ROWS", "Table", "table_data"]

@@ -1,4 +1,4 @@
-"""A folder with one folder of pictures or sounds per class; the folders' names are the classes'."""
+"""A folder with one folder of images or sounds per class; the folders' names are the classes'."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regrow_inputs import IMAGE_ENDINGS, WAV_ENDINGS, read_image
 
 from .audio import read_sounds
 from .dataset import Dataset
-from .labelling import no_labels
+from .labels import no_labels
 from .source import Source
 
 __all__ = ["read_folder"]
@@ -32,7 +32,7 @@ class _Sample:
 def read_folder(source: Source) -> Dataset:
     """Read PATH/CLASS/FILE, or with users "folder" PATH/USER/CLASS/FILE.
 
-    Files are pictures, or all of them `.wav`.
+    Files are images, or all of them `.wav`.
 
     Raises:
         UsageError: there are no folders with files in it, or the backbone takes no such files.
@@ -49,7 +49,7 @@ def read_folder(source: Source) -> Dataset:
     if sounds := [file for file in files if file.suffix.lower() in WAV_ENDINGS]:
         if len(sounds) != len(files):
             other = next(file for file in files if file not in sounds)
-            raise UsageError(f"data must be pictures or sounds, got both: {other}, {sounds[0]}")
+            raise UsageError(f"data must be images or sounds, got both: {other}, {sounds[0]}")
         inputs = read_sounds(source, files)
     else:
         inputs = {"pixel_values": _pictures(source, files)}
@@ -101,7 +101,7 @@ def _files(folder: Path) -> list[Path]:
     endings = (*IMAGE_ENDINGS, *WAV_ENDINGS)
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
     if not found:
-        raise UsageError(f"{folder} must have pictures or sounds ({', '.join(endings)}), got none")
+        raise UsageError(f"{folder} must have images or sounds ({', '.join(endings)}), got none")
     return found
 
 
@@ -109,7 +109,7 @@ def _pictures(source: Source, files: list[Path]) -> NDArray[Any]:
     """float32 [n, channels, height, width]; prepared as they are read: few are open at once."""
     if "pixel_values" not in (wanted := source.arguments()):
         raise UsageError(
-            f"backbone must take pictures (pixel_values), got one of {', '.join(wanted)}"
+            f"backbone must take images (pixel_values), got one of {', '.join(wanted)}"
         )
     preprocessor = source.backbone.preprocessor()
     parts = [

@@ -1,4 +1,4 @@
-"""An `.npz` with arrays by argument name, or pictures, and labels; read without pickle."""
+"""An `.npz` with arrays by argument name, or images, and labels; read without pickle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from regrow_inputs import as_pictures
 from regrow_runtime.arrays import read_arrays
 
 from .dataset import Dataset
-from .labelling import IGNORED, Labels, as_words, labels_of_array, no_labels
-from .source import LABEL_NAMES, Source
+from .formats import LABEL_NAMES
+from .labels import IGNORED, Labels, as_words, labels_of_array, no_labels
+from .source import Source
 
 __all__ = ["array_data", "read_inputs", "read_npz"]
 
@@ -25,7 +26,7 @@ Arrays = Mapping[str, NDArray[Any]]
 def read_npz(source: Source) -> Dataset:
     """Read arrays by name.
 
-    Inputs are arrays whose names are arguments of the model's forward; for a model of pictures
+    Inputs are arrays whose names are arguments of the model's forward; for a model of images
     also `images` (or `x`), see `as_pictures`. `labels` (or `y`) are integers that mean the model's
     outputs, strings that name classes, floats [n] or [n, m], or tokens [n, tokens]. A language
     model without labels learns its own `input_ids`.

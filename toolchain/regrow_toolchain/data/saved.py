@@ -15,8 +15,9 @@ from regrow_format.errors import FormatError, RegrowError, UsageError
 
 from .columns import MAX_ROWS, Table, table_data
 from .dataset import Dataset
+from .formats import LABEL_NAMES
 from .npz import array_data
-from .source import LABEL_NAMES, Source
+from .source import Source
 
 __all__ = ["is_saved", "read_saved"]
 
@@ -31,7 +32,7 @@ def is_saved(path: Path) -> bool:
 
 
 def read_saved(source: Source) -> Dataset:
-    """Columns as in a table, arrays by the names of forward's arguments, or pictures.
+    """Columns as in a table, arrays by the names of forward's arguments, or images.
 
     Raises:
         RegrowError: the datasets library is not installed.
@@ -119,6 +120,6 @@ def _pictures(source: Source, stored: Any, name: str) -> NDArray[Any]:
     for start in range(0, len(stored), _AT_ONCE):
         pictures = stored[start : start + _AT_ONCE][name]
         if not all(hasattr(picture, "convert") for picture in pictures):
-            raise FormatError(f"{source.path}: {name} must be pictures in every row")
+            raise FormatError(f"{source.path}: {name} must be images in every row")
         parts.append(preprocessor(pictures))
     return np.concatenate(parts)

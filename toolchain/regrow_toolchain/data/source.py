@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from regrow_format.errors import UsageError
 
-from ..forms import LABEL_NAMES
+from .formats import LABEL_NAMES
 
 if TYPE_CHECKING:
-    from ..backbone import Backbone
+    from regrow_toolchain.models import Backbone
 
 __all__ = ["LABEL_NAMES", "Source", "arguments"]
 

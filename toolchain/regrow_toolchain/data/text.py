@@ -13,11 +13,11 @@ from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.files import read_bytes
 
 from .dataset import Dataset
-from .labelling import IGNORED, no_labels
+from .labels import IGNORED, no_labels
 from .source import Source
 
 if TYPE_CHECKING:
-    from ..backbone import Backbone
+    from regrow_toolchain.models import Backbone
 
 __all__ = ["Encoder", "has_tokenizer", "next_tokens", "read_text", "read_utf8"]
 
@@ -86,7 +86,7 @@ class Encoder:
         return found
 
     def _tokens(self, *texts: Any, **options: Any) -> dict[str, Any]:
-        from ..huggingface import quiet_transformers
+        from regrow_toolchain.models import quiet_transformers
 
         with quiet_transformers():
             try:
@@ -204,7 +204,7 @@ def _tokenizer(backbone: Backbone) -> tuple[Any, Path]:
         )
     from transformers import AutoTokenizer
 
-    from ..huggingface import quiet_transformers
+    from regrow_toolchain.models import quiet_transformers
 
     with quiet_transformers():
         try:
@@ -218,7 +218,7 @@ def _tokenizer(backbone: Backbone) -> tuple[Any, Path]:
 def _positions(model: Any) -> int:
     """How many tokens the model takes at most."""
     config = getattr(model, "config", None)
-    config = getattr(config, "text_config", config)  # of a model of pictures and texts
+    config = getattr(config, "text_config", config)  # of a model of images and texts
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return 1 << 30
@@ -233,7 +233,7 @@ def _vocabulary(model: Any) -> int | None:
     """How many tokens the model knows."""
     try:
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # a model of pictures and texts has several
+    except NotImplementedError:  # a model of images and texts has several
         return None
     rows = getattr(embeddings, "num_embeddings", None)
     return rows if isinstance(rows, int) else None

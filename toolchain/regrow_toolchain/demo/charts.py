@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..pages.canvas import WIDTH, Canvas
-from .wording import PLATFORM_STAGES, count, duration, percent, platform_bytes, size
+from regrow_toolchain.pages import WIDTH, Canvas, count, duration, percent, size
+
+from .wording import PLATFORM_STAGES, platform_bytes
 
 __all__ = ["accuracy_chart", "bytes_chart", "latency_chart", "memory_chart", "swap_chart"]
 

@@ -16,7 +16,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow_toolchain.measure import Times, measure_in_turns, read_memory
+from regrow_toolchain.measurement import Times, measure_in_turns, read_memory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,6 +1,6 @@
-"""The demo's data: scikit-learn's handwritten digits (`load_digits`, 1,797 pictures of 8 x 8).
+"""The demo's data: scikit-learn's handwritten digits (`load_digits`, 1,797 images of 8 x 8).
 
-They come with the installed package, so nothing is downloaded. The pictures are split once, by
+They come with the installed package, so nothing is downloaded. The images are split once, by
 class, into those that train the backbone, 60 for each user, and 480 that nothing is trained on.
 """
 
@@ -20,9 +20,9 @@ PER_USER = 60
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """Pictures uint8 [n, 8, 8] with labels int64 [n], in parts that share nothing.
+    """Images uint8 [n, 8, 8] with labels int64 [n], in parts that share nothing.
 
-    `users` has one (pictures, labels) per user, `test` is shared by all.
+    `users` has one (images, labels) per user, `test` is shared by all.
     """
 
     train: tuple[NDArray[np.uint8], NDArray[np.int64]]

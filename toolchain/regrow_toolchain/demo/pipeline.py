@@ -9,85 +9,35 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from regrow_format.adapter import Adapter
 from regrow_format.errors import RegrowError
 from regrow_format.files import check_output, new_folder
 from regrow_format.philox import check_seed
+from regrow_toolchain.adapters import adapt, applied
+from regrow_toolchain.compress import compress
+from regrow_toolchain.data import Dataset
+from regrow_toolchain.interop import export_backbone
+from regrow_toolchain.models import Backbone, load_backbone, save_backbone
+from regrow_toolchain.training import predict
 
-from ..adapting import adapt
-from ..applying import applied
-from ..backbone import Backbone, load_backbone, save_backbone
-from ..compressing import Compressed, compress
-from ..config import AdaptConfig, CompressConfig
-from ..data import Dataset
-from ..exporting import export_backbone
-from ..training import predict
-from .dense import DenseRecipe, new_model, save_dense, train_dense
-from .digits import Digits, load_digits
-from .record import build_report
+from .artifacts import DemoSettings, Made
+from .dense_model import new_model, save_dense, train_dense
+from .digits import load_digits
 from .report import render_html
-from .users import USERS, User, capture
+from .results import build_report
+from .synthetic_users import USERS, User, capture
 
-__all__ = ["DemoSettings", "Made", "run_demo"]
+__all__ = ["run_demo"]
 
 _DEVICE_SECONDS = 300
 _REPORT = "report.json"
-
 # The attention's projections: as good here as all layers of the blocks, in fewer bytes.
-_LR = 5e-2  # above the default: the inverted user is far from what the backbone knows
 _TARGETS = ("query", "key", "value", "attention.output.dense")
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Every number of the demo that is not the library's default."""
-
-    seed: int = 0
-    dense: DenseRecipe = field(default_factory=DenseRecipe)
-    compress: CompressConfig = field(default_factory=CompressConfig)
-    adapt: AdaptConfig = field(default_factory=AdaptConfig)
-
-    @classmethod
-    def with_seed(cls, seed: int) -> DemoSettings:
-        """The demo as it is run, with another seed."""
-        compress = CompressConfig(
-            seed=seed,
-            epochs=14,
-            lr=2e-3,
-            shift=0.8,
-            noise=0.05,
-            start="svd",
-            alpha=100.0,
-            features="paper",
-            keep="last",  # what is held back here are the test signs: nothing is chosen on them
-        )
-        return cls(seed=seed, compress=compress, adapt=AdaptConfig(seed=seed, holdout=0.0, lr=_LR))
-
-
-@dataclass
-class Made:
-    """What the steps leave for the report; seconds are by step."""
-
-    settings: DemoSettings
-    folder: Path
-    out: Path
-    digits: Digits
-    compressed: Compressed | None = None
-    dense: Backbone | None = None
-    backbone: Backbone | None = None
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    samples: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = field(
-        default_factory=dict
-    )
-    seconds: dict[str, float] = field(default_factory=dict)
-    device: dict[str, Any] = field(default_factory=dict)
 
 
 def run_demo(

@@ -13,11 +13,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..pages import style
+from regrow_toolchain.pages import count, duration, percent, ratio, size, style
+
 from . import charts, wording
-from .pictures import data_uri
+from .images import data_uri
 from .tables import all_tables
-from .wording import count, duration, percent, plus_minus, points, ratio, size, size_range
+from .wording import plus_minus, points, size_range
 
 __all__ = ["render_html"]
 
@@ -128,7 +129,7 @@ def _tile(name: str, figure: str, note: str) -> dict[str, Any]:
 
 
 def _card(user: Numbers) -> dict[str, Any]:
-    """One user: pictures of the same signs, plain and as scanned, and the figures."""
+    """One user: images of the same signs, plain and as scanned, and the figures."""
     pairs = zip(user["examples_plain"], user["examples"], user["example_labels"], strict=True)
     return {
         "title": user["title"],

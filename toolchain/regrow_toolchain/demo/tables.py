@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .wording import count, duration, percent, platform_bytes, plus_minus, points, size
+from regrow_toolchain.pages import count, duration, percent, size
+
+from .wording import platform_bytes, plus_minus, points
 
 __all__ = ["all_tables"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..pages.words import GAP, count, duration, percent, ratio, size
+from regrow_toolchain.pages import GAP, count, duration, percent, ratio, size
 
 __all__ = [
     "accuracy_takeaway",

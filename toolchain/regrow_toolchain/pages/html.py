@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from .words import GAP
+from .formatting import GAP
 
 __all__ = [
     "chips",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..pages import Canvas, duration, size
-from ..pages.words import ram
+from regrow_toolchain.pages import Canvas, duration, ram, size
+
 from .wording import KINDS, STAGES, case_label, language_parts
 
 __all__ = [

@@ -8,8 +8,9 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ..measure import read_cpu, read_governor, read_load
-from .noise import LOUD
+from regrow_toolchain.measurement import read_cpu, read_governor, read_load
+
+from .significance import LOUD
 
 __all__ = ["NoiseMeter", "read_environment"]
 

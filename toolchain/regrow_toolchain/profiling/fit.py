@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regrow_format.errors import RegrowError
+from regrow_toolchain.pages import GAP, size
 
-from ..pages.words import GAP, size
 from .limits import memory_limit
 from .processes import Outcome, run_case
 

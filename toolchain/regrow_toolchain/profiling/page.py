@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..pages import duration, size, style
-from ..pages.html import (
+from regrow_toolchain.pages import (
     chips,
     definitions,
     document,
+    duration,
     figure,
     key,
     paragraphs,
+    ram,
     scroll_table,
+    size,
+    style,
     tiles,
 )
-from ..pages.words import ram
+
 from . import charts, wording
 from .tables import Table, all_tables, comparison_tables
 from .text import comparison_notes, notes

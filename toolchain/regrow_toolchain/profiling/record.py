@@ -13,7 +13,14 @@ from .environment import NoiseMeter, read_environment
 from .fit import measure_fit
 from .processes import Outcome, run_case
 from .settings import Cell, Settings
-from .summary import cold_start, language_row, latency_rows, memory_stages, resident_rows, swap_rows
+from .summary import (
+    cold_start,
+    language_row,
+    latency_rows,
+    memory_stages,
+    resident_rows,
+    swap_rows,
+)
 
 __all__ = ["FORMAT", "measure_bundle"]
 

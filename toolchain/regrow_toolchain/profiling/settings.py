@@ -9,9 +9,8 @@ from itertools import product
 from typing import Any
 
 from regrow_format.errors import UsageError
-
-from ..config import ProfileConfig
-from ..measure import read_cpu
+from regrow_toolchain.config import ProfileConfig
+from regrow_toolchain.measurement import read_cpu
 
 __all__ = ["Cell", "Settings", "parse_settings"]
 

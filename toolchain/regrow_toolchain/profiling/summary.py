@@ -12,7 +12,8 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from ..measure import Times
+from regrow_toolchain.measurement import Times
+
 from .settings import Cell
 
 __all__ = [

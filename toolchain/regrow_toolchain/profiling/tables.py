@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..pages.words import GAP, NOT_MEASURED, count, duration, ram, size
+from regrow_toolchain.pages import GAP, NOT_MEASURED, count, duration, ram, size
+
 from .wording import KINDS, STAGES, case_label, language_parts
 
 __all__ = ["Table", "all_tables", "comparison_tables"]

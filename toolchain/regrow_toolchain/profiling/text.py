@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cli.tables import table
-from ..pages.words import GAP, duration, size
+from regrow_toolchain.pages import GAP, duration, size, table
+
 from .tables import Table, all_tables, comparison_tables
 from .wording import energy_words, failed, left_out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..pages.words import NOT_MEASURED, count, duration, size
+from regrow_toolchain.pages import NOT_MEASURED, count, duration, size
 
 __all__ = [
     "KINDS",

@@ -17,8 +17,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
-from regrow_toolchain.measure.memory import read_memory
-from regrow_toolchain.measure.waiting import CoreWait, Reading, own_ms
+from regrow_toolchain.measurement import CoreWait, Reading, own_ms, read_memory
 
 __all__ = ["Reporter", "main"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError
+from regrow_toolchain.models import logits_of
 
-from ..training import logits_of
 from .base import Inputs, Task
 
 __all__ = ["Classification"]

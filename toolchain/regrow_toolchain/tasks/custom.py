@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_format.errors import UsageError
+from regrow_toolchain.models import outputs_of
 
-from ..training import outputs_of
 from .base import Inputs, Task
 
 __all__ = ["Custom"]

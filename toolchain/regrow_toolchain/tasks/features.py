@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regrow_format.errors import RegrowError
+from regrow_toolchain.models import features_of
 
-from ..training import features_of
 from .base import Inputs, Task
 
 __all__ = ["Distillation", "Metric"]

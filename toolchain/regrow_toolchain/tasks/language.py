@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..training import logits_of
+from regrow_toolchain.models import logits_of
+
 from .base import Inputs, Task
 
 __all__ = ["CausalLm"]

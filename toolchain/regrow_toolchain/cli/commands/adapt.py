@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow_toolchain.cli.options import (
+from regrow_toolchain.config import AdaptConfig
+from regrow_toolchain.pages import table
+
+from ..options import (
     carried_options,
     check_data,
     config_options,
@@ -25,14 +28,12 @@ from regrow_toolchain.cli.options import (
     resumable,
     targets_option,
 )
-from regrow_toolchain.cli.tables import score, size, table
-from regrow_toolchain.config import AdaptConfig
+from ..tables import score, size
 
 if TYPE_CHECKING:
-    from regrow_toolchain.adapting import Adapted
-    from regrow_toolchain.backbone import Backbone
+    from regrow_toolchain.adapters import Adapted, Verdict
     from regrow_toolchain.data import Dataset
-    from regrow_toolchain.gate import Verdict
+    from regrow_toolchain.models import Backbone
 
 _SHOWN = 20
 _SETTINGS = (
@@ -100,10 +101,10 @@ def adapt_command(
     learns from all. One that does not improve on none is not written. Labels that are the
     backbone's keep its head; others get a head of their own.
     """
-    from regrow_toolchain.extras import need
+    from regrow_toolchain.extras import require_extra
 
     settings["method_settings"] = parse_pairs(pairs, "--set")
-    need("export", "regrow adapt")
+    require_extra("export", "regrow adapt")
     from regrow_format.errors import RegrowError
     from regrow_format.files import check_output
 
@@ -113,13 +114,12 @@ def adapt_command(
     if users is None:
         check_output(out, force=force)
         _check_state(out, resume)
-    from regrow_toolchain.backbone import load_backbone
-    from regrow_toolchain.carried import carry
-    from regrow_toolchain.data import load_data
+    from regrow_toolchain.data import attach_assets, load_data
+    from regrow_toolchain.models import load_backbone
 
     config = AdaptConfig(**settings)
     own_loss = _loss(loss)
-    model = carry(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
+    model = attach_assets(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
     samples = load_data(data, model, users=users, text=text, label=label, max_length=max_length)
     arguments = {"targets": targets, "loss": own_loss}
     if users is None:
@@ -135,7 +135,7 @@ def adapt_command(
 def _loss(name: str | None) -> Callable[..., Any] | None:
     if name is None:
         return None
-    from regrow_toolchain.plain import function_called
+    from regrow_toolchain.models import function_called
 
     return function_called(name, "loss")
 
@@ -153,7 +153,7 @@ def _one(
     resume: bool,
 ) -> dict[str, Any]:
     from regrow_format.errors import RegrowError
-    from regrow_toolchain.adapting import adapt
+    from regrow_toolchain.adapters import adapt
 
     if config.holdout and not keep_anyway:
         _check_enough(samples)
@@ -196,8 +196,8 @@ def _check_enough(samples: Dataset) -> None:
     import numpy as np
 
     from regrow_format.errors import UsageError
-    from regrow_toolchain.data.dataset import check_samples, equal_samples
-    from regrow_toolchain.gate import FEWEST_GROUPS
+    from regrow_toolchain.adapters import FEWEST_GROUPS
+    from regrow_toolchain.data import check_samples, equal_samples
 
     check_samples(samples)
     if (found := len(np.unique(equal_samples(samples)))) < FEWEST_GROUPS:
@@ -227,7 +227,7 @@ def _check_state(out: Path, resume: bool) -> None:
 def _last_good(out: Path, keep_anyway: bool) -> Iterator[None]:
     """Write what was good before the loss stopped being a number, and say where."""
     from regrow_format.errors import RegrowError
-    from regrow_toolchain.adapting import TrainingStopped
+    from regrow_toolchain.adapters import TrainingStopped
 
     try:
         yield
@@ -244,7 +244,7 @@ def _last_good(out: Path, keep_anyway: bool) -> Iterator[None]:
 
 def _no_gain(done: Adapted) -> str:
     """Why an adapter was refused, and what to do."""
-    from regrow_toolchain.gate import FEWEST_GROUPS
+    from regrow_toolchain.adapters import FEWEST_GROUPS
 
     verdict = done.verdict
     assert verdict is not None  # without one nothing is refused
@@ -262,7 +262,7 @@ def _no_gain(done: Adapted) -> str:
 
 def _gain(verdict: Verdict) -> str:
     """What was found, score and test."""
-    from regrow_toolchain.gate import SIGNIFICANCE
+    from regrow_toolchain.adapters import SIGNIFICANCE
 
     before, after = (score(value, verdict.metric) for value in (verdict.before, verdict.after))
     return (
@@ -324,8 +324,7 @@ def _many(
 
     import numpy as np
 
-    from regrow_toolchain.adapting import adapt_each, training_threads
-    from regrow_toolchain.userfiles import UserFolder
+    from regrow_toolchain.adapters import UserFolder, adapt_each, training_threads
 
     _check_state(out, resume)
     config = replace(config, threads=training_threads(model, samples, config))

@@ -10,7 +10,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from regrow_toolchain.cli.options import (
+from regrow_toolchain.config import CompressConfig
+from regrow_toolchain.pages import table
+
+from ..options import (
     carried_options,
     check_data,
     config_options,
@@ -23,8 +26,7 @@ from regrow_toolchain.cli.options import (
     path_argument,
     resumable,
 )
-from regrow_toolchain.cli.tables import giga, score, table
-from regrow_toolchain.config import CompressConfig
+from ..tables import giga, score
 
 _WITHOUT_DATA = {"ratio", "start", "ranks", "multiple", "slow_layers", "precision", "threads"}
 _WITH_DATA = {item.name for item in fields(CompressConfig) if item.metadata} - _WITHOUT_DATA
@@ -64,9 +66,9 @@ def compress_command(
     there are any, to give the dense model's features after every block, and to stay near the dense
     weights. A report lies beside the result: report.json, report.md.
     """
-    from regrow_toolchain.extras import need
+    from regrow_toolchain.extras import require_extra
 
-    need("export", "regrow compress")
+    require_extra("export", "regrow compress")
     from regrow_format.files import check_output
 
     check_output(out, force=force, marker="regrow.json")
@@ -76,14 +78,11 @@ def compress_command(
         check_data(data)
     elif unused := _given(_WITH_DATA):
         click.echo(f"regrow: without --data nothing is trained: no effect of {unused}", err=True)
-    from regrow_toolchain.backbone import load_backbone, save_backbone
-    from regrow_toolchain.carried import carry
-    from regrow_toolchain.compressing import compress
-    from regrow_toolchain.data import load_data
-    from regrow_toolchain.data.saved import is_saved
-    from regrow_toolchain.reporting import build_report, write_report
+    from regrow_toolchain.compress import build_report, compress, write_report
+    from regrow_toolchain.data import attach_assets, is_saved, load_data
+    from regrow_toolchain.models import load_backbone, save_backbone
 
-    source = carry(load_backbone(model), preprocessor=preprocessor, labels=label_file)
+    source = attach_assets(load_backbone(model), preprocessor=preprocessor, labels=label_file)
     samples = None
     if data is not None:
         samples = load_data(

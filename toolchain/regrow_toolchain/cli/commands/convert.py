@@ -6,15 +6,8 @@ from pathlib import Path
 
 import click
 
-from regrow_toolchain.cli.options import (
-    check_npz,
-    emit,
-    force_option,
-    json_option,
-    out_option,
-    path_argument,
-)
-from regrow_toolchain.cli.tables import size
+from ..options import check_npz, emit, force_option, json_option, out_option, path_argument
+from ..tables import size
 
 
 @click.command("convert")
@@ -43,7 +36,7 @@ def convert_command(
     """
     if to == "npz":
         check_npz(out)
-    from regrow_toolchain.converting import convert
+    from regrow_toolchain.interop import convert
 
     tensors = convert(file, bundle, out, to=to, force=force)
     result = {

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from regrow_toolchain.cli.options import emit, force_option, json_option, out_option
-from regrow_toolchain.cli.tables import percent, size, table
+from regrow_toolchain.pages import table
+
+from ..options import emit, force_option, json_option, out_option
+from ..tables import percent, size
 
 
 @click.command("demo")
@@ -26,10 +28,10 @@ def demo_command(out: Path | None, seed: int, force: bool, as_json: bool) -> Non
     adapter of a few kilobytes for each of four made users, exports all of it to ONNX, and swaps
     through the users in a process that has no torch. Takes about a minute on two cores.
     """
-    from regrow_toolchain.extras import need
+    from regrow_toolchain.extras import require_extra
 
-    need("train", "regrow demo")
-    from regrow_toolchain.demo.pipeline import DemoSettings, run_demo
+    require_extra("train", "regrow demo")
+    from regrow_toolchain.demo import DemoSettings, run_demo
 
     folder = out or _fresh()
     report = run_demo(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from regrow_toolchain.cli.options import (
+from ..options import (
     carried_options,
     check_data,
     data_options,
@@ -19,7 +19,7 @@ from regrow_toolchain.cli.options import (
     path_argument,
     targets_option,
 )
-from regrow_toolchain.cli.tables import cost, size
+from ..tables import cost, size
 
 
 @click.command("export")
@@ -133,9 +133,9 @@ def export_command(
 
     The bundle is run in ONNX Runtime and compared to torch, base and adapter, before it is kept.
     """
-    from regrow_toolchain.extras import need
+    from regrow_toolchain.extras import require_extra
 
-    need("export", "regrow export")
+    require_extra("export", "regrow export")
     from regrow_format.adapter import Adapter
     from regrow_format.files import check_output
     from regrow_format.manifest import MANIFEST
@@ -153,16 +153,15 @@ def export_command(
     check_output(out, force=force, marker=MANIFEST)
     loaded = Adapter.load(adapter) if adapter else None
     like = [Adapter.load(path) for path in expanders]
-    from regrow_toolchain.backbone import load_backbone
-    from regrow_toolchain.carried import carry, made_inputs
-    from regrow_toolchain.data import load_data, load_inputs
-    from regrow_toolchain.exporting import export_backbone
+    from regrow_toolchain.data import attach_assets, dummy_inputs, load_data, load_inputs
+    from regrow_toolchain.interop import export_backbone
+    from regrow_toolchain.models import load_backbone
 
-    model = carry(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
+    model = attach_assets(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
     manifest = export_backbone(
         model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
         slots=slots, fixed_rank=fixed_rank, expanders=like, constants=constants,
-        precision=precision, inputs=load_inputs(inputs, model) if inputs else made_inputs(model),
+        precision=precision, inputs=load_inputs(inputs, model) if inputs else dummy_inputs(model),
         data=load_data(data, model, text=text, label=label, max_length=max_length,
                        labels="optional") if data else None,
         cache=not no_cache, force=force,

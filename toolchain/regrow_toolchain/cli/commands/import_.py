@@ -8,16 +8,10 @@ from typing import Any
 
 import click
 
-from regrow_toolchain.cli.options import (
-    config_options,
-    emit,
-    force_option,
-    json_option,
-    out_option,
-    path_argument,
-)
-from regrow_toolchain.cli.tables import size
 from regrow_toolchain.config import ImportConfig
+
+from ..options import config_options, emit, force_option, json_option, out_option, path_argument
+from ..tables import size
 
 
 @click.command("import")
@@ -41,8 +35,7 @@ def import_command(
     cannot compute is refused. A classifier in modules_to_save becomes the adapter's head.
     """
     from regrow_format.files import check_output
-    from regrow_toolchain.importing import import_peft
-    from regrow_toolchain.importing.base import factored
+    from regrow_toolchain.interop import factored, import_peft
 
     check_output(out, force=force)
     adapter = import_peft(peft_dir, backbone, **asdict(ImportConfig(**settings)))

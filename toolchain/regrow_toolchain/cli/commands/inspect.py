@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow_toolchain.cli.commands.store import listing
-from regrow_toolchain.cli.options import emit, json_option, layers_options, path_argument
-from regrow_toolchain.cli.tables import cost, score, size, table
+from regrow_toolchain.pages import table
+
+from ..options import emit, json_option, layers_options, path_argument
+from ..tables import cost, score, size
+from .store import listing
 
 if TYPE_CHECKING:
     from regrow_format.adapter import Adapter
@@ -67,7 +69,7 @@ def inspect_command(
         emit({"kind": "store", **found}, lines, as_json=as_json)
         return
     elif (path / "config.json").is_file() or (not path.exists() and ":" in str(path)):
-        from regrow_toolchain.cli.dense import dense_lines, inspect_dense
+        from ..model_summary import dense_lines, inspect_dense
 
         dense = inspect_dense(path, ratio, only, keep_dense, tokens)
         emit(dense, dense_lines(dense), as_json=as_json)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow_toolchain.cli.options import config_options, emit, force_option, json_option
 from regrow_toolchain.config import ProfileConfig
 
+from ..options import config_options, emit, force_option, json_option
+
 if TYPE_CHECKING:
-    from regrow_toolchain.profiling.settings import Settings
+    from regrow_toolchain.profiling import Settings
 
 
 @click.command("profile")
@@ -69,7 +70,7 @@ def profile_command(
 
 def _settings(config: ProfileConfig, quick: bool) -> Settings:
     """What was asked for; `quick` leaves alone what was told on the command line."""
-    from regrow_toolchain.profiling.settings import parse_settings
+    from regrow_toolchain.profiling import parse_settings
 
     context, usual = click.get_current_context(), click.core.ParameterSource.DEFAULT
     told = [name for name in vars(config) if context.get_parameter_source(name) is not usual]
@@ -86,10 +87,13 @@ def _profile(
 ) -> None:
     from regrow_format.files import check_output
     from regrow_format.manifest import Manifest
-    from regrow_toolchain.profiling.outputs import write_profile
-    from regrow_toolchain.profiling.record import measure_bundle
-    from regrow_toolchain.profiling.text import record_lines
-    from regrow_toolchain.profiling.wording import failed, left_out
+    from regrow_toolchain.profiling import (
+        failed,
+        left_out,
+        measure_bundle,
+        record_lines,
+        write_profile,
+    )
 
     check_output(out, force=force, marker="profile.json")
     Manifest.load(bundle)
@@ -106,7 +110,7 @@ def _profile(
 def _check_fit(fit: Mapping[str, Any] | None) -> None:
     """Raise `RegrowError` if it was asked whether the bundle fits, and the answer is not yes."""
     from regrow_format.errors import RegrowError
-    from regrow_toolchain.pages.words import GAP, size
+    from regrow_toolchain.pages import GAP, size
 
     if fit is None or fit["fits"]:
         return
@@ -123,9 +127,7 @@ def _check_fit(fit: Mapping[str, Any] | None) -> None:
 
 def _compare(profiles: tuple[Path, Path], out: Path | None, force: bool, as_json: bool) -> None:
     from regrow_format.files import check_output
-    from regrow_toolchain.profiling.compare import compare, read_profile
-    from regrow_toolchain.profiling.outputs import write_comparison
-    from regrow_toolchain.profiling.text import comparison_lines
+    from regrow_toolchain.profiling import compare, comparison_lines, read_profile, write_comparison
 
     if out is not None:
         check_output(out, force=force, marker="compare.json")

@@ -7,25 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow_toolchain.cli.commands.store import store_options, swap_first
-from regrow_toolchain.cli.generation import (
-    generated,
-    generated_lines,
-    generation_options,
-    goes_on,
-    swap_lines,
-)
-from regrow_toolchain.cli.options import check_npz, emit, json_option, path_argument
-from regrow_toolchain.cli.samples import check_choice, read_samples, with_more
-from regrow_toolchain.cli.tables import percent, table
+from regrow_toolchain.pages import table
+
+from ..generation import generated, generated_lines, generation_options, goes_on, swap_lines
+from ..options import check_npz, emit, json_option, path_argument
+from ..samples import check_choice, read_samples, with_more
+from ..tables import percent
+from .store import store_options, swap_first
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from regrow_runtime import Bundle
-    from regrow_runtime.bundle import SwapCost
-    from regrow_toolchain.cli.samples import Samples
+    from regrow_runtime.bundle import SwapStats
+
+    from ..samples import Samples
 
 _SHOWN = 20
 
@@ -44,7 +41,7 @@ _SHOWN = 20
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A picture, or a folder of pictures (by class, for an accuracy); repeatable.",
+    help="An image, or a folder of images (by class, for an accuracy); repeatable.",
 )
 @click.option(
     "--wav",
@@ -58,7 +55,7 @@ _SHOWN = 20
     "texts",
     multiple=True,
     help="A text; repeatable. A language model goes on with it, others label it, or give its "
-    "embedding. With --image: what a picture may show, for a model of both.",
+    "embedding. With --image: what an image may show, for a model of both.",
 )
 @click.option("--text-pair", "pairs", multiple=True, help="A second text for every --text.")
 @click.argument("more", nargs=-1, type=click.Path(path_type=Path))
@@ -103,7 +100,7 @@ def run_command(
     top: int,
     **generation: Any,
 ) -> None:
-    """Run BUNDLE on pictures, sounds, texts or arrays; torch is not needed.
+    """Run BUNDLE on images, sounds, texts or arrays; torch is not needed.
 
     Prints a label and its probability per sample where the model is a classifier. MORE are further
     files for --image or --wav, as a shell makes them of `*`.
@@ -148,10 +145,10 @@ def _result(
     bundle: Bundle,
     samples: Samples,
     outputs: dict[str, NDArray[Any]],
-    cost: SwapCost | None,
+    cost: SwapStats | None,
     top: int,
 ) -> dict[str, Any]:
-    from regrow_inputs.answers import class_logits
+    from regrow_inputs.predictions import class_logits
 
     result: dict[str, Any] = {
         "samples": len(samples.names),

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from regrow_toolchain.cli.options import emit, json_option, path_argument
-from regrow_toolchain.cli.tables import size, table
+from regrow_toolchain.pages import table
+
+from ..options import emit, json_option, path_argument
+from ..tables import size
 
 if TYPE_CHECKING:
     from regrow_runtime import Bundle
-    from regrow_runtime.bundle import SwapCost
+    from regrow_runtime.bundle import SwapStats
     from regrow_runtime.store import Installed
 
 __all__ = ["listing", "store_command", "store_options", "swap_first"]
@@ -228,7 +230,7 @@ def store_options(function: F) -> F:
 
 def swap_first(
     bundle: Bundle, adapter: Path | None, store: Path | None, user: str | None
-) -> SwapCost | None:
+) -> SwapStats | None:
     """Swap to the adapter file, or to the user's active one in the store, if one is given."""
     if (store is None) != (user is None) or (store is not None and adapter is not None):
         raise click.UsageError("give --adapter, or --store and --user, or none of them")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from regrow_toolchain.cli.options import emit, json_option, path_argument
+from ..options import emit, json_option, path_argument
 
 
 @click.command("verify")
@@ -36,11 +36,11 @@ def verify_command(
     is written. Exits with 1 if a check failed.
     """
     if against is not None:
-        from regrow_toolchain.extras import need
+        from regrow_toolchain.extras import require_extra
 
-        need("export", "regrow verify --against")
+        require_extra("export", "regrow verify --against")
     from regrow_format.errors import RegrowError
-    from regrow_toolchain.verifying import verify
+    from regrow_toolchain.verification import verify
 
     findings = verify(bundle, adapters, against)
     failed = sum(found.result == "failed" for found in findings)

@@ -47,7 +47,7 @@ def _adapter(bundle: Bundle, name: str, path: Path, feeds: Feeds) -> dict[str, A
         cost = bundle.swap(path, name=name)
         bundle.run(feeds)
         bundle.swap(None)
-        bundle.forget(name)
+        bundle.unload(name)
     except RegrowError as error:
         return {**found, "reason": " ".join(str(error).split())}
     return {

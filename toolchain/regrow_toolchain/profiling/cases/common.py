@@ -14,8 +14,7 @@ import numpy as np
 from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
 from regrow_runtime.sessions import PROFILES, Profile
-from regrow_toolchain.measure import CoreWait, own_ms
-from regrow_toolchain.measure.waiting import Reading
+from regrow_toolchain.measurement import CoreWait, Reading, own_ms
 
 from ..feeds import Feeds, make_feeds
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from regrow_toolchain.measure import EnergyMeter
+from regrow_toolchain.measurement import EnergyMeter
 
 from ..worker import Reporter
 from .common import Case, calibrate, feeds_of, in_turns, open_bundle

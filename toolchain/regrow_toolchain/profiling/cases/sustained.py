@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regrow_toolchain.measure import Times
+from regrow_toolchain.measurement import Times
 
 from ..worker import Reporter
 from .common import Case, feeds_of, open_bundle, timed, warm_up

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow_runtime import Bundle
-from regrow_runtime.bundle import SwapCost
+from regrow_runtime.bundle import SwapStats
 from regrow_runtime.sessions import PROFILES, Profile
 
 from ..worker import Reporter
@@ -83,7 +83,7 @@ def _from_disk(
         file = draw.choice(files)
         bundle.swap(None)
         for name in bundle.residents:
-            bundle.forget(name)
+            bundle.unload(name)
         if clear:
             bundle.basis.clear()
         if turn < 2:  # warm up
@@ -97,7 +97,7 @@ def _from_disk(
     return {**watch.found(), "cpu_ms": 1e3 * cpu / runs, "read_check_expand_ms": means}
 
 
-def _total(cost: SwapCost) -> float:
+def _total(cost: SwapStats) -> float:
     return cost.total_ms
 
 

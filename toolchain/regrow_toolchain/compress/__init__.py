@@ -1,0 +1,23 @@
+"""PELA: which layers are factored, at which rank, and the distillation that follows."""
+
+from typing import TYPE_CHECKING
+
+from regrow_export.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from .compression import Compressed as Compressed
+    from .compression import compress as compress
+    from .layer_selection import plan_layers as plan_layers
+    from .layer_selection import plans_of as plans_of
+    from .layer_selection import survey as survey
+    from .report import build_report as build_report
+    from .report import write_report as write_report
+else:
+    __all__, __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            ".compression": ("Compressed", "compress"),
+            ".layer_selection": ("plan_layers", "plans_of", "survey"),
+            ".report": ("build_report", "write_report"),
+        },
+    )

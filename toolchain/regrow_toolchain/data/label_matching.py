@@ -1,0 +1,83 @@
+"""Whether a user's labels are the backbone's, or need a head of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from regrow_format.errors import UsageError
+
+from .dataset import Dataset
+
+__all__ = ["fit_labels"]
+
+_SHOWN = 5
+
+
+_OWN_HEAD = "--head new trains a head for your own labels"
+
+
+def fit_labels(
+    data: Dataset, labels: tuple[str, ...], head: str, *, way_out: str = _OWN_HEAD
+) -> tuple[Dataset, bool]:
+    """The data with labels as output indices, and whether a new head is needed.
+
+    Args:
+        labels: the backbone's class names, in the order of its outputs; none if its head is
+            not trained.
+        head: "keep" (labels must be the backbone's), "new", or "auto": keep if all of them are,
+            new if none is.
+        way_out: what the error for labels that do not fit ends with.
+
+    Raises:
+        UsageError: the labels do not fit, or there are fewer than two classes for a new head.
+    """
+    if not labels and head == "keep":
+        raise UsageError(
+            f"backbone must have a trained head with class names to keep, got none: {way_out}"
+        )
+    if (least := int(data.labels.min())) < 0:
+        raise UsageError(f"labels must be 0 or more, got {least}")
+    if head == "new" or not labels:
+        return _own_labels(data), True
+    known = dict(zip(labels, range(len(labels)), strict=True))
+    if not data.named:
+        if (top := int(data.labels.max())) >= len(labels):
+            raise UsageError(
+                f"labels must be from 0 to {len(labels) - 1} as in the backbone, got {top}: "
+                f"{way_out}"
+            )
+        return replace(data, names=labels), False
+    _check_named(data)
+    there = [data.names[i] for i in np.unique(data.labels)]  # other users may have more
+    unknown = [name for name in there if name not in known]
+    if head == "auto" and len(unknown) == len(there):
+        return _own_labels(data), True
+    if unknown:
+        raise UsageError(
+            f"labels must be among the backbone's ({_shown(labels)}), got {_shown(unknown)}: "
+            f"{way_out}"
+        )
+    index = np.array([known.get(name, -1) for name in data.names], dtype=np.int64)
+    return replace(data, labels=index[data.labels], names=labels), False
+
+
+def _own_labels(data: Dataset) -> Dataset:
+    """Only the classes that occur, numbered from 0."""
+    _check_named(data)
+    used, index = np.unique(data.labels, return_inverse=True)
+    if len(used) < 2:
+        raise UsageError(f"labels must be of two classes or more for a new head, got {len(used)}")
+    names = tuple(data.names[i] for i in used)
+    return replace(data, labels=index.astype(np.int64), names=names)
+
+
+def _check_named(data: Dataset) -> None:
+    if (top := int(data.labels.max())) >= len(data.names):
+        raise UsageError(f"labels must be below {len(data.names)}, the number of names, got {top}")
+
+
+def _shown(names: tuple[str, ...] | list[str]) -> str:
+    more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

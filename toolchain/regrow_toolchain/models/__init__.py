@@ -1,0 +1,61 @@
+"""What a backbone is: load, save, identify; its layers by name, and pairs of low rank in it."""
+
+from typing import TYPE_CHECKING
+
+from regrow_export.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from .backbone import COMPANIONS as COMPANIONS
+    from .backbone import WEIGHTS as WEIGHTS
+    from .backbone import Backbone as Backbone
+    from .backbone import load_backbone as load_backbone
+    from .backbone import load_structure as load_structure
+    from .backbone import save_backbone as save_backbone
+    from .huggingface import quiet_if_loaded as quiet_if_loaded
+    from .huggingface import quiet_transformers as quiet_transformers
+    from .identity import StoredTensor as StoredTensor
+    from .identity import stored_tensors as stored_tensors
+    from .low_rank import LowRankLinear as LowRankLinear
+    from .low_rank import Plan as Plan
+    from .low_rank import apply_plan as apply_plan
+    from .low_rank import dense_weight as dense_weight
+    from .low_rank import finite_weight as finite_weight
+    from .low_rank import pair_of as pair_of
+    from .low_rank import rank_for as rank_for
+    from .macs import count_macs as count_macs
+    from .macs import example_inputs as example_inputs
+    from .module_factory import function_called as function_called
+    from .outputs import features_of as features_of
+    from .outputs import logits_of as logits_of
+    from .outputs import outputs_of as outputs_of
+    from .targets import find_targets as find_targets
+    from .targets import matching as matching
+else:
+    __all__, __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            ".backbone": (
+                "Backbone",
+                "COMPANIONS",
+                "WEIGHTS",
+                "load_backbone",
+                "load_structure",
+                "save_backbone",
+            ),
+            ".huggingface": ("quiet_if_loaded", "quiet_transformers"),
+            ".identity": ("StoredTensor", "stored_tensors"),
+            ".low_rank": (
+                "LowRankLinear",
+                "Plan",
+                "apply_plan",
+                "dense_weight",
+                "finite_weight",
+                "pair_of",
+                "rank_for",
+            ),
+            ".macs": ("count_macs", "example_inputs"),
+            ".module_factory": ("function_called",),
+            ".outputs": ("features_of", "logits_of", "outputs_of"),
+            ".targets": ("find_targets", "matching"),
+        },
+    )
