@@ -135,7 +135,8 @@ class Index:
                     f"got {version}; a newer regrow may read it"
                 )
             for pragma in _PRAGMAS:
-                db.execute(f"PRAGMA {pragma}")
+                # Of several who open a new file at once, SQLite does not wait for the journal mode.
+                self._patiently(db, f"PRAGMA {pragma}")
         if version == 0:
             with self.change() as db:
                 if self._version() == 0:  # no other process was quicker
@@ -182,19 +183,23 @@ class Index:
 
     def _begin(self, db: sqlite3.Connection) -> None:
         """Take the write lock. SQLite itself looks ten times a second, and can wait in vain."""
-        end = time.monotonic() + self._timeout
         db.execute("PRAGMA busy_timeout = 0")
         try:
-            while True:
-                try:
-                    db.execute("BEGIN IMMEDIATE")
-                    return
-                except sqlite3.OperationalError as error:
-                    if _code(error) not in _BUSY or time.monotonic() >= end:
-                        raise
-                time.sleep(random.uniform(0.001, 0.008))  # who comes first is chance
+            self._patiently(db, "BEGIN IMMEDIATE")
         finally:
             db.execute(f"PRAGMA busy_timeout = {round(1000 * self._timeout)}")
+
+    def _patiently(self, db: sqlite3.Connection, statement: str) -> None:
+        """Execute it, again while another process has the lock."""
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                db.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if _code(error) not in _BUSY or time.monotonic() >= end:
+                    raise
+            time.sleep(random.uniform(0.001, 0.008))  # who comes first is chance
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -277,7 +282,9 @@ def _check_folder(folder: Path, create: bool) -> None:
     for part in parts:
         if part.is_symlink():
             raise FormatError(f"{part} must be no link: a store has none")
-    new = not parts and (folder.is_dir() or not os.path.lexists(folder)) and folder.parent.is_dir()
+    # In this order: another process may make it in between.
+    free = not os.path.lexists(folder) or folder.is_dir()
+    new = not parts and free and folder.parent.is_dir()
     if not (folder / INDEX).is_file() and not (create and new):
         found = "a folder of something else" if parts else no_folder(folder)
         raise UsageError(

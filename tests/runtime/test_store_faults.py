@@ -222,6 +222,36 @@ def test_files_that_may_not_grow(python, contents, tmp_path):
     assert "RegrowError" in found.stdout
 
 
+TOGETHER = """
+import os, sys, time
+from regrow_runtime.store import Store
+
+failed = 0
+for attempt in range(15):
+    folder, start, others = f"{sys.argv[1]}/{attempt}", time.time() + 0.02, []
+    for _ in range(6):
+        others.append(os.fork())
+        if others[-1] == 0:
+            while time.time() < start:
+                pass
+            try:
+                with Store(folder) as store:
+                    os._exit(len(store.list()))
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+            os._exit(1)
+    failed += sum(os.waitpid(pid, 0)[1] != 0 for pid in others)
+sys.exit(failed)
+"""
+
+
+@posix
+def test_a_new_store_is_opened_by_several_at_once(python, tmp_path):
+    """SQLite gives up at once where two change the journal mode of a new file."""
+    found = python(TOGETHER, str(tmp_path))
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 # -- kills -----------------------------------------------------------------------------------------
 
 
