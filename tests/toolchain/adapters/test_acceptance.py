@@ -41,7 +41,7 @@ def test_p_is_the_share_of_all_sign_patterns(count: int) -> None:
     assert sign_flip_p_value(values) == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("count", [6, 11, EXACT_BELOW - 1])
+@pytest.mark.parametrize("count", [6, 11, 14])
 def test_p_is_scipys(count: int) -> None:
     values = np.random.default_rng(count).normal(0.3, 1, count)
     wanted = stats.permutation_test(
@@ -86,8 +86,8 @@ def test_p_is_uniform_under_the_null_hypothesis() -> None:
     """Of losses that differ by chance alone, at most two in a hundred are told apart."""
     draw = np.random.default_rng(0)
     for count in (6, 12, 30):
-        found = [sign_flip_p_value(draw.standard_t(3, count)) for _ in range(1000)]
-        assert np.mean(np.array(found) <= SIGNIFICANCE) <= 0.035  # 0.02, three standard errors
+        found = [sign_flip_p_value(draw.standard_t(3, count)) for _ in range(400)]
+        assert np.mean(np.array(found) <= SIGNIFICANCE) <= 0.041  # 0.02, three standard errors
 
 
 # -- the verdict ----------------------------------------------------------------------------------
@@ -345,13 +345,13 @@ def _adapted(parts: list[Dataset], **settings: object) -> list[Adapted]:
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [_KNOWN, _OWN])
 @pytest.mark.parametrize("kind", ["plain", "duplicates", "unequal"])
-@pytest.mark.parametrize("count", [12, 40, 150])  # folds, and from 100 on a part held back
+@pytest.mark.parametrize("count", [12, 40, 260])  # folds, and from 250 on a part held back
 def test_of_coins_at_most_one_in_twenty_is_written(
     kind: str, names: tuple[str, ...], count: int
 ) -> None:
     for method in ("nola", "head"):
         found = _adapted([_coins(kind, count, s, names) for s in range(200)], method=method)
-        assert all((done.folds == 0) == (count == 150 and kind != "duplicates")
+        assert all((done.folds == 0) == (count == 260 and kind != "duplicates")
                    for done in found)  # fmt: skip
         assert sum(done.improves for done in found) <= 0.05 * len(found)
 
@@ -361,7 +361,7 @@ def test_of_a_few_coins_hardly_any_is_written() -> None:
     assert sum(done.improves for done in found) <= 2
 
 
-@pytest.mark.parametrize("count", [24, 40, 150])
+@pytest.mark.parametrize("count", [24, 40, 260])
 @pytest.mark.parametrize("names", [_KNOWN, _OWN])
 def test_a_rule_is_learnt_and_written(names: tuple[str, ...], count: int) -> None:
     parts = [_rule(count, seed, names) for seed in range(4)]
@@ -369,7 +369,7 @@ def test_a_rule_is_learnt_and_written(names: tuple[str, ...], count: int) -> Non
     assert sum(done.improves for done in found) >= 3
     done = next(done for done in found if done.improves)
     assert done.verdict is not None
-    assert done.samples == (30 if count == 150 else count)
+    assert done.samples == (52 if count == 260 else count)
     assert done.verdict.groups == done.samples
     assert done.after > 0.7
 
