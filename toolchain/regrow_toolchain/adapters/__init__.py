@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from .acceptance import FEWEST_GROUPS as FEWEST_GROUPS
     from .acceptance import SIGNIFICANCE as SIGNIFICANCE
     from .acceptance import Verdict as Verdict
-    from .adaptation import Adapted as Adapted
     from .adaptation import TrainingStopped as TrainingStopped
     from .adaptation import adapt as adapt
     from .adaptation import adapt_each as adapt_each
     from .adaptation import adapt_users as adapt_users
     from .adaptation import training_threads as training_threads
+    from .group import Adapted as Adapted
     from .hooks import Hooks as Hooks
     from .hooks import applied as applied
     from .methods import TrainableAdapter as TrainableAdapter
@@ -28,13 +28,13 @@ else:
         {
             ".acceptance": ("FEWEST_GROUPS", "SIGNIFICANCE", "Verdict"),
             ".adaptation": (
-                "Adapted",
                 "TrainingStopped",
                 "adapt",
                 "adapt_each",
                 "adapt_users",
                 "training_threads",
             ),
+            ".group": ("Adapted",),
             ".hooks": ("Hooks", "applied"),
             ".methods": ("TrainableAdapter", "get_trainable"),
             ".parameter_count": ("count_parameters",),

@@ -1,8 +1,8 @@
 """Each user's samples, made ready: labels as outputs, what trains, what is held back.
 
-Where a share of the samples is enough to tell whether an adapter improves (`gate.py`), it is held
-back. Of fewer, each is held back once, in one of five folds: five adapters are trained to judge by,
-and a sixth of all samples, which is the result.
+Where a share of the samples is enough to tell whether an adapter improves (`acceptance.py`), it
+is held back. Of fewer, each is held back once, in one of five folds: five adapters are trained to
+judge by, and a sixth of all samples, which is the result.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from regrow_format.fields import Fields, dump_json, parse_json
 from regrow_format.files import check_output, new_folder, read_bytes, write_bytes
 from regrow_toolchain.training import check_threads
 
-from .adaptation import Adapted
+from .group import Adapted
 
 __all__ = ["SUMMARY", "UserFolder", "file_name"]
 

@@ -65,7 +65,7 @@ class Task(Protocol):
         """The score of samples together; NaN without any."""
         ...
 
-    # -- what decides whether an adapter is written: see gate.py ----------------------------------
+    # -- what decides whether an adapter is written: see adapters/acceptance.py ------------------
 
     def sample_losses(
         self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
