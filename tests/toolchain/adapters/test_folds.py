@@ -449,9 +449,9 @@ def test_the_command_says_how_it_judged(
     assert json.dumps(gate)  # plain JSON, without NaN
     assert (gate["groups"], gate["metric"]) == (9, "balanced accuracy")
     shown = cli(*command, "-o", out, "--force", "--keep-anyway").out
-    assert f"on 9 samples, each held back in one of 5 folds (p = {gate['p_value']:.2g} " in shown
+    assert "on 9 samples, each held back in one of 5 folds (p" in shown
     lost = cli(*command, "-o", tmp_path / "b.safetensors", "--lr", 1e-9)
     assert lost.code == 1
-    assert "adapter must improve on none to be written, got balanced accuracy" in lost.err
+    assert "adapter must be better than none to be written, got balanced accuracy" in lost.err
     assert "on 9 samples held back in 5 folds: give more samples" in lost.err
     assert not (tmp_path / "b.safetensors").exists()

@@ -131,7 +131,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_COMPRESS, data="wide.npz"), 1, "model must take the data's inputs"),
     # settings
     (_with(_ADAPT, "--lr", "1e30"), 1, "loss must be finite"),
-    (_with(_ADAPT, "--steps", "1", "--lr", "1e-9"), 1, "adapter must improve on none to be"),
+    (_with(_ADAPT, "--steps", "1", "--lr", "1e-9"), 1, "adapter must be better than none to be"),
     (_with(_ADAPT, "--loss", "no.such:loss"), 2, "loss must be of a module that can be imported"),
     (_with(_ADAPT, "--lr", "nan"), 2, "nan is not a finite number"),
     (_with(_ADAPT, "--label-smoothing", "2"), 2, "--label-smoothing"),

@@ -67,7 +67,9 @@ _SETTINGS = (
     metavar="MODULE:FUNCTION",
     help="A loss of your own: function(outputs, labels), a number per sample. It is imported.",
 )
-@click.option("--keep-anyway", is_flag=True, help="Write an adapter that does not improve on none.")
+@click.option(
+    "--keep-anyway", is_flag=True, help="Write an adapter that is not shown to be better than none."
+)
 @click.option(
     "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
 )
@@ -98,7 +100,7 @@ def adapt_command(
 
     The backbone's weights stay as they are. Part of the samples is held back to judge the adapter
     by; where that are fewer than 50, each is held back once, in five folds, and the adapter
-    learns from all. One that does not improve on none is not written. Labels that are the
+    learns from all. One that is not shown to be better than none is not written. Labels that are the
     backbone's keep its head; others get a head of their own.
     """
     from regrow_toolchain.extras import require_extra
@@ -255,8 +257,8 @@ def _no_gain(done: Adapted) -> str:
             f"adapter improves, got {verdict.groups}: give more samples (--keep-anyway writes it)"
         )
     return (
-        f"adapter must improve on none to be written, got {_gain(verdict)} on {where}: give more "
-        "samples, or try --steps, --lr or another --method (--keep-anyway writes it)"
+        f"adapter must be better than none to be written, got {_gain(verdict)} on {where}: give "
+        "more samples, or try --steps, --lr or another --method (--keep-anyway writes it)"
     )
 
 
@@ -268,7 +270,7 @@ def _gain(verdict: Verdict) -> str:
     return (
         f"{verdict.metric} {before} before and {after} after, and a loss of "
         f"{verdict.loss_after:.3g} beside {verdict.loss_before:.3g} of the {verdict.baseline} "
-        f"(p = {verdict.p_value:.2g}, must be at most {SIGNIFICANCE})"
+        f"({_p(verdict.p_value)}, must be at most {SIGNIFICANCE})"
     )
 
 
@@ -278,7 +280,15 @@ def _score(value: float | None, metric: str) -> str:
 
 
 def _test(gate: dict[str, Any] | None) -> str:
-    return f" (p = {gate['p_value']:.2g} against the {gate['baseline']})" if gate else ""
+    if not gate:
+        return ""
+    found = f" ({_p(gate['p_value'])} against the {gate['baseline']})"
+    return found if gate["improves"] else f"{found}: not shown to be better than none"
+
+
+def _p(value: float) -> str:
+    """A p-value; drawn sign patterns tell nothing below a thousandth."""
+    return "p < 0.001" if value < 1e-3 else f"p = {value:.2g}"
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -381,7 +391,9 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
             row["user"],
             score(row["before"], metric),
             score(row["after"], metric),
-            size(row["bytes"]) if row["file"] else ("stopped" if row["stopped"] else "no gain"),
+            str(row["held_back"]),
+            "" if row["p_value"] is None else _p(row["p_value"]),
+            size(row["bytes"]) if row["file"] else ("stopped" if row["stopped"] else "not written"),
         )
         for row in result["adapters"]
     ]
@@ -390,10 +402,14 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
     wrote = (
         f"wrote {result['out']}: {result['written']} adapters, {size(result['bytes'])}, "
         f"{result['method']} in {result['storage']}"
-        + (f"; {refused} not written, no gain shown (--keep-anyway)" if refused else "")
+        + (
+            f"; {refused} not written: not shown to be better than none (--keep-anyway)"
+            if refused
+            else ""
+        )
     )
     return [
-        *table(("user", f"{metric} before", "after", "file"), rows[:_SHOWN]),
+        *table(("user", f"{metric} before", "after", "samples", "test", "file"), rows[:_SHOWN]),
         *hidden,
         f"mean {_score(result['before'], metric)} before, {_score(result['after'], metric)} after "
         f"({result['users']} users)",
@@ -403,7 +419,7 @@ def _user_lines(result: dict[str, Any]) -> list[str]:
 
 def _none_gains(result: dict[str, Any]) -> str:
     return (
-        f"adapters must improve on none to be written, got none that does, of "
+        f"adapters must be better than none to be written (p at most 0.02), got none that is, of "
         f"{result['users']} users: {result['out']} was not written; give more samples, or try "
         "--steps, --lr or another --method (--keep-anyway writes them)"
     )
