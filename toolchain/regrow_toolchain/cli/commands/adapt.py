@@ -100,8 +100,8 @@ def adapt_command(
 
     The backbone's weights stay as they are. Part of the samples is held back to judge the adapter
     by; where that are fewer than 50, each is held back once, in five folds, and the adapter
-    learns from all. One that is not shown to be better than none is not written. Labels that are the
-    backbone's keep its head; others get a head of their own.
+    learns from all. One that is not shown to be better than none is not written. Labels that are
+    the backbone's keep its head; others get a head of their own.
     """
     from regrow_toolchain.extras import require_extra
 
