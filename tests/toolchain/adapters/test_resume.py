@@ -313,7 +313,7 @@ import numpy as np
 import torch
 from regrow_toolchain.adapters import adaptation as adapting
 from regrow_toolchain.models import load_backbone
-from regrow_toolchain.training.evaluation import Checkpoint
+from regrow_toolchain.training import Checkpoint
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 torch.set_num_threads(1)

@@ -68,9 +68,9 @@ _COMPRESS = ("compress", "vit", "--data", "d.npz", "--epochs", "1000000", "-o", 
 @pytest.mark.parametrize(
     ("arguments", "place", "at", "more", "number"),
     [
-        (_ADAPT, "fitting.cosine_factor", 3, "", signal.SIGINT),
-        (_COMPRESS, "distilling.check_loss", 3, "", signal.SIGINT),
-        (("demo",), "demo.dense.check_loss", 3, "", signal.SIGTERM),
+        (_ADAPT, "adapters.trainer.cosine_factor", 3, "", signal.SIGINT),
+        (_COMPRESS, "compress.trainer.check_loss", 3, "", signal.SIGINT),
+        (("demo",), "demo.dense_model.check_loss", 3, "", signal.SIGTERM),
         (("demo", "-o", "new"), "demo.pipeline._run_device", 1, _TINY_DEMO, signal.SIGINT),
     ],
     ids=["adapt", "compress", "demo, training, a polite kill", "demo, device"],

@@ -433,7 +433,7 @@ def test_a_full_disk_leaves_the_earlier_result(
 
 
 _OFTEN = """
-from regrow_toolchain.training.evaluation import checkpoint
+from regrow_toolchain.training import checkpoint
 from regrow_toolchain.compress import compression as compressing
 plain = checkpoint.Checkpoint
 compressing.Checkpoint = lambda *what, **more: plain(*what, seconds=0.0, **more)

@@ -125,7 +125,7 @@ def with_pooling(model: nn.Module, folder: Path) -> nn.Module:
 
     # Not functools.wraps: optimum calls what a forward wraps, in its place.
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    # What `regrow_export.trace` asks for: further outputs, with the names of their dynamic axes.
+    # What `regrow_export.tracing` asks for: further outputs, with the names of their dynamic axes.
     own = {"forward": forward, "pooling": pooling, "extra_outputs": {OUTPUT: {0: "batch_size"}}}
     model.__class__ = type(kind.__name__, (kind,), own)
     return model

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Base", "Widths", "factored", "read_base"]
 
-# As `regrow_toolchain.backbone` names them, which needs torch.
+# As `regrow_toolchain.models` names them, which needs torch.
 _CONFIG, _WEIGHTS, _HF_CONFIG = "regrow.json", "regrow.safetensors", "config.json"
 _FORMAT = 1
 _MAX_JSON = 64 << 20
