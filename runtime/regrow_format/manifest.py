@@ -18,6 +18,8 @@ from .files import no_folder, read_bytes, sha256_file
 from .kv_cache import CacheSpec, parse_cache
 from .record import Record
 from .rounding import Rounding, parse_rounding
+from .slot import Slot, StoredWeight, parse_slot
+from .slot_kinds import SLOT_KINDS
 
 __all__ = [
     "FORMAT",
@@ -38,17 +40,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODES = ("swappable", "merged", "seeded")
 VARIANTS = ("fp32", "fp16", "int8", "int4")
-SLOT_PARTS = {
-    "low_rank": ("A", "B"),
-    "delta": ("D",),
-    "bias": ("b",),
-    "weight": ("W",),
-    "vector": ("d", "b"),
-    "head": ("weight", "bias"),
-}
 
 _MAX_BYTES = 64 << 20
-_MAX_WIDTH = 1 << 24
 _MAX_DIMENSIONS = 16
 _MAX_PATH = 255
 _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
@@ -70,38 +63,6 @@ class GraphSpec(Record):
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-class StoredWeight(Record):
-    """Where the default of a weight slot stands: float32, little-endian, [in, out]."""
-
-    file: str
-    offset: int
-    orientation: str = "in_out"
-
-
-class Slot(Record):
-    """Where an adapter enters: graph inputs with a default, by part.
-
-    Kinds: "low_rank", parts A [n, in, r] and B [n, r, out] with r = 0 by default; "delta", part D
-    [n, r, out] on the first r inputs, r = 0 by default and in when fed; "bias", part b [n, 1, out]
-    of zeros; "weight", part W [1, in, out], the layer's own by default; "vector", VeRA's d [n, 1,
-    rank] and b [n, 1, out] of zeros; "head", parts weight [n, in, classes] and bias [n, 1, classes]
-    with the backbone's head by default. n is 1 or the batch size. A target may have one slot of
-    each kind. `rank` is set where a low_rank or vector slot has a fixed one. `fixed`: every
-    dimension is, with n = 1. `weight` is where a weight slot's default stands, `seed` that of the
-    basis which a vector slot has.
-    """
-
-    target: str
-    kind: str
-    in_features: int
-    out_features: int
-    inputs: Mapping[str, str]
-    rank: int | None = None
-    fixed: bool = False
-    seed: str | None = None
-    weight: StoredWeight | None = None
 
 
 class SeededSpec(Record):
@@ -211,6 +172,16 @@ class Manifest(Record):
         way_out = "copy the bundle again, or export it again"
         return _parse(parse_json(data, str(path), way_out))
 
+    @cached_property
+    def head_slots(self) -> tuple[Slot, ...]:
+        """Those around layers of the head; the others are around targets."""
+        return tuple(slot for slot in self.slots if SLOT_KINDS[slot.kind].is_head)
+
+    @cached_property
+    def target_kinds(self) -> frozenset[str]:
+        """The kinds of slot around targets."""
+        return frozenset(slot.kind for slot in self.slots if not SLOT_KINDS[slot.kind].is_head)
+
     def slot_of(self, target: str, kind: str | None = None) -> Slot | None:
         """The slot of a target, of one kind or the first of any, if it has one."""
         return self._by_target.get((target, kind))
@@ -252,7 +223,7 @@ def _parse(fields: Fields) -> Manifest:
         opset=fields.number("opset", 1, 1000),
         ir_version=fields.number("ir_version", 1, 1000),
         graphs=tuple(_graph(part) for part in fields.objects("graphs")),
-        slots=tuple(_slot(part) for part in fields.objects("slots")),
+        slots=tuple(parse_slot(part) for part in fields.objects("slots")),
         labels=fields.strings("labels"),
         files=_files(fields),
         variant=variant,
@@ -393,43 +364,6 @@ def _graph(part: Fields) -> GraphSpec:
     )
     part.done()
     return spec
-
-
-def _slot(part: Fields) -> Slot:
-    kind = part.choice("kind", tuple(SLOT_PARTS))
-    inputs = part.take("inputs", dict)
-    if set(inputs) != set(SLOT_PARTS[kind]) or not all(isinstance(v, str) for v in inputs.values()):
-        raise FormatError(f"{part.where}: inputs must be {', '.join(SLOT_PARTS[kind])}")
-    rank = part.number("rank", 1, _MAX_WIDTH) if part.has("rank") else None
-    weight = part.optional("weight")
-    slot = Slot(
-        target=part.take("target", str),
-        kind=kind,
-        in_features=part.number("in_features", 1, _MAX_WIDTH),
-        out_features=part.number("out_features", 1, _MAX_WIDTH),
-        inputs=inputs,
-        rank=rank,
-        fixed=part.take("fixed", bool, False),
-        seed=_text_or_none(part, "seed"),
-        weight=None if weight is None else _stored(weight),
-    )
-    part.done()
-    whole = kind == "weight"
-    if whole != (slot.weight is not None) or (whole and not slot.fixed):
-        raise FormatError(f"{part.where}: weight must say where a fixed weight slot's default is")
-    if kind == "vector" and (rank is None or slot.seed is None):
-        raise FormatError(f"{part.where}: a vector slot must have a rank and a seed")
-    return slot
-
-
-def _stored(part: Fields) -> StoredWeight:
-    stored = StoredWeight(
-        part.take("file", str),
-        part.number("offset", 0, 2**53),
-        part.choice("orientation", ("in_out",)),
-    )
-    part.done()
-    return stored
 
 
 def _seeded(part: Fields) -> SeededSpec:

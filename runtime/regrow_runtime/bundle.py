@@ -20,10 +20,11 @@ from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 
 from .blend import as_weight, blend
 from .checks import Check, Prober
+from .fit import check_fit
 from .generate import Generated, Generation, Ids, Settings
 from .health import History, SwapStats, recorded, report
 from .sessions import PROFILES, Profile, first_line, open_session, profile_of, run_options
-from .slots import Feeds, LoadedAdapter, check_fit, expand, load_head, stack
+from .slots import Feeds, LoadedAdapter, expand, load_head, stack
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -436,7 +437,7 @@ class Bundle:
 
     def _head(self, residents: Sequence[LoadedAdapter | None]) -> Feeds:
         """The base's head, read once, and only if a batch mixes it with others."""
-        slots = {v for s in self.manifest.slots if s.kind == "head" for v in s.inputs.values()}
+        slots = {v for s in self.manifest.head_slots for v in s.inputs.values()}
         with_head = [bool(r and slots & r.feeds.keys()) for r in residents]
         if not any(with_head) or all(with_head):
             return {}

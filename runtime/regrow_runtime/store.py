@@ -24,8 +24,8 @@ from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.files import read_bytes, sync, write_bytes
 from regrow_format.manifest import Manifest
 
+from .fit import check_fit
 from .index import Index, Installed, clean
-from .slots import check_fit
 
 if TYPE_CHECKING:
     from .bundle import Bundle, SwapStats

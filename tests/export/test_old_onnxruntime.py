@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from expansions import flat
 
 from regrow_export import build_expander, export_bundle, slot_targets
 from regrow_export.methods import adapter_inputs
@@ -50,7 +51,8 @@ for folder in sorted(room.glob("bundle-*")):
         bundle.swap(room / "user.safetensors", check=True)
         made[f"{folder.name} user"] = bundle.run(x)["logits"]
 many = Adapter.load(room / "many.safetensors")
-for name, parts in get_method("nola").expand(many, BasisCache()).items():
+for name, kinds in get_method("nola").expand(many, BasisCache()).items():
+    parts = kinds["low_rank"]
     made |= {f"runtime {name}.{part}": value for part, value in parts.items()}
 for path in sorted(room.glob("expand-*.onnx")):
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -156,7 +158,7 @@ def test_expanders_give_the_same_bytes(computed, vit, make_adapter):
     targets = slot_targets(vit.model, NAMES)
     for method in METHODS:
         adapter = make_adapter(targets, method=method)
-        for target, parts in get_method(method).expand(adapter, BasisCache()).items():
+        for target, parts in flat(get_method(method).expand(adapter, BasisCache())).items():
             for part, value in parts.items():
                 found = computed[f"expand-{method}.onnx {target}.adapter_{part}"]
                 assert found.shape == (1, *value.shape)
@@ -171,7 +173,7 @@ def test_expanders_give_the_same_bytes(computed, vit, make_adapter):
 def test_many_targets_give_the_same_bytes(computed, make_adapter):
     """In the graph, and in the runtime's own product."""
     adapter = make_adapter(MANY, method="nola")
-    for target, parts in get_method("nola").expand(adapter, BasisCache()).items():
+    for target, parts in flat(get_method("nola").expand(adapter, BasisCache())).items():
         for part, value in parts.items():
             graph = computed[f"expand-many.onnx {target}.adapter_{part}"]
             assert graph.tobytes() == value.tobytes()

@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 
 from regrow_format.kv_cache import CacheSpec, CacheTensor
 from regrow_format.manifest import (
-    SLOT_PARTS,
     Checks,
     FileEntry,
     GraphSpec,
@@ -29,6 +28,7 @@ from regrow_format.manifest import (
     TensorSpec,
 )
 from regrow_format.methods import get_method
+from regrow_format.slot_kinds import SLOT_KINDS
 from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Target
 
 DATA = Path(__file__).parent / "data"
@@ -49,7 +49,7 @@ def _slots() -> tuple[Slot, ...]:
     adapted = [
         Slot(
             t.name, kind, t.in_features, t.out_features,
-            {part: f"{t.name}.adapter_{part}" for part in SLOT_PARTS[kind]},
+            {part: f"{t.name}.adapter_{part}" for part in SLOT_KINDS[kind].parts},
         )
         for t in TARGETS
         for kind in ("low_rank", "delta", "bias")

@@ -28,7 +28,8 @@ import numpy as np
 from regrow_format.basis import BasisCache
 from regrow_inputs import InputReader
 from regrow_runtime import Adapter, Bundle, Manifest, RegrowError
-from regrow_runtime.slots import HEAD_FILE, check_fit, expand, load_head
+from regrow_runtime.fit import check_fit
+from regrow_runtime.slots import HEAD_FILE, expand, load_head
 
 MAX_GROWTH = 48 << 20  # bytes of RAM over what good files take
 MAX_MESSAGE = 3000

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.adapter import Adapter, Coefficients, Probe, Target
 from regrow_format.basis import BasisCache, BasisSpec, signs
@@ -44,7 +45,7 @@ def test_bitfit_is_its_stored_rows(make_adapter):
     assert {n: p.values.shape for n, p in adapter.coefficients.items()} == {
         "b.8": (2, 8), "b.5": (1, 5),
     }  # fmt: skip
-    found = get_method("bitfit").expand(adapter, BasisCache())
+    found = flat(get_method("bitfit").expand(adapter, BasisCache()))
     for name, tensor, row in (("0", "b.8", 0), ("1", "b.8", 1), ("norm", "b.5", 0)):
         part = adapter.coefficients[tensor]
         expected = part.values[row].astype(np.float32) * part.scale[row]
@@ -60,14 +61,14 @@ def test_biases_that_do_not_fit_a_device():
     targets = tuple(Target(f"{i:02}", 2**24, 2**24) for i in range(17))
     adapter = Adapter("bitfit", {}, 0, "", targets, {})
     with pytest.raises(RegrowError, match="biases must be at most 1073741824 bytes when expanded"):
-        get_method("bitfit").expand(adapter, BasisCache())
+        flat(get_method("bitfit").expand(adapter, BasisCache()))
 
 
 def test_a_head_is_no_targets_and_no_numbers(make_adapter):
     adapter = Adapter.from_bytes(make_adapter("head").to_bytes())
     assert (adapter.targets, adapter.coefficients) == ((), {})
     assert adapter.head.labels == ("own 0", "own 1")
-    assert get_method("head").expand(adapter, BasisCache()) == {}
+    assert flat(get_method("head").expand(adapter, BasisCache())) == {}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -104,7 +105,7 @@ def test_every_group_has_a_scale(storage, group):
 @pytest.mark.parametrize("shared", [True, False])
 def test_nola_with_groups(make_adapter, shared):
     adapter = make_adapter("nola", "int4", group=8, k=20, shared=shared)
-    found = get_method("nola").expand(adapter, BasisCache())
+    found = flat(get_method("nola").expand(adapter, BasisCache()))
     for row, target in enumerate(adapter.targets):
         part, total = adapter.coefficients["alpha"], np.zeros(target.in_features * 2)
         for i in range(20):
@@ -269,7 +270,7 @@ def test_a_group_that_is_longer_than_the_vector_allocates_nothing(make_adapter):
     adapter = make_adapter("fourierft", "int8", group=2**24)
     tracemalloc.start()
     try:
-        get_method("fourierft").expand(adapter, BasisCache())
+        flat(get_method("fourierft").expand(adapter, BasisCache()))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

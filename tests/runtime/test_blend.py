@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.manifest import SeededSpec
 from regrow_format.methods import get_method
@@ -24,7 +25,7 @@ def _logits(bundle, pixels, **options):
 def _deltas(adapter):
     """By target, float64: what is added to the weights [in, out] ("D") and to the bias ("b")."""
     found = {}
-    for name, parts in get_method(adapter.method).expand(adapter, BasisCache()).items():
+    for name, parts in flat(get_method(adapter.method).expand(adapter, BasisCache())).items():
         wide = {part: value.astype(np.float64) for part, value in parts.items()}
         found[name] = {"D": wide["A"] @ wide["B"]} if "A" in wide else wide
     return found

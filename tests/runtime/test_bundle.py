@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnxruntime as ort
 import pytest
+from expansions import flat
 
 from regrow_format.methods import get_method
 from regrow_runtime import (
@@ -27,7 +28,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def _expansion(adapter):
-    return get_method(adapter.method).expand(adapter, BasisCache())
+    return flat(get_method(adapter.method).expand(adapter, BasisCache()))
 
 
 def _logits(bundle, pixels, **options):

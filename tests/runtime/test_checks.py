@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 from safetensors.numpy import load_file, save_file
 
 from regrow_format.manifest import Checks, Manifest
@@ -37,7 +38,7 @@ def with_probe(reference, pixels):
     """with_probe(adapter): the same, with the outputs that NumPy gives for the bundle's probe."""
 
     def make(adapter, known=KNOWN, tolerance=0.01):
-        expansion = get_method(adapter.method).expand(adapter, BasisCache())
+        expansion = flat(get_method(adapter.method).expand(adapter, BasisCache()))
         logits = reference(pixels[:1], expansion, adapter.head)
         return replace(adapter, probe=Probe(logits[0].astype(np.float16), tolerance, known))
 
@@ -85,7 +86,7 @@ def test_what_training_gave_is_fine(probed, with_probe, make_adapter, method):
 def test_the_effect_is_the_largest_change(probed, with_probe, make_adapter, pixels, reference):
     adapter = with_probe(make_adapter())
     probed.load(adapter, name="user")
-    expansion = get_method("nola").expand(adapter, BasisCache())
+    expansion = flat(get_method("nola").expand(adapter, BasisCache()))
     wanted = np.abs(reference(pixels[:1], expansion) - reference(pixels[:1])).max()
     assert probed.check("user").effect == pytest.approx(wanted, rel=1e-4)
     assert probed.active is None

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Coefficients, Probe, Target
@@ -44,7 +45,7 @@ def user(make_adapter, reference, pixels, tmp_path):
 
     def make(name, change=lambda adapter: adapter):
         adapter = make_adapter()
-        expansion = get_method("nola").expand(adapter, BasisCache())
+        expansion = flat(get_method("nola").expand(adapter, BasisCache()))
         expected = reference(pixels[:1], expansion)[0].astype(np.float16)
         adapter = replace(adapter, probe=Probe(expected, 0.01, "0123456789abcdef"))
         change(adapter).save(tmp_path / name)

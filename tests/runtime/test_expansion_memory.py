@@ -35,7 +35,8 @@ open('/proc/self/clear_refs', 'w').write('5')  # the peak is from now on
 before = rss('VmRSS')
 found = nola.expand(user, BasisCache(0))
 peak = rss('VmHWM') - before
-print(peak - sum(part.nbytes for parts in found.values() for part in parts.values()))
+parts = [parts for kinds in found.values() for parts in kinds.values()]
+print(peak - sum(array.nbytes for one in parts for array in one.values()))
 """
 
 

@@ -38,8 +38,8 @@ def test_files_are_read_and_expanded_without_onnxruntime(python, make_adapter, t
         "for name in names: importlib.import_module(name)\n"
         "adapter = Adapter.load(sys.argv[1])\n"
         "parts = get_method(adapter.method).expand(adapter, BasisCache(0))\n"
-        "print(len(names) > 10, [part.tobytes().hex() for one in parts.values()\n"
-        "                        for part in one.values()])\n"
+        "print(len(names) > 10, [part.tobytes().hex() for kinds in parts.values()\n"
+        "                        for one in kinds.values() for part in one.values()])\n"
     )
     path = str(tmp_path / "a.safetensors")
     without = python(code, path, block=(*HEAVY, *ABOVE, "onnxruntime"))

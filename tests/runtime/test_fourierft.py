@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.adapter import Adapter, Target
 from regrow_format.basis import BasisCache, BasisSpec, locations
@@ -31,7 +32,7 @@ def _closed_form(values: np.ndarray, places: np.ndarray, high: int, wide: int) -
 
 
 def _agrees(adapter: Adapter, places: dict[tuple[int, int], np.ndarray]) -> None:
-    found = get_method("fourierft").expand(adapter, BasisCache())
+    found = flat(get_method("fourierft").expand(adapter, BasisCache()))
     assert list(found) == [target.name for target in adapter.targets]
     for row, target in zip(adapter.coefficients["c"].dense(), adapter.targets, strict=True):
         grid = target.out_features, target.in_features
@@ -95,13 +96,13 @@ def test_it_is_the_papers_inverse_transform(make_adapter):
     places = locations(adapter.seed, 300, 64, 96)
     spectrum[places // 96, places % 96] = adapter.coefficients["c"].values[0]
     delta = 150 * np.fft.ifft2(spectrum).real
-    found = get_method("fourierft").expand(adapter, BasisCache())["layer"]["D"].T
+    found = flat(get_method("fourierft").expand(adapter, BasisCache()))["layer"]["D"].T
     assert np.abs(found - delta).max() <= 1e-6 * np.abs(delta).max()
 
 
 def test_places_are_drawn_once_for_a_shape(make_adapter):
     cache = BasisCache()
-    get_method("fourierft").expand(make_adapter("fourierft", targets=TARGETS), cache)
+    flat(get_method("fourierft").expand(make_adapter("fourierft", targets=TARGETS), cache))
     assert (cache.misses, cache.nbytes) == (2, 2 * 8 * 20)
 
 
@@ -119,7 +120,7 @@ def test_peak_memory_is_bounded(make_adapter):
     adapter = make_adapter("fourierft", targets=targets, n=1000)
     tracemalloc.start()
     try:
-        get_method("fourierft").expand(adapter, BasisCache())
+        flat(get_method("fourierft").expand(adapter, BasisCache()))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -131,7 +132,7 @@ def test_what_does_not_fit_a_device(make_adapter):
     adapter = make_adapter("fourierft", targets=targets, n=1)
     assert len(adapter.to_bytes()) < 1000
     with pytest.raises(RegrowError, match="deltas must be at most 1073741824 bytes when expanded"):
-        get_method("fourierft").expand(adapter, BasisCache())
+        flat(get_method("fourierft").expand(adapter, BasisCache()))
 
 
 def _places(*values, **named):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.basis import BasisCache
 from regrow_format.methods import get_method
@@ -28,7 +29,7 @@ def adapters(lm, make_adapter):
     for draw, name in enumerate("abc"):
         adapter = make_adapter("lora", draw=draw, targets=LM_TARGETS)
         lm.load(adapter, name=name)
-        found[name] = get_method("lora").expand(adapter, BasisCache())
+        found[name] = flat(get_method("lora").expand(adapter, BasisCache()))
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.adapter import Adapter, Coefficients, Target
 from regrow_format.basis import BasisCache, signs
@@ -38,7 +39,7 @@ def _nola(adapter: Adapter, row: int, target: Target) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("storage", INTEGERS)
 def test_nola_from_codes_is_one_integer_sum_times_one_number(make_adapter, storage, shared):
     adapter = make_adapter(storage=storage, shared=shared)
-    found = get_method("nola").expand(adapter, BasisCache())
+    found = flat(get_method("nola").expand(adapter, BasisCache()))
     assert list(found) == ["fc1", "fc2"]
     for row, target in enumerate(adapter.targets):
         a, b = _nola(adapter, row, target)
@@ -52,7 +53,7 @@ def test_nola_from_codes_is_one_integer_sum_times_one_number(make_adapter, stora
 @pytest.mark.parametrize("storage", ["fp32", "fp16"])
 def test_nola_from_floats_agrees_with_float64(make_adapter, storage, shared):
     adapter = make_adapter(storage=storage, shared=shared, k=200)
-    found = get_method("nola").expand(adapter, BasisCache())
+    found = flat(get_method("nola").expand(adapter, BasisCache()))
     for row, target in enumerate(adapter.targets):
         a, b = _nola(adapter, row, target)
         a = a * adapter.coefficients["alpha"].scale[row]
@@ -78,7 +79,7 @@ def test_nola_is_the_formula_of_the_paper(make_adapter):
     a = sum(float(alpha[0, i]) * signs(adapter.seed, 0, i, 30).reshape(10, 3) for i in range(6))
     b = sum(float(beta[0, j]) * signs(adapter.seed, 1, j, 21).reshape(3, 7) for j in range(4))
     delta = (a / np.sqrt(6 * 10)) @ (2.5 / 3 * b / np.sqrt(4 * 3))
-    found = get_method("nola").expand(adapter, BasisCache())["layer"]
+    found = flat(get_method("nola").expand(adapter, BasisCache()))["layer"]
     np.testing.assert_allclose(found["A"] @ found["B"], delta, atol=1e-6 * np.abs(delta).max())
 
 
@@ -93,8 +94,8 @@ def test_a_larger_layer_only_reads_further(make_adapter):
             for name, part in adapter.coefficients.items()
         },
     )
-    both = get_method("nola").expand(adapter, BasisCache())
-    one = get_method("nola").expand(alone, BasisCache())
+    both = flat(get_method("nola").expand(adapter, BasisCache()))
+    one = flat(get_method("nola").expand(alone, BasisCache()))
     assert one["fc2"]["A"].tobytes() == both["fc2"]["A"].tobytes()
     assert one["fc2"]["B"].tobytes() == both["fc2"]["B"].tobytes()
 
@@ -102,10 +103,10 @@ def test_a_larger_layer_only_reads_further(make_adapter):
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_cached_basis_and_a_fresh_one_give_the_same_bits(make_adapter, name):
     adapter, cache = make_adapter(name), BasisCache()
-    first = get_method(name).expand(adapter, cache)
+    first = flat(get_method(name).expand(adapter, cache))
     for found in (
-        get_method(name).expand(adapter, cache),
-        get_method(name).expand(adapter, BasisCache(max_bytes=0)),
+        flat(get_method(name).expand(adapter, cache)),
+        flat(get_method(name).expand(adapter, BasisCache(max_bytes=0))),
     ):
         for target, parts in first.items():
             assert {p: v.tobytes() for p, v in parts.items()} == {
@@ -118,7 +119,7 @@ def test_nola_refuses_a_basis_that_does_not_fit_a_device(make_adapter):
     targets = (Target("fc1", 768, 768),)
     adapter = make_adapter(k=2**16, rank=2**12, targets=targets)
     with pytest.raises(RegrowError, match="basis must be at most"):
-        get_method("nola").expand(adapter, BasisCache())
+        flat(get_method("nola").expand(adapter, BasisCache()))
 
 
 def test_nola_refuses_factors_that_do_not_fit_a_device(make_adapter):
@@ -126,13 +127,13 @@ def test_nola_refuses_factors_that_do_not_fit_a_device(make_adapter):
     adapter = make_adapter(k=1, l=1, rank=2**12, targets=targets)
     assert len(adapter.to_bytes()) < 4000
     with pytest.raises(RegrowError, match="factors must be at most 1073741824 bytes"):
-        get_method("nola").expand(adapter, BasisCache())
+        flat(get_method("nola").expand(adapter, BasisCache()))
 
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", *INTEGERS])
 def test_lora_is_its_stored_rows(make_adapter, storage):
     adapter = make_adapter("lora", storage)
-    found = get_method("lora").expand(adapter, BasisCache())
+    found = flat(get_method("lora").expand(adapter, BasisCache()))
     parts = adapter.coefficients
     assert {name: part.values.shape for name, part in parts.items()} == {
         "A.16": (2, 16), "A.8": (2, 8), "B.8": (4, 8),
@@ -161,7 +162,7 @@ def test_lora_refuses_factors_that_do_not_fit_a_device():
         "lora", {"rank": 2**12, "alpha": 1.0, "rslora": False}, 0, "", targets, {"A.65536": rows}
     )
     with pytest.raises(RegrowError, match="factors must be at most 1073741824 bytes"):
-        get_method("lora").expand(adapter, BasisCache())
+        flat(get_method("lora").expand(adapter, BasisCache()))
 
 
 def test_nola_counts_are_the_papers():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import expanded, flat
 
 from regrow_format.errors import FormatError
 from regrow_format.manifest import SeededSpec, Slot, StoredWeight
@@ -20,7 +21,8 @@ from regrow_runtime import (
     Target,
     UsageError,
 )
-from regrow_runtime.slots import check_fit, expand
+from regrow_runtime.fit import check_fit
+from regrow_runtime.slots import expand
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ONE = (Target("fc1", 16, 8),)
@@ -31,7 +33,7 @@ def _logits(bundle, pixels, **options):
 
 
 def _expected(reference, adapter, pixels):
-    return reference(pixels, get_method(adapter.method).expand(adapter, BasisCache()), adapter.head)
+    return reference(pixels, expanded(adapter), adapter.head)
 
 
 @pytest.mark.parametrize(("method", "numbers"), [("fourierft", 16 * 8 + 8 * 8), ("bitfit", 8 + 8)])
@@ -126,7 +128,7 @@ def test_a_weight_slot_is_fed_the_sum(whole, make_adapter, method):
     adapter = make_adapter(method)
     check_fit(adapter, manifest)
     feeds = expand(adapter, manifest, BasisCache(), folder)
-    for name, parts in get_method(method).expand(adapter, BasisCache()).items():
+    for name, parts in flat(get_method(method).expand(adapter, BasisCache())).items():
         change = parts["D"] if "D" in parts else parts["A"] @ parts["B"]
         assert feeds[f"{name}.W"].shape == (1, *weights[name].shape)
         np.testing.assert_array_equal(feeds[f"{name}.W"][0], weights[name] + change)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expansions import flat
 from safetensors.numpy import load_file
 
 from regrow_format.methods import METHODS, get_method
@@ -33,7 +34,7 @@ def _expansion(adapter: Adapter) -> dict[str, np.ndarray]:
     """`<target>.<part>` of the slots, and `<layer>.weight` and `.bias` of the head."""
     found = {
         f"{target}.{part}": array
-        for target, parts in get_method(adapter.method).expand(adapter, BasisCache(0)).items()
+        for target, parts in flat(get_method(adapter.method).expand(adapter, BasisCache(0))).items()
         for part, array in parts.items()
     }
     for layer in adapter.head.layers if adapter.head else ():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.adapter import Adapter, Coefficients, Target
 from regrow_format.basis import BasisCache, BasisSpec, signs
@@ -74,14 +75,14 @@ def _sign_matrices(adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "int8", "int4", "int2"])
 def test_signs_times_one_product(make_adapter, storage):
     adapter = make_adapter("vera", storage, targets=TARGETS, rank=7)
-    found = get_method("vera").expand(adapter, BasisCache())
+    found = flat(get_method("vera").expand(adapter, BasisCache()))
     _same_bytes(found, _by_hand(adapter, *_sign_matrices(adapter)))
 
 
 def test_blocks_of_the_basis_meet_without_a_seam(adapter, monkeypatch):
-    whole = get_method("vera").expand(adapter, BasisCache())
+    whole = flat(get_method("vera").expand(adapter, BasisCache()))
     monkeypatch.setattr(vera, "_FLOATS_AT_ONCE", 61)  # two rows of A, eight of B at once
-    _same_bytes(get_method("vera").expand(adapter, BasisCache()), whole)
+    _same_bytes(flat(get_method("vera").expand(adapter, BasisCache())), whole)
 
 
 def test_a_layers_basis_does_not_depend_on_the_others(adapter):
@@ -91,8 +92,8 @@ def test_a_layers_basis_does_not_depend_on_the_others(adapter):
         if name != "b.21"
     }
     alone = replace(adapter, targets=TARGETS[:1], coefficients=first)
-    whole = get_method("vera").expand(adapter, BasisCache())
-    _same_bytes(get_method("vera").expand(alone, BasisCache()), {"a": whole["a"]})
+    whole = flat(get_method("vera").expand(adapter, BasisCache()))
+    _same_bytes(flat(get_method("vera").expand(alone, BasisCache())), {"a": whole["a"]})
 
 
 def test_it_is_the_formula_of_the_paper(adapter):
@@ -109,7 +110,7 @@ def test_it_is_the_formula_of_the_paper(adapter):
     x = rng.standard_normal(13)
     inner = d[0] * (a_signs[:, :13] * np.sqrt(2 / 13) @ x)
     expected = b[0] * (b_signs[:9] * np.sqrt(2 / 7) @ inner)
-    found = get_method("vera").expand(one, BasisCache())["a"]
+    found = flat(get_method("vera").expand(one, BasisCache()))["a"]
     np.testing.assert_allclose((x @ found["A"]) @ found["B"], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -121,9 +122,9 @@ def test_the_basis_of_peft(adapter, dtype):
     assert imported.basis == spec
     expected = _by_hand(imported, *uniform_kaiming(0, 7, 33, 21, dtype))
     cache = BasisCache()
-    _same_bytes(get_method("vera").expand(imported, cache), expected)
+    _same_bytes(flat(get_method("vera").expand(imported, cache)), expected)
     assert (cache.misses, cache.nbytes) == (1, 4 * 7 * (33 + 21))
-    _same_bytes(get_method("vera").expand(imported, cache), expected)
+    _same_bytes(flat(get_method("vera").expand(imported, cache)), expected)
     assert cache.misses == 1
 
 
@@ -140,14 +141,14 @@ def test_a_stored_basis(adapter, dtype):
         "basis.A": dtype, "basis.B": dtype,
     }  # fmt: skip
     cache = BasisCache()
-    _same_bytes(get_method("vera").expand(read, cache), _by_hand(read, *matrices.values()))
+    _same_bytes(flat(get_method("vera").expand(read, cache)), _by_hand(read, *matrices.values()))
     assert cache.misses == 0
 
 
 def test_grouped_scales_are_one_product_too(make_adapter):
     adapter = make_adapter("vera", "int4", targets=TARGETS[:1], rank=20, group=8)
     assert adapter.coefficients["d"].scale.shape == (1, 3)
-    found = get_method("vera").expand(adapter, BasisCache())["a"]
+    found = flat(get_method("vera").expand(adapter, BasisCache()))["a"]
     part = adapter.coefficients["d"]
     for i in range(20):
         value = np.float32(part.values[0, i]) * part.scale[0, i // 8]
@@ -170,7 +171,7 @@ def test_peak_memory_is_the_result_and_little_more(make_adapter, spec):
     adapter = replace(adapter, basis=replace(spec, fields=fields))
     tracemalloc.start()
     try:
-        found = get_method("vera").expand(adapter, BasisCache())
+        found = flat(get_method("vera").expand(adapter, BasisCache()))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -202,7 +203,7 @@ def test_what_does_not_fit_a_device(make_adapter, targets, wide, message):
         fields = {"in": wide, "out": 2**24, "dtype": "float32"}
         adapter = replace(adapter, basis=BasisSpec("peft-mt19937", 1, fields))
     with pytest.raises(RegrowError, match=message):
-        get_method("vera").expand(adapter, BasisCache())
+        flat(get_method("vera").expand(adapter, BasisCache()))
 
 
 BROKEN = {

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from expansions import flat
 from safetensors.numpy import save_file
 
 from regrow_export import ExportSource, build_expander, export_bundle, slot_targets
@@ -82,7 +83,7 @@ def _adapter(
 def _expansion(adapter: Adapter) -> dict[str, np.ndarray]:
     return {
         f"{target}.{part}": np.ascontiguousarray(array)
-        for target, parts in get_method(adapter.method).expand(adapter, BasisCache()).items()
+        for target, parts in flat(get_method(adapter.method).expand(adapter, BasisCache())).items()
         for part, array in parts.items()
     }
 

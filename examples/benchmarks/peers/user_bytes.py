@@ -131,7 +131,8 @@ def onnx_adapter(model: Any, name: str, settings: dict[str, Any], patterns: list
     parts = get_method(name).expand(adapter, BasisCache(0))
     tensors = {
         f"{target}.adapter_{part}": value[None]
-        for target, found in parts.items()
+        for target, kinds in parts.items()
+        for found in kinds.values()
         for part, value in found.items()
     }
     with tempfile.TemporaryDirectory() as folder:

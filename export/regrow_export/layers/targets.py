@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from regrow_format.adapter import Adapter, Target
 from regrow_format.errors import MismatchError, UsageError
 from regrow_format.methods import get_method
-from regrow_runtime.slots import check_damage
+from regrow_runtime.fit import check_damage
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from regrow_format.basis import BasisCache
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import ExpanderSpec, Manifest, Slot, TensorSpec
 from regrow_format.methods import get_method
-from regrow_runtime.slot_kinds import slot_feeds
+from regrow_runtime.slot_feeds import slot_feeds
 
 __all__ = ["check_expanders", "write_expanders"]
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import RegrowError
 from ..fields import Fields
+from ..slot_kinds import Changes
 
 if TYPE_CHECKING:
     from ..adapter_contents import AdapterContents
@@ -30,8 +31,8 @@ __all__ = [
     "unstacked",
 ]
 
-# By target: the tensors of its slot by part, such as {"A": [in, r], "B": [r, out]}.
-Expansion = dict[str, dict[str, NDArray[np.float32]]]
+# By target and kind of slot: the slot's tensors by part, such as {"A": [in, r], "B": [r, out]}.
+Expansion = dict[str, Changes]
 # Name and shape [rows, length] of every coefficient tensor that the file holds.
 Layout = dict[str, tuple[int, int]]
 
@@ -47,13 +48,14 @@ class Method(ABC):
 
     Attributes:
         name: as it stands in adapter files and on the command line.
-        slot: the kind of slot that its expansions fit, such as "low_rank"; None without targets.
-        also: further kinds that take its adapters, where a bundle has no such slot.
+        kinds: the kinds of slot that its expansions fill; none without targets.
+        also: further kinds, each of which takes its adapters alone where a bundle has no such
+            slots: one that takes any dense change, or that `expand_for` knows.
         bases: the kinds of basis that it takes.
     """
 
     name: ClassVar[str]
-    slot: ClassVar[str | None]
+    kinds: ClassVar[tuple[str, ...]]
     also: ClassVar[tuple[str, ...]] = ()
     bases: ClassVar[tuple[str, ...]] = ("philox-sign",)
 
@@ -94,13 +96,21 @@ class Method(ABC):
 
     @abstractmethod
     def expand(self, adapter: AdapterContents, basis: BasisCache) -> Expansion:
-        """The slot tensors of every target, float32.
+        """The slot tensors of every target by kind, float32.
 
         Peak memory is bounded by the result plus 32 MB, and what `basis` may keep.
 
         Raises:
             RegrowError: the basis or the result would take more than a device may be asked for.
         """
+
+    def fills(self, config: Mapping[str, Any], target: Target) -> tuple[str, ...]:
+        """The kinds of slot that the expansion of one target fills."""
+        return self.kinds
+
+    def expand_for(self, kind: str, adapter: AdapterContents, basis: BasisCache) -> Expansion:
+        """The expansion in the terms of one of `also`, if the method has such a one."""
+        return self.expand(adapter, basis)
 
 
 def check_bytes(what: str, size: int, limit: int = 1 << 30) -> None:

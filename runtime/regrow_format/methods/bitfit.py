@@ -20,7 +20,7 @@ class Bitfit(Method):
     """No config. `b.<out>` [targets with that out, out]: linear layers and norms (in = out)."""
 
     name = "bitfit"
-    slot = "bias"
+    kinds = ("bias",)
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
         """Nothing."""
@@ -35,4 +35,5 @@ class Bitfit(Method):
         widths = [t.out_features for t in adapter.targets]
         check_bytes("biases", 4 * sum(widths))
         rows = unstacked(adapter, "b", widths)
-        return {t.name: {"b": row[0]} for t, row in zip(adapter.targets, rows, strict=True)}
+        pairs = zip(adapter.targets, rows, strict=True)
+        return {target.name: {"bias": {"b": row[0]}} for target, row in pairs}

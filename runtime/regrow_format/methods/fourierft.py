@@ -34,7 +34,7 @@ class Fourierft(Method):
     """Config: `n` (coefficients per target), `alpha` (scale). Coefficients: `c` [targets, n]."""
 
     name = "fourierft"
-    slot = "delta"
+    kinds = ("delta",)
     also = ("weight",)
     bases = ("philox-sign", "peft-mt19937", "stored")
 
@@ -83,9 +83,16 @@ class Fourierft(Method):
         check_bytes("deltas", 4 * sum(t.in_features * t.out_features for t in targets))
         rows = adapter.coefficients["c"].dense()
         return {
-            t.name: {"D": _delta(row, _places(adapter, t, basis), t.in_features, t.out_features)}
+            t.name: {"delta": {"D": _of_target(adapter, t, row, basis)}}
             for t, row in zip(targets, rows, strict=True)
         }
+
+
+def _of_target(
+    adapter: AdapterContents, target: Target, row: NDArray[np.float32], basis: BasisCache
+) -> NDArray[np.float32]:
+    places = _places(adapter, target, basis)
+    return _delta(row, places, target.in_features, target.out_features)
 
 
 def _places_name(target: Target) -> str:

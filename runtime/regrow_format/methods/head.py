@@ -21,7 +21,7 @@ class HeadOnly(Method):
     """No config, no targets, no coefficients."""
 
     name = "head"
-    slot = None
+    kinds = ()
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
         """Nothing."""

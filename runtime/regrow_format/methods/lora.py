@@ -31,7 +31,7 @@ class Lora(Method):
     """
 
     name = "lora"
-    slot = "low_rank"
+    kinds = ("low_rank",)
     also = ("weight",)
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -67,5 +67,6 @@ class Lora(Method):
         a = unstacked(adapter, "A", [t.in_features for t in targets], rank)
         b = unstacked(adapter, "B", [t.out_features for t in targets], rank)
         return {
-            target.name: {"A": np.ascontiguousarray(next(a).T), "B": next(b)} for target in targets
+            target.name: {"low_rank": {"A": np.ascontiguousarray(next(a).T), "B": next(b)}}
+            for target in targets
         }

@@ -33,7 +33,7 @@ class Nola(Method):
     """Config: `k` and `l` (basis vectors of A and B), `rank`, `c` (scale), `shared` (one basis)."""
 
     name = "nola"
-    slot = "low_rank"
+    kinds = ("low_rank",)
     also = ("weight",)
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Nola(Method):
         a = _factors(adapter, "alpha", Role.NOLA_A, [t.in_features * rank for t in targets], basis)
         b = _factors(adapter, "beta", Role.NOLA_B, [t.out_features * rank for t in targets], basis)
         return {
-            t.name: {"A": a[i].reshape(-1, rank), "B": b[i].reshape(rank, -1)}
+            t.name: {"low_rank": {"A": a[i].reshape(-1, rank), "B": b[i].reshape(rank, -1)}}
             for i, t in enumerate(targets)
         }
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..basis import BasisCache
     from ..target_rows import Target
 
-__all__ = ["Vera", "vectors"]
+__all__ = ["Vera"]
 
 # Matrices of floats are transposed a block at a time, 4 MiB.
 _FLOATS_AT_ONCE = 1 << 20
@@ -45,7 +45,7 @@ class Vera(Method):
     """Config: `rank`. Coefficients: `d` [targets, rank], `b.<out>` [targets with that out, out]."""
 
     name = "vera"
-    slot = "low_rank"
+    kinds = ("low_rank",)
     also = ("vector", "weight")
     bases = ("philox-sign", "peft-mt19937", "stored")
 
@@ -102,17 +102,18 @@ class Vera(Method):
         rows = unstacked(adapter, "b", [t.out_features for t in targets])
         a = _scaled(matrix_a, [t.in_features for t in targets], adapter.coefficients["d"].dense())
         b = _scaled(matrix_b, [rank] * len(targets), (row[0] for row in rows))
-        return {t.name: {"A": a[i], "B": b[i]} for i, t in enumerate(targets)}
+        return {t.name: {"low_rank": {"A": a[i], "B": b[i]}} for i, t in enumerate(targets)}
 
-
-def vectors(adapter: AdapterContents) -> Expansion:
-    """What vector slots take: d [1, rank] and b [1, out] per target, times their scales."""
-    targets, d = adapter.targets, adapter.coefficients["d"].dense()
-    rows = unstacked(adapter, "b", [t.out_features for t in targets])
-    return {
-        t.name: {"d": d[i : i + 1], "b": b}
-        for i, (t, b) in enumerate(zip(targets, rows, strict=True))
-    }
+    def expand_for(self, kind: str, adapter: AdapterContents, basis: BasisCache) -> Expansion:
+        """For vector slots: d [1, rank] and b [1, out] per target, times their scales."""
+        if kind != "vector":
+            return self.expand(adapter, basis)
+        targets, d = adapter.targets, adapter.coefficients["d"].dense()
+        rows = unstacked(adapter, "b", [t.out_features for t in targets])
+        return {
+            t.name: {"vector": {"d": d[i : i + 1], "b": b}}
+            for i, (t, b) in enumerate(zip(targets, rows, strict=True))
+        }
 
 
 def _widest(targets: Sequence[Target]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from expansions import flat
 from onnx.reference import ReferenceEvaluator
 
 from regrow_export import ExportSource, export_bundle, slot_targets
@@ -30,7 +31,7 @@ def _names(method: str) -> list[str]:
 
 
 def _expand(adapter):
-    return get_method(adapter.method).expand(adapter, BasisCache())
+    return flat(get_method(adapter.method).expand(adapter, BasisCache()))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from expansions import flat
 
 from regrow_export import export_bundle, slot_targets
 from regrow_export.modes.merging import merged_model
@@ -22,7 +23,7 @@ NAMES = [
 
 
 def _expand(adapter):
-    return get_method(adapter.method).expand(adapter, BasisCache())
+    return flat(get_method(adapter.method).expand(adapter, BasisCache()))
 
 
 @pytest.mark.parametrize("method", ["nola", "lora"])

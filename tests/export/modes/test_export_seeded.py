@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from expansions import expanded
 
 from regrow_export import export_bundle, find_linears
 from regrow_export.methods import adapter_inputs
-from regrow_format.basis import BasisCache
 from regrow_format.manifest import Manifest
-from regrow_format.methods import get_method
 
 
 def _names(source) -> list[str]:
@@ -18,7 +17,7 @@ def _names(source) -> list[str]:
 
 
 def _expected(source, adapter, inputs, merged_logits):
-    return merged_logits(source, inputs, get_method(adapter.method).expand(adapter, BasisCache()))
+    return merged_logits(source, inputs, expanded(adapter))
 
 
 @pytest.fixture

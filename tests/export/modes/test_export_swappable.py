@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from expansions import flat
 from safetensors.numpy import load_file
 
 from regrow_export import ExportSource, export_bundle, find_linears
@@ -88,7 +89,7 @@ def test_every_sample_of_a_batch_may_have_its_own_adapter(
 
 def test_a_seeded_adapter_fits_the_slots(vit, vit_bundle, run, pixels, merged_logits, adapter_for):
     adapter = adapter_for(vit, [QUERY, DOWN])
-    expansion = get_method("nola").expand(adapter, BasisCache())
+    expansion = flat(get_method("nola").expand(adapter, BasisCache()))
     feeds = {
         vit_bundle[1].slot_of(name).inputs[part]: value[None]
         for name, parts in expansion.items()

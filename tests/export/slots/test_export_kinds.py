@@ -6,13 +6,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from expansions import flat
 from onnx.reference import ReferenceEvaluator
 
 from regrow_export import ExportSource, export_bundle, find_biased, kinds_for
 from regrow_format.basis import BasisCache
 from regrow_format.errors import MismatchError, RegrowError, UsageError
-from regrow_format.manifest import SLOT_PARTS, Manifest
+from regrow_format.manifest import Manifest
 from regrow_format.methods import get_method
+from regrow_format.slot_kinds import SLOT_KINDS
 from regrow_runtime import Bundle
 
 KINDS = ("low_rank", "delta", "bias")
@@ -39,7 +41,7 @@ def _random(bundle: Manifest, count: int, kinds=KINDS) -> dict[str, np.ndarray]:
     rng, feeds = np.random.default_rng(0), {}
     for slot in bundle.slots:
         sizes = {0: slot.in_features, 1: slot.out_features, 3: 3, None: 1}
-        for part in SLOT_PARTS[slot.kind] if slot.kind in kinds else ():
+        for part in SLOT_KINDS[slot.kind].parts if slot.kind in kinds else ():
             shape = [sizes[key] for key in SHAPES[part]]
             feeds[slot.inputs[part]] = rng.standard_normal((count, *shape)).astype("f4") / 10
     return feeds
@@ -121,7 +123,7 @@ def test_the_runtime_swaps_adapters_of_every_method(
     bundle = Bundle.open(vit_bundle[0])
     bundle.swap(adapter, name="user")
     inputs = {"pixel_values": pixels}
-    expansion = get_method(method).expand(adapter, BasisCache())
+    expansion = flat(get_method(method).expand(adapter, BasisCache()))
     expected = merged_logits(vit, inputs, expansion)
     np.testing.assert_allclose(bundle.run(inputs)["logits"], expected, rtol=1e-3, atol=1e-4)
     mixed = bundle.run(inputs, adapters=["user", None, "user"])["logits"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expansions import flat
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -323,7 +324,7 @@ def test_applied_adds_what_the_slots_do(
     if method in ("nola", "vera", "lora"):
         config = replace(config, method_settings={"rank": 3})
     adapter = adapt(small, dataset(24, 5), config, targets=[target]).adapter
-    expansion = get_method(method).expand(adapter, BasisCache())
+    expansion = flat(get_method(method).expand(adapter, BasisCache()))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expansions import expanded, flat
 from torch import nn
 
 from regrow_format.adapter import STORAGE, Adapter, Coefficients, Head, HeadLayer, Target
@@ -211,7 +212,7 @@ def test_training_sees_what_the_device_expands(
     """Of the second of two users, rounded in training as the file rounds it."""
     trained = _moved(_start(method, users=2, **more))
     trained.storage, trained.rounded = storage, True
-    expansion = get_method(method).expand(_adapter(trained, method, storage, user=1), BasisCache())
+    expansion = expanded(_adapter(trained, method, storage, user=1))
     assert list(expansion) == [target.name for target in TARGETS]
     changes = trained.changes()
     for target in TARGETS:
@@ -230,7 +231,7 @@ def test_training_sees_what_the_device_expands_from_groups(
     trained = _moved(_start(method))
     trained.storage, trained.group, trained.rounded = storage, group, True
     adapter = _adapter(trained, method, storage, group)
-    expansion = get_method(method).expand(adapter, BasisCache())
+    expansion = flat(get_method(method).expand(adapter, BasisCache()))
     for target in TARGETS:
         x = torch.randn(1, 6, target.in_features)
         wanted = _on_device(expansion[target.name], x[0])

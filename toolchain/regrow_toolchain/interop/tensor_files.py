@@ -22,7 +22,8 @@ from regrow_format.basis import BasisCache
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.files import check_output, write_bytes
 from regrow_format.manifest import Manifest
-from regrow_runtime.slots import Feeds, check_fit, expand
+from regrow_runtime.fit import check_fit
+from regrow_runtime.slots import Feeds, expand
 
 __all__ = ["FORMATS", "convert", "dense_tensors"]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.methods import get_method
 from regrow_format.mt19937 import permutation_head
@@ -31,7 +32,7 @@ def _wanted(values: np.ndarray, wide: int, high: int, seed: int = 777) -> np.nda
 
 
 def _check(room: Room, adapter: Adapter) -> None:
-    expanded = get_method("fourierft").expand(adapter, BasisCache())
+    expanded = flat(get_method("fourierft").expand(adapter, BasisCache()))
     for layer, path, high in (("blocks.0.q", Q, 6), ("blocks.0.k", K, 4)):
         wanted = _wanted(room.tensors[f"{path}.{SPECTRUM}"], 8, high)
         np.testing.assert_allclose(expanded[layer]["D"], wanted, rtol=0, atol=1e-6)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expansions import flat
 
 from regrow_format.methods import get_method
 from regrow_format.mt19937 import uniform_kaiming
@@ -25,7 +26,7 @@ def _imported(room: Room, base: str = "bundle", **options: Any) -> Adapter:
 
 
 def _change(adapter: Adapter, layer: str) -> np.ndarray:
-    parts = get_method("vera").expand(adapter, BasisCache())[layer]
+    parts = flat(get_method("vera").expand(adapter, BasisCache()))[layer]
     return np.asarray(parts["A"] @ parts["B"], dtype=np.float64)  # [in, out]
 
 

@@ -1,0 +1,21 @@
+"""Kinds of slots by name, in the order in which a layer applies them.
+
+A further kind is one file here with its NumPy half, one in `regrow_export.slots.kinds` with its
+torch half, and a line in each registry.
+"""
+
+from __future__ import annotations
+
+from .base import Changes, Feed, Parts, SlotKind
+from .bias import BIAS
+from .delta import DELTA
+from .head import HEAD
+from .low_rank import LOW_RANK
+from .vector import VECTOR
+from .weight import WEIGHT
+
+__all__ = ["SLOT_KINDS", "Changes", "Feed", "Parts", "SlotKind"]
+
+SLOT_KINDS: dict[str, SlotKind] = {
+    kind.name: kind for kind in (WEIGHT, LOW_RANK, DELTA, VECTOR, BIAS, HEAD)
+}
