@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from .bundle import export_bundle as export_bundle
     from .layers import find_biased as find_biased
     from .layers import find_linears as find_linears
-    from .layers import kinds_for as kinds_for
-    from .layers import slot_targets as slot_targets
     from .methods import build_expander as build_expander
+    from .slots import kinds_for as kinds_for
+    from .slots import slot_targets as slot_targets
     from .source import ExportSource as ExportSource
     from .validation import Measure as Measure
 else:
@@ -25,8 +25,9 @@ else:
         __name__,
         {
             ".bundle": ("export_bundle",),
-            ".layers": ("find_biased", "find_linears", "kinds_for", "slot_targets"),
+            ".layers": ("find_biased", "find_linears"),
             ".methods": ("build_expander",),
+            ".slots": ("kinds_for", "slot_targets"),
             ".source": ("ExportSource",),
             ".validation": ("Measure",),
         },

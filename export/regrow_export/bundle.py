@@ -14,21 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_export.environment import deterministic_export, quiet, require_export
-from regrow_export.layers import TARGET_KINDS, check_adapter, head_widths
 from regrow_export.methods import check_graph
 from regrow_export.modes import write_expanders
 from regrow_export.quantization import INT8_ROUNDING, check_precision
-from regrow_export.slots import SlotPlan
 from regrow_export.source import ExportSource
 from regrow_export.validation import Measure
 from regrow_format.adapter import Adapter
 from regrow_format.errors import UsageError
 from regrow_format.files import check_output, new_folder, sha256_file
 from regrow_format.manifest import MANIFEST, MODES, FileEntry, GraphSpec, Manifest
+from regrow_format.slot_kinds import SLOT_KINDS
 from regrow_runtime.slots import HEAD_FILE
 
 if TYPE_CHECKING:
     from regrow_export.modes import Draft
+    from regrow_export.slots import SlotPlan
 
 __all__ = ["export_bundle"]
 
@@ -77,13 +77,15 @@ def export_bundle(
         RegrowError: tracing failed, or the bundle and torch disagree, or a slot has no effect, or
             the model has no weights to store in `precision`.
     """
+    require_export()
+    from regrow_export.slots import SlotPlan, check_adapter, head_widths
+
     out = Path(out)
     check_precision(precision)
     _check_request(mode, targets, kinds, adapter)
     plan = SlotPlan(tuple(kinds), fixed_rank, vera, tuple(expanders), constants)
     plan.check(mode, precision)
     check_output(out.absolute(), force=force, marker=MANIFEST)
-    require_export()
     source.check()
     if mode == "swappable":
         plan.target_slots(source, targets)
@@ -128,9 +130,10 @@ def _check_request(
 def _check_kinds(kinds: Sequence[str]) -> None:
     if isinstance(kinds, str):
         raise UsageError(f"kinds must be a list of kinds of slot, got the string {kinds!r}")
+    known = [name for name, kind in SLOT_KINDS.items() if not kind.is_head]
     for kind in kinds:
-        if kind not in TARGET_KINDS:
-            raise UsageError(f"kinds must be among {', '.join(TARGET_KINDS)}, got {kind!r}")
+        if kind not in known:
+            raise UsageError(f"kinds must be among {', '.join(known)}, got {kind!r}")
         if list(kinds).count(kind) > 1:
             raise UsageError(f"kinds must be named once, got {kind!r} twice")
 

@@ -157,7 +157,7 @@ BROKEN = {
     "weight turned": (_weight(orientation="out_in"), "orientation must be one of in_out, got 'ou"),
     "weight field": (_weight(x=1), "slots[0]: weight: unknown fields x"),
     "weight per sample": (_weight(fixed=False), "weight must say where a fixed weight slot's"),
-    "weight of a delta": (_in("slots", 1, weight=WEIGHT), "slots[1]: weight must say where a fix"),
+    "weight of a delta": (_in("slots", 1, weight=WEIGHT), "slots[1]: weight must be left out"),
     "vector rank": (_in("slots", kind="vector", inputs={"d": "d", "b": "b"}), "a rank and a seed"),
     "expanders": (_set(expanders=[{}]), "expanders[0]: method must be of type str, got nothing"),
     "slot field": (_in("slots", 2, surprise=1), "slots[2]: unknown fields surprise"),

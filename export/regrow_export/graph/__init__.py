@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .passes import opset_of as opset_of
     from .passes import promote_to_inputs as promote_to_inputs
     from .passes import remove_initializers as remove_initializers
+    from .passes import share_constants as share_constants
     from .passes import specs as specs
 else:
     __all__, __getattr__, __dir__ = load_on_use(
@@ -45,6 +46,7 @@ else:
                 "opset_of",
                 "promote_to_inputs",
                 "remove_initializers",
+                "share_constants",
                 "specs",
             ),
         },

@@ -30,6 +30,7 @@ __all__ = [
     "promote_to_inputs",
     "read_names",
     "remove_initializers",
+    "share_constants",
     "specs",
 ]
 
@@ -93,6 +94,31 @@ def remove_initializers(
     for index in reversed(range(len(graph.initializer))):  # in place: a new list copies weights
         if graph.initializer[index].name in gone:
             del graph.initializer[index]
+
+
+def share_constants(
+    model: onnx.ModelProto, names: Mapping[str, str], values: Mapping[str, NDArray[np.int8]]
+) -> None:
+    """Let nodes read int8 constants, as float32, in the place of traced initializers.
+
+    Args:
+        names: by initializer, which of `values` takes its place.
+
+    Raises:
+        RegrowError: the tracer lost an initializer.
+    """
+    remove_initializers(model, list(names))
+    for node in _all_nodes(model.graph):
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+    casts = []
+    for name, value in values.items():
+        stored = numpy_helper.from_array(value, f"{name}.signs")
+        model.graph.initializer.append(stored)
+        casts.append(helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT))
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*casts, *rest])
 
 
 def add_input(model: onnx.ModelProto, slot: SlotTensor) -> None:

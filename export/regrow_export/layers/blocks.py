@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from regrow_format.errors import RegrowError
 
-from .targets import is_conv1d
+from .types import layer_type
 
 __all__ = ["BlockWeight", "block_lists", "block_weights"]
 
@@ -81,17 +82,18 @@ def block_weights(model: nn.Module) -> list[BlockWeight]:
     found: dict[int, BlockWeight] = {}
     for prefix, stack in block_lists(model):
         for path, module in stack.named_modules(prefix=prefix):
-            for name in _weight_names(module):
+            for name, turned in _weight_names(module):
                 weight = getattr(module, name)
                 if weight is not None:
-                    turned = not is_conv1d(module)
                     found.setdefault(id(weight), BlockWeight(path, name, weight, turned))
     if not found:
         raise RegrowError("model must have linear layers in a stack of blocks to round, got none")
     return list(found.values())
 
 
-def _weight_names(module: nn.Module) -> tuple[str, ...]:
+def _weight_names(module: nn.Module) -> Iterator[tuple[str, bool]]:
+    """Name of each weight, and whether it is [out, in]."""
     if isinstance(module, nn.MultiheadAttention):
-        return _ATTENTION
-    return ("weight",) if isinstance(module, nn.Linear) or is_conv1d(module) else ()
+        yield from ((name, True) for name in _ATTENTION)
+    elif (kind := layer_type(module)) and kind.product:
+        yield "weight", kind.product == "out_in"

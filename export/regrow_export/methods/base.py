@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
 
-__all__ = ["GraphMethod"]
+__all__ = ["GraphExpansion", "GraphMethod"]
+
+# By target, kind of slot and part, the name of a value.
+GraphExpansion = dict[str, dict[str, dict[str, str]]]
 
 
 class GraphMethod(Protocol):
@@ -33,7 +36,7 @@ class GraphMethod(Protocol):
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """Add the nodes.
 
         Args:
@@ -42,7 +45,7 @@ class GraphMethod(Protocol):
                 "<tensor>.scale" (float32 [rows]).
 
         Returns:
-            By target and part, the names of float32 values A [1, in, r] and B [1, r, out], or
-            D [1, in, out], or b [1, 1, out].
+            By target, kind of slot and part, the names of float32 values [1, rows, columns] of the
+            sizes that the kind says.
         """
         ...

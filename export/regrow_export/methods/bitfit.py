@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .base import GraphExpansion
 from .rows import scaled_rows
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ class BitfitGraph:
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """See `GraphMethod.build`; b.<out> is [targets of that width, out]."""
         rows = scaled_rows(g, inputs, "b", [t.out_features for t in targets])
         return {
-            target.name: {"b": g.op("Unsqueeze", row, g.integers(0))}
+            target.name: {"bias": {"b": g.op("Unsqueeze", row, g.integers(0))}}
             for target, row in zip(targets, rows, strict=True)
         }

@@ -13,6 +13,7 @@ from regrow_format.basis import PHILOX_SIGN
 from regrow_format.errors import UsageError
 from regrow_format.methods import get_method
 from regrow_format.philox import key_of
+from regrow_format.slot_kinds import SLOT_KINDS
 
 from .registry import get_builder
 
@@ -99,9 +100,9 @@ def build_expander(
         rank: of the slots, where it is fixed; smaller factors are filled up with zeros.
 
     Returns:
-        A model with the inputs of `input_types` and outputs `<target>.adapter_<part>`, float32, as
-        slots take them: A [1, in, r] and B [1, r, out], or D [1, in, out], or b [1, 1, out]. In
-        standard operators. Its basis is philox-sign, its coefficients have one scale per vector.
+        A model with the inputs of `input_types`, and outputs by the names and of the shapes of the
+        slots' inputs, float32, with n = 1. In standard operators. Its basis is philox-sign, its
+        coefficients have one scale per vector.
     """
     from onnx import TensorProto, helper, shape_inference
 
@@ -148,18 +149,20 @@ def _nodes(
     found = get_builder(method).build(g, inputs, config, targets, integer=integer)
     missing = 0 if rank is None else rank - config["rank"]
     names = []
-    for target, parts in found.items():
-        for part, value in parts.items():
-            names.append(_end(g, part, value, missing, f"{target}.adapter_{part}"))
+    for target, changes in found.items():
+        for kind, parts in changes.items():
+            inputs_of = SLOT_KINDS[kind].inputs(target)
+            for part, value in parts.items():
+                after = [missing * (dim == "rank") for dim in SLOT_KINDS[kind].dims[part]]
+                names.append(_end(g, value, after, inputs_of[part]))
     return g.nodes, g.constants, names
 
 
-def _end(g: GraphBuilder, part: str, value: str, missing: int, name: str) -> str:
-    """Call a value as its slot's input, with `missing` ranks of zeros after it."""
-    if not missing:
+def _end(g: GraphBuilder, value: str, after: Sequence[int], name: str) -> str:
+    """Call a value as its slot's input, with rows and columns of zeros after it."""
+    if not any(after):
         return g.op("Identity", value, to=name)
-    after = (0, 0, missing) if part == "A" else (0, missing, 0)
-    return g.op("Pad", value, g.integers(0, 0, 0, *after), to=name)
+    return g.op("Pad", value, g.integers(0, 0, 0, 0, *after), to=name)
 
 
 def splice(model: onnx.ModelProto, adapter: Adapter, *, constants: bool = False) -> None:
@@ -177,9 +180,9 @@ def splice(model: onnx.ModelProto, adapter: Adapter, *, constants: bool = False)
     from regrow_export.graph import (
         SlotTensor,
         add_input,
-        make_rank_dynamic,
         remove_initializers,
     )
+    from regrow_export.slots import adapter_slots, rewrite_slots
 
     values = adapter_inputs(adapter)
     sources, before = {name: name for name in values}, []
@@ -192,8 +195,7 @@ def splice(model: onnx.ModelProto, adapter: Adapter, *, constants: bool = False)
     clash = [value.name for value in model.graph.input if value.name in sources.values()]
     if clash:
         raise UsageError(f"model inputs must not be called {', '.join(values)}, got {clash}")
-    # A delta of the adapter's own has all rows.
-    make_rank_dynamic(model, [name for name in names if name.endswith(".adapter_D")], cut=False)
+    rewrite_slots(model, adapter_slots(adapter), whole=True)
     remove_initializers(model, names)
     for name, value in values.items():
         if constants:

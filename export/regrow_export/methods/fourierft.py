@@ -16,6 +16,7 @@ import numpy as np
 from regrow_format.basis import Role
 from regrow_format.errors import UsageError
 
+from .base import GraphExpansion
 from .rows import scaled
 from .sign_basis import logical_high, round_keys, words
 
@@ -47,14 +48,14 @@ class FourierftGraph:
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """See `GraphMethod.build`; c is [targets, n]."""
         count = config["n"]
         keys = round_keys(g, inputs["seed"])
         rows = g.split(scaled(g, inputs, "c"), len(targets), axis=0)  # [1, n] each
         places: dict[int, str] = {}
         tables: dict[tuple[int, int], tuple[str, str]] = {}
-        found = {}
+        found: GraphExpansion = {}
         for target, row in zip(targets, rows, strict=True):
             wide, high = target.in_features, target.out_features
             if wide * high not in places:
@@ -62,7 +63,7 @@ class FourierftGraph:
             if (wide, high) not in tables:
                 tables[wide, high] = _tables(g, places[wide * high], wide, high)
             delta = _product(g, *tables[wide, high], row, thin=high < _THIN)
-            found[target.name] = {"D": g.op("Unsqueeze", delta, g.integers(0))}
+            found[target.name] = {"delta": {"D": g.op("Unsqueeze", delta, g.integers(0))}}
         return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .base import GraphExpansion
+
 if TYPE_CHECKING:
     from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
@@ -25,6 +27,6 @@ class HeadGraph:
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """Nothing."""
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .base import GraphExpansion
 from .rows import scaled_rows
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ class LoraGraph:
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """See `GraphMethod.build`; A.<in> and B.<out> are [targets of that width * rank, width]."""
         rank = config["rank"]
         columns = scaled_rows(g, inputs, "A", [t.in_features for t in targets], rank)
         rows = scaled_rows(g, inputs, "B", [t.out_features for t in targets], rank)
         return {
             target.name: {
-                "A": g.op("Unsqueeze", g.op("Transpose", a, perm=[1, 0]), g.integers(0)),
-                "B": g.op("Unsqueeze", b, g.integers(0)),
+                "low_rank": {
+                    "A": g.op("Unsqueeze", g.op("Transpose", a, perm=[1, 0]), g.integers(0)),
+                    "B": g.op("Unsqueeze", b, g.integers(0)),
+                }
             }
             for target, a, b in zip(targets, columns, rows, strict=True)
         }

@@ -14,6 +14,7 @@ import numpy as np
 
 from regrow_format.basis import Role
 
+from .base import GraphExpansion
 from .sign_basis import head_rows, round_keys, sign_bits
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ class NolaGraph:
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """See `GraphMethod.build`; coefficients are alpha [targets, k] and beta [targets, l]."""
         rank, shared = config["rank"], config["shared"]
         keys = round_keys(g, inputs["seed"])
-        found: dict[str, dict[str, str]] = {target.name: {} for target in targets}
+        found: GraphExpansion = {target.name: {"low_rank": {}} for target in targets}
         for part, tensor, role, count, shapes in (
             ("A", "alpha", Role.NOLA_A, config["k"], [(t.in_features, rank) for t in targets]),
             ("B", "beta", Role.NOLA_B, config["l"], [(rank, t.out_features) for t in targets]),
@@ -53,7 +54,8 @@ class NolaGraph:
             numbers = _Numbers(g, inputs[tensor], inputs[f"{tensor}.scale"], shared, integer)
             rows = _factors(basis, numbers, [high * wide for high, wide in shapes])
             for target, shape, row in zip(targets, shapes, rows, strict=True):
-                found[target.name][part] = g.op("Reshape", row, g.integers(1, *shape))
+                value = g.op("Reshape", row, g.integers(1, *shape))
+                found[target.name]["low_rank"][part] = value
         return found
 
 

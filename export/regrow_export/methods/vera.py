@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow_format.basis import Role
 
+from .base import GraphExpansion
 from .rows import scaled, scaled_rows
 from .sign_basis import head_rows, round_keys, sign_bits
 
@@ -34,7 +35,7 @@ class VeraGraph:
         targets: Sequence[Target],
         *,
         integer: bool,
-    ) -> dict[str, dict[str, str]]:
+    ) -> GraphExpansion:
         """See `GraphMethod.build`; d is [targets, rank], b.<out> [targets of that width, out]."""
         rank = config["rank"]
         wide = max(target.in_features for target in targets)
@@ -47,8 +48,10 @@ class VeraGraph:
         outer = scaled_rows(g, inputs, "b", [t.out_features for t in targets])
         return {
             target.name: {
-                "A": _signed(g, head_rows(g, a_bits, wide, target.in_features), d),
-                "B": _signed(g, head_rows(g, b_bits, high, target.out_features, axis=2), b),
+                "low_rank": {
+                    "A": _signed(g, head_rows(g, a_bits, wide, target.in_features), d),
+                    "B": _signed(g, head_rows(g, b_bits, high, target.out_features, axis=2), b),
+                }
             }
             for target, d, b in zip(targets, inner, outer, strict=True)
         }

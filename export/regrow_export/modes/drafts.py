@@ -17,29 +17,30 @@ from regrow_export.graph import (
     GRAPH_FILE,
     describe,
     keep_gelu,
-    make_rank_dynamic,
     opset_of,
     place_of,
     promote_to_inputs,
     save_graph,
     specs,
 )
-from regrow_export.layers import block_weights, head_widths, kinds_for
+from regrow_export.layers import block_weights
 from regrow_export.methods import adapter_inputs, graph_storage, splice
 from regrow_export.quantization import check_slot_inputs, rounded_weights, store_weights
 from regrow_export.slots import (
+    KINDS,
     Feeds,
     SlotPlan,
-    basis_feeds,
+    adapter_slots,
+    constant_feeds,
     expansion_feeds,
     head_feeds,
     head_slots,
     head_tensors,
+    head_widths,
     model_head,
+    rewrite_slots,
     set_slots,
-    share_basis,
     shared_copy,
-    target_slot,
     target_tensors,
     with_slots,
 )
@@ -102,11 +103,8 @@ def swappable(
     check_expanders(plan.expanders, slots)
     slotted, traced = _trace_slotted(source, folder, slots, inputs)
     _store(source.model, traced, precision, source.head)
-    deltas = [slot.inputs["D"] for slot in own if slot.kind == "delta"]
-    make_rank_dynamic(traced.graph, deltas, cut=plan.fixed_rank is None)
-    if plan.vera is not None:
-        share_basis(traced.graph, plan.vera, own)
-        set_slots(slotted, basis_feeds(plan.vera, own))
+    rewrite_slots(traced.graph, own, whole=plan.fixed_rank is not None)
+    set_slots(slotted, constant_feeds(own))
     defaults = head_feeds(model_head(source.model, source.head))
     promote_to_inputs(traced.graph, [*target_tensors(own), *head_tensors(heads, defaults)])
     checker = _write(source, folder, "swappable", traced, slots, precision)
@@ -139,7 +137,7 @@ def merged(
     _store(folded, traced, precision)
     checker = _write(source, folder, "merged", traced, (), precision)
     widths = {layer.name: (layer.weight.shape[1], layer.weight.shape[0]) for layer in layers}
-    slotted = with_slots(changed, [*_adapter_slots(adapter), *head_slots(widths)])
+    slotted = with_slots(changed, [*adapter_slots(adapter), *head_slots(widths)])
     feeds = {**expansion_feeds(expansion), **head_feeds(layers)}
     base = shared_copy(source.model)
     if precision == "fp32":
@@ -187,7 +185,7 @@ def seeded(
     base, heads = source, head_slots(head_widths(source, []))
     if constants:
         base, heads = replace(source, model=merged_model(source.model, {}, own)), ()
-    slotted, traced = _trace_slotted(base, folder, [*_adapter_slots(adapter), *heads], inputs)
+    slotted, traced = _trace_slotted(base, folder, [*adapter_slots(adapter), *heads], inputs)
     _store(base.model, traced, precision, source.head)
     splice(traced.graph, adapter, constants=constants)
     promote_to_inputs(traced.graph, head_tensors(heads, head_feeds(own)))
@@ -234,11 +232,6 @@ def _store(model: nn.Module, traced: Traced, precision: str, outside: Sequence[s
     store_weights(traced.graph, weights, precision, called)
 
 
-def _adapter_slots(adapter: Adapter) -> list[Slot]:
-    kinds = kinds_for(adapter.method)
-    return [target_slot(target, kind) for target in adapter.targets for kind in kinds]
-
-
 def _write(
     source: ExportSource,
     folder: Path,
@@ -253,7 +246,7 @@ def _write(
     check_slot_inputs(traced.graph, _input_names(slots))
     metadata = {"backbone_id": source.backbone_id, "mode": mode, "task": source.task}
     describe(traced.graph, metadata | {"variant": precision})
-    outside = _input_names([slot for slot in slots if slot.kind == "weight"])
+    outside = _input_names([slot for slot in slots if _keeps_default(slot)])
     inline = _input_names([slot for slot in slots if not slot.fixed])
     traced.graph = save_graph(traced.graph, folder, {*inline, *fed}, outside)
     return Checker(folder / GRAPH_FILE, traced.inputs, traced.outputs, precision, traced.cache)
@@ -263,11 +256,16 @@ def _located(slots: Sequence[Slot], traced: Traced) -> tuple[Slot, ...]:
     """The slots, those of weights with the place of their default in the bundle."""
     tensors = {tensor.name: tensor for tensor in traced.graph.graph.initializer}
     return tuple(
-        replace(slot, weight=StoredWeight(*place_of(tensors[slot.inputs["W"]])))
-        if slot.kind == "weight"
+        replace(slot, weight=StoredWeight(*place_of(tensors[next(iter(slot.inputs.values()))])))
+        if _keeps_default(slot)
         else slot
         for slot in slots
     )
+
+
+def _keeps_default(slot: Slot) -> bool:
+    """Whether what the tracer wrote stays: heads' defaults are written anew."""
+    return slot.kind in KINDS and KINDS[slot.kind].keeps_default
 
 
 def _input_names(slots: Sequence[Slot]) -> list[str]:

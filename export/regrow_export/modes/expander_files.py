@@ -33,15 +33,15 @@ def check_expanders(adapters: Sequence[Adapter], slots: Sequence[Slot]) -> None:
     by_target = {(slot.target, slot.kind): slot for slot in slots}
     for adapter in adapters:
         check_graph(adapter)
-        kind, rank = get_method(adapter.method).slot, adapter.config.get("rank", 0)
-        if kind is None:
+        method, rank = get_method(adapter.method), adapter.config.get("rank", 0)
+        if not method.kinds:
             raise UsageError(f"expander must be of a method with targets, got {adapter.method}")
-        for target in adapter.targets:
-            slot = by_target.get((target.name, kind))
+        for target, kind in _filled(adapter):
+            slot = by_target.get((target, kind))
             if slot is None:
                 raise UsageError(
                     f"expander of {adapter.method} must have {kind} slots to feed, got none for "
-                    f"{target.name}: export its layers, and with --slots {kind} (beside other "
+                    f"{target}: export its layers, and with --slots {kind} (beside other "
                     f"--slots) or --for {adapter.method}"
                 )
             if slot.rank is not None and rank > slot.rank:
@@ -49,6 +49,12 @@ def check_expanders(adapters: Sequence[Adapter], slots: Sequence[Slot]) -> None:
                     f"expander of {adapter.method} must have rank {slot.rank} or less, as the "
                     f"slots have, got {rank}"
                 )
+
+
+def _filled(adapter: Adapter) -> list[tuple[str, str]]:
+    """Target and kind of every slot that the adapter fills."""
+    fills = get_method(adapter.method).fills
+    return [(t.name, kind) for t in adapter.targets for kind in fills(adapter.config, t)]
 
 
 def write_expanders(
@@ -77,16 +83,15 @@ def write_expanders(
 def _spec(adapter: Adapter, slots: Sequence[Slot]) -> ExpanderSpec:
     """All but the name of the file."""
     types = input_types(adapter.method, adapter.config, adapter.targets, adapter.storage)
-    kind, names = get_method(adapter.method).slot, [target.name for target in adapter.targets]
-    inputs = {slot.target: slot.inputs for slot in slots if slot.kind == kind}
+    inputs = {(slot.target, slot.kind): slot.inputs for slot in slots}
     return ExpanderSpec(
         method=adapter.method,
         config=dict(adapter.config),
         storage=graph_storage(adapter.storage),
-        targets=tuple(names),
+        targets=tuple(target.name for target in adapter.targets),
         file="",
         inputs=tuple(TensorSpec(name, dtype, shape) for name, (dtype, shape) in types.items()),
-        outputs=tuple(tensor for name in names for tensor in inputs[name].values()),
+        outputs=tuple(name for place in _filled(adapter) for name in inputs[place].values()),
     )
 
 
@@ -95,11 +100,12 @@ def _write(path: Path, adapter: Adapter, manifest: Manifest) -> None:
     import onnx
     import onnxruntime as ort
 
-    kind = get_method(adapter.method).slot
-    ranks = {slot.rank for slot in manifest.slots if slot.kind == kind}
+    kinds = get_method(adapter.method).kinds
+    ranks = {slot.rank for slot in manifest.slots if slot.kind in kinds} - {None}
     model = build_expander(
-        adapter.config, adapter.targets, adapter.storage, adapter.method, rank=ranks.pop()
-    )
+        adapter.config, adapter.targets, adapter.storage, adapter.method,
+        rank=ranks.pop() if ranks else None,
+    )  # fmt: skip
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_format.adapter import HeadLayer, Target
-from regrow_format.manifest import SLOT_PARTS, Slot
+from regrow_format.adapter import HeadLayer
+from regrow_format.manifest import Slot
 from regrow_format.methods.base import Expansion
+from regrow_format.slot_kinds import HEAD, SLOT_KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -21,48 +22,9 @@ __all__ = [
     "head_feeds",
     "head_slots",
     "model_head",
-    "slot_shapes",
-    "target_slot",
 ]
 
 Feeds = dict[str, NDArray[np.float32]]
-
-
-def target_slot(
-    target: Target,
-    kind: str,
-    *,
-    rank: int | None = None,
-    fixed: bool = False,
-    seed: str | None = None,
-) -> Slot:
-    """A slot of a target; its inputs are `<target>.adapter_<part>`, or as the kind calls them."""
-    stem = "lambda_" if kind == "vector" else "adapter_"
-    names = {part: "weight" if kind == "weight" else stem + part for part in SLOT_PARTS[kind]}
-    return Slot(
-        target=target.name,
-        kind=kind,
-        in_features=target.in_features,
-        out_features=target.out_features,
-        inputs={part: f"{target.name}.{name}" for part, name in names.items()},
-        rank=rank,
-        fixed=fixed,
-        seed=seed,
-    )
-
-
-def slot_shapes(slot: Slot, rank: int) -> dict[str, tuple[int, int]]:
-    """By part, the shape of what an adapter of some rank feeds, without the leading n."""
-    wide, high = slot.in_features, slot.out_features
-    shapes = {
-        "low_rank": {"A": (wide, rank), "B": (rank, high)},
-        "delta": {"D": (wide, high)},
-        "bias": {"b": (1, high)},
-        "weight": {"W": (wide, high)},
-        "vector": {"d": (1, rank), "b": (1, high)},
-        "head": {"weight": (wide, high), "bias": (1, high)},
-    }
-    return shapes[slot.kind]
 
 
 def head_slots(widths: Mapping[str, tuple[int, int]], *, fixed: bool = False) -> tuple[Slot, ...]:
@@ -70,10 +32,10 @@ def head_slots(widths: Mapping[str, tuple[int, int]], *, fixed: bool = False) ->
     return tuple(
         Slot(
             target=path,
-            kind="head",
+            kind=HEAD.name,
             in_features=wide,
             out_features=classes,
-            inputs={part: f"{path}.{part}" for part in ("weight", "bias")},
+            inputs=HEAD.inputs(path),
             fixed=fixed,
         )
         for path, (wide, classes) in widths.items()
@@ -81,10 +43,11 @@ def head_slots(widths: Mapping[str, tuple[int, int]], *, fixed: bool = False) ->
 
 
 def expansion_feeds(expansion: Expansion) -> Feeds:
-    """`<target>.adapter_<part>`: A [1, in, r] and B [1, r, out], D [1, in, out], b [1, 1, out]."""
+    """[1, rows, columns] by the names that `SlotKind.inputs` gives."""
     return {
-        f"{target}.adapter_{part}": value.reshape(1, -1, value.shape[-1])
-        for target, parts in expansion.items()
+        SLOT_KINDS[kind].inputs(target)[part]: value.reshape(1, -1, value.shape[-1])
+        for target, changes in expansion.items()
+        for kind, parts in changes.items()
         for part, value in parts.items()
     }
 

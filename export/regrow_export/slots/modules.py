@@ -1,7 +1,7 @@
 """Torch modules through which adapters enter; the tracer keeps their parameters' names.
 
 A slot is an ordinary parameter of a wrapper module, so its initializer in the traced graph has the
-module path, and a pass over the graph (`graph.py`) can turn it into an input.
+module path, and a pass over the graph can turn it into an input.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_export.layers import dense_weight
+from regrow_export.layers import layer_type
 from regrow_format.manifest import Slot
+from regrow_format.slot_kinds import SLOT_KINDS
 
-from .feeds import slot_shapes
+from .kinds import KINDS
 
 __all__ = ["HeadSlot", "TargetSlot", "learn_folds", "set_slots", "shared_copy", "with_slots"]
-
-# While tracing, slots hold unlike random numbers: the exporter merges equal initializers, and a
-# rank of 0 would let it fold the products away.
-_TRACE_RANK = 2
 
 
 def _apply(x: Tensor, change: Callable[[Tensor], Tensor], fold: int) -> Tensor:
@@ -46,13 +44,10 @@ def _apply(x: Tensor, change: Callable[[Tensor], Tensor], fold: int) -> Tensor:
 
 
 class TargetSlot(nn.Module):
-    """A layer and what adapters of some kinds add to its output; n is 1 or the batch size.
+    """A layer and what adapters of some kinds change; n is 1 or the batch size.
 
-    low_rank: (x A) B with A [n, in, r] and B [n, r, out]. delta: x[..., :r] D with D [n, r, out],
-    where r is in, or 0 for nothing. bias: b [n, 1, out]. vector: ((x A) d) B b with d [n, 1, r],
-    b [n, 1, out] and shared A, B. weight: W [1, in, out] in the place of the layer's own.
-
-    `fold` is how many windows of a sample stand in the batch dimension (Swin), usually 1.
+    `KINDS` say what each kind computes. `fold` is how many windows of a sample stand in the batch
+    dimension (Swin), usually 1.
     """
 
     fold = 1
@@ -60,52 +55,53 @@ class TargetSlot(nn.Module):
     def __init__(self, base: nn.Module, slots: Sequence[Slot]) -> None:
         """`slots` are those of one target, each of another kind."""
         super().__init__()
-        for slot in slots:
-            for part, (high, wide) in slot_shapes(slot, _TRACE_RANK).items():
-                # A delta of all rows would double the weights that the tracer holds.
-                rows = min(high, _TRACE_RANK) if slot.kind == "delta" else high
-                own = _weight_of(base) if slot.kind == "weight" else torch.randn(1, rows, wide)
-                leaf = slot.inputs[part].rpartition(".")[2]
-                self.register_parameter(leaf, nn.Parameter(own))
-            if slot.kind == "vector":
-                self.basis_A = nn.Parameter(torch.randn(slot.in_features, _TRACE_RANK))
-                self.basis_B = nn.Parameter(torch.randn(_TRACE_RANK, slot.out_features))
+        layer = layer_type(base)
+        if layer is None:  # checked before, by `slot_targets`
+            raise TypeError(f"{type(base).__name__} must be a layer of a known type")
+        self._type = layer
+        self.slots = sorted(slots, key=lambda slot: list(KINDS).index(slot.kind))
+        for slot in self.slots:
+            for part, value in KINDS[slot.kind].traced(slot, layer, base).items():
+                self.register_parameter(_leaf(slot, part), nn.Parameter(value))
+            for name, value in KINDS[slot.kind].traced_constants(slot).items():
+                self.register_parameter(f"basis_{name}", nn.Parameter(value))
         self.base = base  # last: until then no name is found in it
-        self.kinds = {slot.kind for slot in slots}
-        self.fixed = {slot.kind for slot in slots if slot.fixed}
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, ..., in] to [batch, ..., out]."""
-        y: Tensor = _apply(x, self._dense, 0) if "weight" in self.kinds else self.base(x)
-        for kind, change in (
-            ("low_rank", self._low_rank), ("delta", self._delta), ("vector", self._vector),
-        ):  # fmt: skip
-            if kind in self.kinds:
-                y = y + _apply(x, change, self._fold(kind))
-        if "bias" in self.kinds:
-            # Reshaping y, not b: an exporter would fold that into a constant.
-            y = _apply(y, lambda rows: rows + self.adapter_b, self._fold("bias"))
+        """[batch, ..., in] to [batch, ..., out], or as the layer's type has its features."""
+        for slot in self._with("on_input"):
+            x = self._by_rows(x, partial(KINDS[slot.kind].on_input, tensors=self._own(slot)), slot)
+        whole = next((slot for slot in self.slots if KINDS[slot.kind].replaces_weight), None)
+        y: Tensor = self.base(x) if whole is None else self._by_rows(x, self._dense(whole), whole)
+        for slot in self._with("added"):
+            if slot is not whole:
+                add = partial(KINDS[slot.kind].added, tensors=self._own(slot))
+                y = y + self._by_rows(self._type.seen(self.base, x), add, slot)
+        for slot in self._with("on_output"):
+            y = self._by_rows(y, partial(KINDS[slot.kind].on_output, tensors=self._own(slot)), slot)
         return y
 
-    def _fold(self, kind: str) -> int:
-        return 0 if kind in self.fixed else self.fold
+    def _with(self, step: str) -> list[Slot]:
+        return [slot for slot in self.slots if step in KINDS[slot.kind].steps]
 
-    def _dense(self, rows: Tensor) -> Tensor:
-        y: Tensor = rows @ self.weight
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        return y if bias is None else y + bias
+    def _own(self, slot: Slot) -> dict[str, Tensor]:
+        """The tensors of a slot by part, and its constants."""
+        kind = KINDS[slot.kind]
+        found = {part: getattr(self, _leaf(slot, part)) for part in kind.kind.parts}
+        return found | {name: getattr(self, f"basis_{name}") for name in kind.constant_names}
 
-    def _vector(self, rows: Tensor) -> Tensor:
-        change: Tensor = ((rows @ self.basis_A) * self.lambda_d) @ self.basis_B * self.lambda_b
-        return change
+    def _by_rows(self, value: Tensor, change: Callable[[Tensor], Tensor], slot: Slot) -> Tensor:
+        fold = 0 if slot.fixed else self.fold
+        return self._type.by_rows(value, lambda rows: _apply(rows, change, fold))
 
-    def _low_rank(self, rows: Tensor) -> Tensor:
-        change: Tensor = (rows @ self.adapter_A) @ self.adapter_B
-        return change
+    def _dense(self, slot: Slot) -> Callable[[Tensor], Tensor]:
+        """The layer with the slot's weight, and its own bias."""
+        bias = self._type.bias(self.base)
 
-    def _delta(self, rows: Tensor) -> Tensor:
-        # Exporters take the length for a constant; `graph.free_deltas` sets that right.
-        change: Tensor = rows[..., : self.adapter_D.shape[1]] @ self.adapter_D
+        def change(rows: Tensor) -> Tensor:
+            y = KINDS[slot.kind].added(rows, self._own(slot))
+            return y if bias is None else y + bias
+
         return change
 
     def __getattr__(self, name: str) -> Any:
@@ -114,6 +110,11 @@ class TargetSlot(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def _leaf(slot: Slot, part: str) -> str:
+    """The name of a slot's parameter."""
+    return slot.inputs[part].rpartition(".")[2]
 
 
 class HeadSlot(nn.Module):
@@ -161,19 +162,11 @@ def with_slots(model: nn.Module, slots: Sequence[Slot]) -> nn.Module:
 
 
 def _wrapped(path: str, base: nn.Module, slots: Sequence[Slot]) -> nn.Module:
-    if slots[0].kind != "head":
+    if not SLOT_KINDS[slots[0].kind].is_head:
         return TargetSlot(base, slots)
     if not isinstance(base, nn.Linear):  # checked before, by `head_widths`
         raise TypeError(f"{path} must be nn.Linear, got {type(base).__name__}")
     return HeadSlot(base, slots[0])
-
-
-def _weight_of(base: nn.Module) -> Tensor:
-    """The weight of a layer as [1, in, out], sharing its memory."""
-    weight = dense_weight(base)
-    if weight is None:  # checked before, by `slot_targets`
-        raise TypeError(f"{type(base).__name__} must have one weight")
-    return weight[None]
 
 
 def set_slots(slotted: nn.Module, values: Mapping[str, NDArray[np.float32]]) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from regrow_export.layers import head_widths, layer_kinds, slot_targets
 from regrow_export.source import ExportSource
-from regrow_format.adapter import Adapter, Target
-from regrow_format.basis import PHILOX_SIGN
+from regrow_format.adapter import Adapter
 from regrow_format.errors import UsageError
 from regrow_format.manifest import Slot
+from regrow_format.methods import get_method
 from regrow_format.methods.base import MAX_RANK
 
-from .feeds import head_slots, target_slot
+from .feeds import head_slots
+from .kinds import KINDS
+from .targets import head_widths, kinds_of, slot_targets
 
-__all__ = ["SlotPlan"]
+__all__ = ["SlotPlan", "adapter_slots"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,8 @@ class SlotPlan:
             raise UsageError(f"a fixed rank and expanders must be for mode swappable, got {mode}")
         if self.fixed_rank is not None and not 1 <= self.fixed_rank <= MAX_RANK:
             raise UsageError(f"fixed rank must be from 1 to {MAX_RANK}, got {self.fixed_rank}")
-        if "weight" in self.kinds and precision != "fp32":
-            raise UsageError(
-                f"precision must be fp32 for weight slots, which are float32, got {precision}: "
-                "use slots of another kind"
-            )
-        if "vector" in self.kinds:
-            _check_vera(self.vera)
+        for kind in self.kinds:
+            KINDS[kind].check(precision, self.vera)
 
     def target_slots(self, source: ExportSource, targets: Sequence[str]) -> tuple[Slot, ...]:
         """A slot of every kind that a target takes: a norm takes a bias alone.
@@ -59,34 +55,22 @@ class SlotPlan:
             UsageError: a target is no such layer.
         """
         return tuple(
-            self._slot(target, kind)
+            KINDS[kind].slot(target, self.fixed_rank, self.vera)
             for target in slot_targets(source.model, targets, self.kinds)
             for kind in self.kinds
-            if kind in layer_kinds(source.model.get_submodule(target.name))
+            if kind in kinds_of(source.model.get_submodule(target.name))
         )
 
     def head_slots(self, source: ExportSource, targets: Sequence[str]) -> tuple[Slot, ...]:
         """The slots of the head's layers."""
         return head_slots(head_widths(source, targets), fixed=self.fixed_rank is not None)
 
-    def _slot(self, target: Target, kind: str) -> Slot:
-        rank, seed, fixed = None, None, self.fixed_rank is not None
-        if kind == "low_rank":
-            rank = self.fixed_rank
-        elif kind == "vector" and self.vera is not None:
-            rank, seed = int(self.vera.config["rank"]), str(self.vera.seed)
-        return target_slot(target, kind, rank=rank, fixed=fixed or kind == "weight", seed=seed)
 
-
-def _check_vera(vera: Adapter | None) -> None:
-    if vera is None or vera.method != "vera":
-        got = "none" if vera is None else f"one of {vera.method}"
-        raise UsageError(
-            f"vector slots must have a VeRA adapter, whose seed and rank they take, got {got}: "
-            "give one (--adapter FILE on the command line)"
-        )
-    if vera.basis.kind != PHILOX_SIGN.kind:
-        raise UsageError(
-            f"basis must be {PHILOX_SIGN.kind} for vector slots, got {vera.basis.kind}: use "
-            "low_rank slots"
-        )
+def adapter_slots(adapter: Adapter) -> list[Slot]:
+    """The slots that an adapter fills, for graphs and models that are its own."""
+    fills = get_method(adapter.method).fills
+    return [
+        KINDS[kind].slot(target)
+        for target in adapter.targets
+        for kind in fills(adapter.config, target)
+    ]

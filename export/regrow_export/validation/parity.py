@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow_export.slots import Feeds, slot_shapes
+from regrow_export.slots import Feeds
 from regrow_export.tracing import decoded, padded_inputs
 from regrow_format.errors import RegrowError
 from regrow_format.kv_cache import CacheSpec
 from regrow_format.manifest import Slot
+from regrow_format.slot_kinds import SLOT_KINDS
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -235,10 +236,10 @@ def random_feeds(slots: Sequence[Slot], count: int) -> Feeds:
     rng = np.random.default_rng(0)
     feeds: Feeds = {}
     for slot in slots:
-        rank = slot.rank or _RANK
-        sums = {"d": slot.in_features, "b": rank if slot.kind == "vector" else 1}
-        for part, shape in slot_shapes(slot, rank).items():
-            value = rng.standard_normal((count, *shape)) / np.sqrt(sums.get(part, shape[0]))
+        kind, rank = SLOT_KINDS[slot.kind], slot.rank or _RANK
+        for part in kind.parts:
+            value = rng.standard_normal((count, *kind.shape(part, slot, rank)))
+            value *= kind.deviation(part, slot, rank)
             feeds[slot.inputs[part]] = value.astype(np.float32)
     return feeds
 
@@ -276,14 +277,11 @@ def check_slots(checker: Checker, slotted: nn.Module, slots: Sequence[Slot]) -> 
 
 
 def _effect_of(checker: Checker, slotted: nn.Module, slot: Slot, feeds: Feeds) -> float | None:
-    """The effect of one slot alone, or None where torch has none either.
-
-    That may be so for a bias: one of an attention's keys cancels in the softmax.
-    """
+    """The effect of one slot alone, or None where torch has none either, and may."""
     own = {name: feeds[name] for name in slot.inputs.values()}
-    what = f"slot {slot.target}" if slot.kind == "low_rank" else f"slot {slot.target} ({slot.kind})"
+    what = f"slot {slot.target} ({slot.kind})"
     found = checker.change(own, what)
-    if slot.kind == "bias" and found < ATOL:
+    if SLOT_KINDS[slot.kind].may_cancel and found < ATOL:
         others = {name: np.zeros_like(value) for name, value in feeds.items()}
         if _torch_change(checker, slotted, others, own) < ATOL:
             return None
@@ -336,9 +334,21 @@ def _effect_in_torch(
 
     found: dict[str, float] = {}
     change = largest_change(run_torch(base, inputs), run_torch(slotted, inputs))
-    parts = ("adapter_B", "adapter_D", "adapter_b")
-    if change == 0 and any(feed.any() for name, feed in feeds.items() if name.endswith(parts)):
+    if change == 0 and _is_change(slotted, feeds):
         raise RegrowError("the adapter must change the output, got no change on the check's inputs")
     if np.isfinite(change):  # with another number of classes there is no difference to take
         found["adapter_effect"] = change
     return found
+
+
+def _is_change(slotted: nn.Module, feeds: Feeds) -> bool:
+    """Whether what targets' slots are fed changes anything."""
+    from regrow_export.slots import TargetSlot
+
+    targets = (module for module in slotted.modules() if isinstance(module, TargetSlot))
+    slots = [slot for target in targets for slot in target.slots]
+    fed = [slot for slot in slots if feeds.keys() >= set(slot.inputs.values())]
+    return any(
+        SLOT_KINDS[slot.kind].is_change({part: feeds[name] for part, name in slot.inputs.items()})
+        for slot in fed
+    )

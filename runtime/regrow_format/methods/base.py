@@ -51,12 +51,15 @@ class Method(ABC):
         kinds: the kinds of slot that its expansions fill; none without targets.
         also: further kinds, each of which takes its adapters alone where a bundle has no such
             slots: one that takes any dense change, or that `expand_for` knows.
+        targets: the layers that it can change: "linear" ones (and factored pairs), those that are
+            "biased" (norms too), "any" linear layer or norm.
         bases: the kinds of basis that it takes.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     also: ClassVar[tuple[str, ...]] = ()
+    targets: ClassVar[str] = "linear"
     bases: ClassVar[tuple[str, ...]] = ("philox-sign",)
 
     def check_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Bitfit(Method):
 
     name = "bitfit"
     kinds = ("bias",)
+    targets = "biased"
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
         """Nothing."""

@@ -14,7 +14,7 @@ from .low_rank import LOW_RANK
 from .vector import VECTOR
 from .weight import WEIGHT
 
-__all__ = ["SLOT_KINDS", "Changes", "Feed", "Parts", "SlotKind"]
+__all__ = ["HEAD", "SLOT_KINDS", "Changes", "Feed", "Parts", "SlotKind"]
 
 SLOT_KINDS: dict[str, SlotKind] = {
     kind.name: kind for kind in (WEIGHT, LOW_RANK, DELTA, VECTOR, BIAS, HEAD)

@@ -94,7 +94,7 @@ class SlotKind(ABC):
 
     def deviation(self, part: str, slot: Slot, rank: int) -> float:
         """Of random entries in a test: a change about as large as the output."""
-        return 1.0 / np.sqrt(self.shape(part, slot, rank)[0])
+        return float(self.shape(part, slot, rank)[0] ** -0.5)
 
     def blend(self, slot: Slot, feeds: Sequence[Feed]) -> Parts:
         """The sum of weight times change.

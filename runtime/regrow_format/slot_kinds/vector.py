@@ -31,7 +31,7 @@ class Vector(SlotKind):
 
     def deviation(self, part: str, slot: Slot, rank: int) -> float:
         """Each vector takes away what the sum before it brought in."""
-        return 1.0 / np.sqrt(slot.in_features if part == "d" else rank)
+        return float((slot.in_features if part == "d" else rank) ** -0.5)
 
     def misfit(self, slot: Slot, adapter: AdapterContents) -> str | None:
         """Another basis."""

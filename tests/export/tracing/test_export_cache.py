@@ -12,7 +12,7 @@ import torch
 import regrow_export.tracing.tracer
 from regrow_export import ExportSource, export_bundle, find_linears
 from regrow_export.quantization import rounded_weights
-from regrow_export.slots import expansion_feeds, set_slots, target_slot, with_slots
+from regrow_export.slots import KINDS, expansion_feeds, set_slots, with_slots
 from regrow_export.tracing.kv_cache import cache_of
 from regrow_format.basis import BasisCache
 from regrow_format.methods import get_method
@@ -156,7 +156,7 @@ def test_other_modes(source, family, adapter_for, tmp_path, mode):
     adapter = adapter_for(source, targets_of(source))
     export_bundle(source, tmp_path / "b", mode=mode, adapter=adapter)
     lm = Bundle.open(tmp_path / "b", threads=1)
-    slots = [target_slot(target, "low_rank") for target in adapter.targets]
+    slots = [KINDS["low_rank"].slot(target) for target in adapter.targets]
     slotted = with_slots(source.model, slots)
     set_slots(slotted, expansion_feeds(get_method("nola").expand(adapter, BasisCache())))
     assert lists(lm.generate(PROMPTS, max_new_tokens=COUNT)) == generated(slotted, PROMPTS)

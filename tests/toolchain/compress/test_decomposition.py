@@ -45,14 +45,14 @@ def _moment(width: int, samples: int, seed: int = 1) -> torch.Tensor:
 
 def _cost(pair: nn.Module, layer: nn.Linear, moments: Moments) -> float:
     """||G^½ (V Uᵀ - W) C^½||² = tr(G D C Dᵀ)."""
-    change = (pair.dense_weight() - layer.weight).detach().double()
+    change = (pair.weight - layer.weight).detach().double()
     outer = torch.eye(20).double() if moments.gradients is None else moments.gradients
     return float(torch.trace(outer @ change @ moments.inputs @ change.T))
 
 
 def test_without_moments_it_is_plain_svd(layer: nn.Linear) -> None:
     one = decompose(layer, "fc").pair(layer, 5)
-    assert torch.allclose(one.dense_weight(), factorize(layer, 5).dense_weight(), atol=1e-6)
+    assert torch.allclose(one.weight, factorize(layer, 5).weight, atol=1e-6)
     assert torch.equal(one.up.bias, layer.bias)
     assert torch.allclose(one.down.weight.norm(dim=1), one.up.weight.norm(dim=0), rtol=1e-5)
 
@@ -75,11 +75,11 @@ def test_few_samples_leave_nothing_undefined(layer: nn.Linear, samples: int) -> 
     """Moments far from full rank."""
     moments = Moments(_moment(12, samples), _moment(20, samples, 2))
     pair = decompose(layer, "fc", moments).pair(layer, 6)
-    assert torch.isfinite(pair.dense_weight()).all()
+    assert torch.isfinite(pair.weight).all()
     assert _cost(pair, layer, moments) <= _cost(factorize(layer, 6), layer, moments)
     nothing = Moments(torch.zeros(12, 12).double(), torch.zeros(20, 20).double())
     plain = decompose(layer, "fc", nothing).pair(layer, 6)
-    assert torch.allclose(plain.dense_weight(), factorize(layer, 6).dense_weight(), atol=1e-6)
+    assert torch.allclose(plain.weight, factorize(layer, 6).weight, atol=1e-6)
 
 
 def test_moments_are_those_of_the_inputs_without_padding() -> None:

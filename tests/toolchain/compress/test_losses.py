@@ -21,7 +21,7 @@ from regrow_toolchain.compress.losses import (
 from regrow_toolchain.compress.trainer import DistillationTrainer
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
-from regrow_toolchain.models import Backbone, apply_plan, dense_weight
+from regrow_toolchain.models import Backbone, apply_plan, weight_of
 from regrow_toolchain.tasks import Classification
 from regrow_toolchain.training import accelerated
 
@@ -62,7 +62,7 @@ def moved(backbone: Backbone) -> tuple[nn.Module, dict[str, torch.Tensor], np.nd
     student = copy.deepcopy(backbone.model)
     plans = plan_layers(student, 2)
     apply_plan(student, plans)
-    dense = {p.name: dense_weight(backbone.model.get_submodule(p.name)) for p in plans}
+    dense = {p.name: weight_of(backbone.model.get_submodule(p.name)) for p in plans}
     far = [
         np.abs(
             student.get_submodule(name).up.weight.detach().numpy()
@@ -180,8 +180,8 @@ def test_the_terms_are_those_of_a_plain_computation(
     squares = np.mean([((s - t) ** 2).mean().item() for s, t in pairs])
     shares = np.mean([(((s - t) ** 2).mean() / (t**2).mean()).item() for s, t in pairs])
     far = [
-        (student.get_submodule(p.name).dense_weight()
-         - dense_weight(backbone.model.get_submodule(p.name))).abs().max().item()
+        (student.get_submodule(p.name).weight
+         - weight_of(backbone.model.get_submodule(p.name))).abs().max().item()
         for p in plans
     ]  # fmt: skip
     base, fd, rwp = step_terms(features="paper")

@@ -19,9 +19,9 @@ from regrow_toolchain.models import (
     Backbone,
     LowRankLinear,
     apply_plan,
-    dense_weight,
     load_backbone,
     rank_for,
+    weight_of,
 )
 from regrow_toolchain.models.low_rank import factorize
 
@@ -66,7 +66,7 @@ def test_factors_are_the_best_of_their_rank(wide: int, high: int, rank: int) -> 
     weight = layer.weight.detach().numpy().astype(np.float64)
     pair = factorize(layer, rank)
     left_out = np.linalg.svd(weight, compute_uv=False)[rank:]
-    error = np.linalg.norm(pair.dense_weight().detach().numpy() - weight)
+    error = np.linalg.norm(pair.weight.detach().numpy() - weight)
     assert error == pytest.approx(np.sqrt((left_out**2).sum()), rel=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_conv1d_of_gpt2_is_turned() -> None:
     torch.manual_seed(0)
     layer, x = Conv1D(20, 12), torch.randn(3, 5, 12)  # 12 -> 20
     nn.init.normal_(layer.bias)
-    assert dense_weight(layer).shape == (20, 12)
+    assert weight_of(layer).shape == (20, 12)
     pair = factorize(layer, 12)
     assert (pair.in_features, pair.out_features) == (12, 20)
     assert torch.allclose(pair(x), layer(x), atol=1e-5)

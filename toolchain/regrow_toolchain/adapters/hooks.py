@@ -12,15 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_export.layers import widths
+from regrow_export.layers import LayerType, layer_type
+from regrow_export.slots import KINDS, Tensors, TorchKind
 from regrow_format.adapter import Adapter
 from regrow_format.basis import BasisCache
 from regrow_format.errors import MismatchError, RegrowError
 from regrow_format.methods import get_method
+from regrow_format.methods.base import Expansion
 
-from .methods import Change, Changes, low_rank
+from .methods import Changes
 
 __all__ = ["Hooks", "applied", "linear"]
+
+# By user: [users, rows, in] to [users, rows, out].
+Change = Callable[[Tensor], Tensor]
 
 
 class Hooks:
@@ -46,9 +51,14 @@ class Hooks:
     def attach(self, names: Sequence[str]) -> None:
         """Hook the targets `names`, and the layers of the heads."""
         for name in names:
-            self._hook(name, partial(self._changed, name))
+            module = self.model.get_submodule(name)
+            layer = layer_type(module)
+            if layer is None:
+                raise MismatchError(f"{name} must be a layer, got {type(module).__name__}")
+            self._hook_before(module, partial(self._before, name, layer))
+            self._hook(module, partial(self._after, name, layer, module))
         for name in self._heads:
-            self._hook(name, partial(self._replaced, name))
+            self._hook(self.model.get_submodule(name), partial(self._replaced, name))
         self._missed = {*names, *self._heads}
 
     def check_reached(self) -> None:
@@ -65,27 +75,55 @@ class Hooks:
                 f"{first}{more}: drop them from the targets"
             )
 
-    def _hook(self, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def _hook(self, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         def hook(
             _module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
         ) -> Tensor:
             return change(args[0] if args else next(iter(named.values())), output)
 
-        module = self.model.get_submodule(name)
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _changed(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+    def _hook_before(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if args:
+                return (change(args[0]), *args[1:]), named
+            first = next(iter(named))
+            return args, {**named, first: change(named[first])}
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _before(self, name: str, layer: LayerType, x: Tensor) -> Tensor:
+        """What the layer sees."""
+        for kind, tensors in self._with("on_input", name, x):
+            x = layer.by_rows(x, partial(self._by_user, partial(kind.on_input, tensors=tensors)))
+        return x
+
+    def _after(
+        self, name: str, layer: LayerType, module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        """What the layer gives; `x` is what it saw."""
         self._note(name, x)
-        change = self.changes.get(name)
-        return output if change is None else output + self._by_user(change, x)
+        for kind, tensors in self._with("added", name, x):
+            add = partial(self._by_user, partial(kind.added, tensors=tensors))
+            y = y + layer.by_rows(layer.seen(module, x), add)
+        for kind, tensors in self._with("on_output", name, y):
+            y = layer.by_rows(y, partial(self._by_user, partial(kind.on_output, tensors=tensors)))
+        return y
+
+    def _with(self, step: str, name: str, like: Tensor) -> Iterator[tuple[TorchKind, Tensors]]:
+        """The kinds that have such a step in a target's changes, and their tensors."""
+        changes = self.changes.get(name, {})
+        for kind in (KINDS[kind] for kind in KINDS if kind in changes):
+            if step in kind.steps:
+                yield kind, {p: value.to(like.dtype) for p, value in changes[kind.name].items()}
 
     def _replaced(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         self._note(name, x)
         return output if self._first is not None else self._by_user(self._heads[name], x)
 
-    def _by_user(self, change: Change, x: Tensor) -> Tensor:
-        rows = x.reshape(self.users, -1, x.shape[-1])
-        return change(rows).reshape(*x.shape[:-1], -1)
+    def _by_user(self, change: Change, value: Tensor) -> Tensor:
+        rows = value.reshape(self.users, -1, value.shape[-1])
+        return change(rows).reshape(*value.shape[:-1], -1)
 
     def _note(self, name: str, x: Tensor) -> None:
         self._missed.discard(name)
@@ -142,7 +180,7 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
     }
     hooks = Hooks(model, heads)
     replaced = _replace(model, adapter.extra, device)
-    hooks.changes = {name: _change(parts, device) for name, parts in expansion.items()}
+    hooks.changes = _tensors(expansion, device)
     try:
         hooks.attach(list(expansion))
         yield model
@@ -166,14 +204,18 @@ def _replace(
     return found
 
 
-def _change(parts: Mapping[str, NDArray[np.float32]], device: torch.device) -> Change:
-    """What a slot with these tensors adds; see `regrow_format.methods.base.Expansion`."""
-    tensors = {part: torch.from_numpy(np.array(v)).to(device)[None] for part, v in parts.items()}
-    if "A" in tensors:
-        return partial(low_rank, a=tensors["A"], b=tensors["B"])
-    if "D" in tensors:
-        return lambda x: x @ tensors["D"].to(x.dtype)
-    return lambda x: tensors["b"].to(x.dtype)[:, None].expand(-1, x.shape[1], -1)
+def _tensors(expansion: Expansion, device: torch.device) -> Changes:
+    """[1, rows, columns] of every part."""
+    return {
+        target: {
+            kind: {
+                part: torch.from_numpy(np.array(value)).reshape(1, -1, value.shape[-1]).to(device)
+                for part, value in parts.items()
+            }
+            for kind, parts in changes.items()
+        }
+        for target, changes in expansion.items()
+    }
 
 
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:
@@ -182,7 +224,7 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
     findings = [
         f"{t.name} must be a layer {t.in_features} -> {t.out_features}"
         for t in adapter.targets
-        if t.name not in modules or _widths(modules[t.name]) != (t.in_features, t.out_features)
+        if t.name not in modules or _sizes(modules[t.name]) != (t.in_features, t.out_features)
     ]
     for layer in adapter.head.layers if adapter.head else ():
         wide = layer.weight.shape[1]
@@ -198,11 +240,9 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
         raise MismatchError("model does not fit the adapter:", findings)
 
 
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer, or of a norm, whose width is both."""
-    bias = getattr(module, "bias", None)
-    norm = (len(bias), len(bias)) if isinstance(bias, Tensor) and bias.dim() == 1 else None
-    return widths(module) or norm
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    layer = layer_type(module)
+    return layer.sizes(module) if layer else None
 
 
 def _in_float(layer: nn.Module, x: Tensor) -> Tensor:

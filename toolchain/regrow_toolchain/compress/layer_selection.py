@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from regrow_export.layers import block_lists, is_conv1d
+from regrow_export.layers import LowRankLinear, block_lists, layer_type
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.models import LowRankLinear, Plan, dense_weight, find_targets, rank_for
+from regrow_toolchain.models import Plan, find_targets, rank_for, weight_of
 
 __all__ = ["LayerPlan", "plan_layers", "plans_of", "survey"]
 
@@ -91,7 +91,7 @@ def survey(
     outcome = _Rule(model, named, kept)
     found = []
     for name, module in _linears(model):
-        high, wide = dense_weight(module).shape
+        high, wide = weight_of(module).shape
         layer = LayerPlan(name, wide, high, module.bias is not None)
         why = outcome.skip_reason(layer)
         found.append(layer.kept_dense(why) if why else replace(layer, rank=_rank(layer, ratio)))
@@ -120,7 +120,8 @@ def _check_ranks(layers: Sequence[LayerPlan], ratio: float) -> None:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        layer = layer_type(module)
+        if layer and layer.is_linear and layer.has_one_weight:
             parent = model.get_submodule(name.rpartition(".")[0])
             if not isinstance(parent, LowRankLinear):
                 yield name, module

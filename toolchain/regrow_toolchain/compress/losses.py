@@ -154,7 +154,7 @@ def perturbation_loss(
     for name, weight in dense.items():
         pair = model.get_submodule(name)
         if isinstance(pair, LowRankLinear):
-            distances.append((pair.dense_weight() - weight).abs().max() - epsilon)
+            distances.append((pair.weight - weight).abs().max() - epsilon)
     distance = torch.stack(distances)
     if form == "hinge":
         return distance.clamp_min(0).sum()

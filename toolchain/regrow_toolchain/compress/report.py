@@ -18,8 +18,8 @@ from regrow_toolchain.models import (
     Backbone,
     LowRankLinear,
     count_macs,
-    dense_weight,
     example_inputs,
+    weight_of,
 )
 
 from .compression import Compressed
@@ -87,10 +87,10 @@ def _layer(done: Compressed, source: Backbone, name: str, tokens: int | None) ->
 @torch.no_grad()
 def _error(done: Compressed, source: Backbone, name: str) -> float:
     """||V Uᵀ - W|| / ||W|| in Frobenius' norm, of the trained factors."""
-    weight = dense_weight(source.model.get_submodule(name))
+    weight = weight_of(source.model.get_submodule(name))
     pair = done.backbone.model.get_submodule(name)
     assert isinstance(pair, LowRankLinear)
-    return float((pair.dense_weight() - weight).norm() / weight.norm().clamp_min(1e-30))
+    return float((pair.weight - weight).norm() / weight.norm().clamp_min(1e-30))
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

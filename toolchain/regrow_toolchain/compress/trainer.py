@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
-from regrow_toolchain.models import LowRankLinear, dense_weight
+from regrow_toolchain.models import LowRankLinear, weight_of
 from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
     Augmentation,
@@ -96,7 +96,7 @@ class DistillationTrainer:
         self.best: State = {}
         self._sums = torch.zeros(1 + len(_PARTS), dtype=torch.float64)
         self._dense = {
-            name: dense_weight(teacher.get_submodule(name))
+            name: weight_of(teacher.get_submodule(name))
             for name, module in student.named_modules()
             if isinstance(module, LowRankLinear)
         }

@@ -9,10 +9,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from regrow_export import ExportSource, export_bundle, kinds_for, slot_targets
-from regrow_export.layers import check_adapter
+from regrow_export.slots import check_adapter
 from regrow_format.adapter import Adapter, Target
 from regrow_format.errors import UsageError
 from regrow_format.manifest import Manifest
+from regrow_format.methods import get_method
 from regrow_toolchain.data import Dataset, for_device
 from regrow_toolchain.models import Backbone, find_targets
 
@@ -114,12 +115,9 @@ def _names(
     """Module paths of the targets."""
     if adapter is not None and not patterns:
         return [target.name for target in adapter.targets]
-    found: list[Target] = []
-    slots = {method: kinds_for(method) for method in methods}
-    if any(kinds and kinds != ("bias",) for kinds in slots.values()):
-        found += find_targets(backbone.model, patterns)
-    if "bitfit" in slots:
-        found += find_targets(backbone.model, patterns, method="bitfit")
-    if patterns and not any(slots.values()):
+    # One method of each sort of targets will do.
+    sorts = {get_method(name).targets: name for name in methods if kinds_for(name)}
+    if patterns and not sorts:
         raise UsageError(f"method head changes no layers, got targets {', '.join(patterns)}")
-    return sorted({target.name for target in found}, key=str.encode)
+    found = [find_targets(backbone.model, patterns, method=name) for name in sorts.values()]
+    return sorted({target.name for targets in found for target in targets}, key=str.encode)

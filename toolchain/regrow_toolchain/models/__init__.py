@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .low_rank import LowRankLinear as LowRankLinear
     from .low_rank import Plan as Plan
     from .low_rank import apply_plan as apply_plan
-    from .low_rank import dense_weight as dense_weight
     from .low_rank import finite_weight as finite_weight
     from .low_rank import pair_of as pair_of
     from .low_rank import rank_for as rank_for
+    from .low_rank import weight_of as weight_of
     from .macs import count_macs as count_macs
     from .macs import example_inputs as example_inputs
     from .module_factory import function_called as function_called
@@ -48,7 +48,7 @@ else:
                 "LowRankLinear",
                 "Plan",
                 "apply_plan",
-                "dense_weight",
+                "weight_of",
                 "finite_weight",
                 "pair_of",
                 "rank_for",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow_export.layers import is_conv1d
-from regrow_format.errors import RegrowError
+from regrow_export.layers import LowRankLinear, layer_type
+from regrow_format.errors import MismatchError, RegrowError
 
 from .structure import replace_module
 
@@ -22,54 +22,12 @@ __all__ = [
     "LowRankLinear",
     "Plan",
     "apply_plan",
-    "dense_weight",
     "factorize",
     "finite_weight",
     "pair_of",
     "rank_for",
+    "weight_of",
 ]
-
-
-class LowRankLinear(nn.Module):
-    """`up(down(x))`, in_features -> rank -> out_features; the bias is on `up`.
-
-    Both parts are ordinary linear layers: an adapter may target one of them, or the pair.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, *, bias: bool, device: str = "cpu"
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.down = nn.Linear(in_features, rank, bias=False, device=device)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
-        result: Tensor = self.up(self.down(x))
-        return result
-
-    def dense_weight(self) -> Tensor:
-        """V Uᵀ [out_features, in_features], the weight that the pair stands for."""
-        return self.up.weight @ self.down.weight
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight`, for models that read it of a layer (T5 asks for its dtype)."""
-        return self.dense_weight()
-
-    def merged_with(self, a: Tensor, b: Tensor) -> LowRankLinear:
-        """The pair of rank + r that also computes (x a) b, exactly; a [in, r], b [r, out]."""
-        rank = self.rank + a.shape[1]
-        pair = LowRankLinear(
-            self.in_features, self.out_features, rank, bias=self.up.bias is not None
-        )
-        with torch.no_grad():
-            pair.down.weight.copy_(torch.cat([self.down.weight, a.T]))
-            pair.up.weight.copy_(torch.cat([self.up.weight, b.T], dim=1))
-            if self.up.bias is not None:
-                pair.up.bias.copy_(self.up.bias)
-        return pair
 
 
 def rank_for(in_features: int, out_features: int, ratio: float) -> int:
@@ -88,10 +46,13 @@ class Plan:
     bias: bool
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in], detached; transformers' Conv1D has it turned."""
-    weight = module.get_parameter("weight").detach()
-    return weight.T if is_conv1d(module) else weight
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that can be factored, or of a pair, as [out, in], detached."""
+    layer = layer_type(module)
+    weight = layer.weight(module) if layer else None
+    if weight is None:
+        raise TypeError(f"layer must have a weight, got {type(module).__name__}")
+    return weight
 
 
 def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankLinear:
@@ -107,22 +68,42 @@ def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankLinea
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:
-    """`dense_weight`, or `RegrowError` if a number in it is not finite."""
-    weight = dense_weight(module)
+    """`weight_of`, or `RegrowError` if a number in it is not finite."""
+    weight = weight_of(module)
     if not torch.isfinite(weight).all():
         raise RegrowError(f"{name}.weight must be finite, got NaN or infinity")
     return weight
 
 
 def pair_of(module: nn.Module, down: Tensor, up: Tensor) -> LowRankLinear:
-    """The pair of `down` [rank, in] and `up` [out, rank], with the bias of the linear layer."""
-    biased = module.bias is not None
-    pair = LowRankLinear(down.shape[1], up.shape[0], down.shape[0], bias=biased)
+    """The pair of `down` [rank, in] and `up` [out, rank], with the bias of the layer."""
+    pair = _empty_pair(module, len(down))
     with torch.no_grad():
-        pair.down.weight.copy_(down)
-        pair.up.weight.copy_(up)
-        if biased:
+        for factor, weight in ((pair.down, down), (pair.up, up)):
+            factor.weight.copy_(weight.reshape(factor.weight.shape))
+        if pair.up.bias is not None:
             pair.up.bias.copy_(module.get_parameter("bias"))
+    return pair
+
+
+def _planned_pair(module: nn.Module, plan: Plan) -> LowRankLinear:
+    """Without weights; `MismatchError` unless the layer is the one that was factored."""
+    layer = layer_type(module)
+    want = (plan.in_features, plan.out_features, plan.bias)
+    if layer is None or (*layer.sizes(module), layer.bias(module) is not None) != want:
+        raise MismatchError(
+            f"{plan.name} must be the layer that was factored, {plan.in_features} -> "
+            f"{plan.out_features} {'with' if plan.bias else 'without'} a bias, got "
+            f"{type(module).__name__} of another size: give the model that was compressed"
+        )
+    return _empty_pair(module, plan.rank, "meta")
+
+
+def _empty_pair(module: nn.Module, rank: int, device: str = "cpu") -> LowRankLinear:
+    layer = layer_type(module)
+    pair = layer.pair(module, rank, device) if layer else None
+    if pair is None:
+        raise TypeError(f"layer must be one that can be factored, got {type(module).__name__}")
     return pair
 
 
@@ -141,9 +122,7 @@ def apply_plan(
     """
     for plan in plans:
         if empty:
-            pair = LowRankLinear(
-                plan.in_features, plan.out_features, plan.rank, bias=plan.bias, device="meta"
-            )
+            pair = _planned_pair(model.get_submodule(plan.name), plan)
         elif pairs is not None:
             pair = pairs[plan.name]
         else:

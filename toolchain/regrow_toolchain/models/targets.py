@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from regrow_export import find_linears
-from regrow_export.layers import block_lists, widths
+from regrow_export.layers import block_lists, find_biased, find_layers, find_linears, layer_type
 from regrow_format.adapter import Target
 from regrow_format.errors import RegrowError, UsageError
+from regrow_format.methods import Method, get_method
 
 from .layer_names import FUSED, PROJECTIONS, SETS, fused_in, role_of
 from .structure import find_head
@@ -22,8 +22,6 @@ _NEAR = 5
 _ALL = "@all"
 _ALL_LINEAR = "all-linear"  # PEFT's word
 _NAMED = (_ALL, *SETS)
-# Norms whose bias lies along another dimension than the last.
-_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # What nn.MultiheadAttention uses without calling a layer.
 _UNCALLED = frozenset({"in_proj", "in_proj_weight", "out_proj"})
 
@@ -40,19 +38,21 @@ def find_targets(
             they are fused with others in one layer, that layer), `@attention` (`@qv`, key and
             output), `@mlp`, `@all` (every linear layer; the default). PEFT's `all-linear` is every
             linear layer of the model but its head.
-        method: the adapter method. bitfit also changes norms, and only layers with a bias; head
-            changes no layers.
+        method: the adapter method, whose `targets` say which layers it can change.
 
     Raises:
         UsageError: a pattern matches nothing; the nearest names are listed, or the fused layer that
             holds what was asked for.
         RegrowError: there are no patterns, and no linear layers in blocks.
     """
-    if method == "head":
+    kind = get_method(method) if method else None
+    if kind and not kind.kinds:
         if patterns:
-            raise UsageError(f"method head changes no layers, got targets {', '.join(patterns)}")
+            raise UsageError(
+                f"method {method} changes no layers, got targets {', '.join(patterns)}"
+            )
         return ()
-    search = _Search(model, biased=method == "bitfit")
+    search = _Search(model, kind)
     chosen: set[str] = set()
     for pattern in patterns or (_ALL,):
         chosen |= search.match(pattern)
@@ -62,15 +62,17 @@ def find_targets(
 class _Search:
     """The layers of a model that a method can change, and what patterns match among them."""
 
-    def __init__(self, model: nn.Module, *, biased: bool) -> None:
-        self._model, self._biased = model, biased
+    def __init__(self, model: nn.Module, method: Method | None) -> None:
+        self._model, self._method = model, method
+        sort = method.targets if method else "linear"
+        self._biased = sort == "biased"
         self._attention = tuple(
             f"{name}." if name else ""
             for name, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
         )
-        self._linears = {name: widths(m) or (0, 0) for name, m in find_linears(model).items()}
-        found = _biased(model) if biased else self._linears
+        self._linears = _sizes(find_linears(model))
+        found = self._linears if sort == "linear" else _sizes(_FINDERS[sort](model))
         self._found = {n: w for n, w in found.items() if not self._in_attention(n)}
         self._stacks = tuple(f"{prefix}." for prefix, _ in block_lists(model))
 
@@ -175,10 +177,10 @@ class _Search:
 
     def _explain_bias(self, pattern: str, linears: Collection[str]) -> None:
         """Raise if the pattern matches layers that only lack a bias."""
-        if self._biased and linears:
+        if self._biased and self._method and linears:
             raise UsageError(
                 f"target must match a layer with a bias, got {pattern!r}: "
-                f"{min(linears)} has none, and method bitfit trains nothing else"
+                f"{min(linears)} has none, and method {self._method.name} trains nothing else"
             )
 
     def _explain_attention(self, pattern: str) -> None:
@@ -197,6 +199,17 @@ class _Search:
 
     def _in_attention(self, name: str) -> bool:
         return bool(self._attention) and name.startswith(self._attention)
+
+
+def _all_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, (module, _) in find_layers(model).items()}
+
+
+# By `Method.targets`.
+_FINDERS: dict[str, Callable[[nn.Module], dict[str, nn.Module]]] = {
+    "biased": find_biased,
+    "any": _all_layers,
+}
 
 
 def matching(pattern: str, names: Collection[str]) -> set[str]:
@@ -218,28 +231,10 @@ def _endings(names: Collection[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
 
 
-def _biased(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(in, out) by module path of what has a bias along the last dimension; (out, out) of norms."""
-    found = {}
-    for name, module in model.named_modules():
-        width = widths(module)
-        # A factored pair's bias is its second factor's.
-        bias = getattr(getattr(module, "up", module) if width else module, "bias", None)
-        if not name or not isinstance(bias, nn.Parameter) or bias.dim() != 1:
-            continue
-        if width:
-            found[name] = width
-        elif _is_norm(module):
-            found[name] = (len(bias), len(bias))
-    return found
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Scales and shifts the last dimension, as a LayerNorm does."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    same = isinstance(weight, nn.Parameter) and bias is not None and weight.shape == bias.shape
-    first = getattr(module, "data_format", None) == "channels_first"  # ConvNeXt's
-    return same and not first and not isinstance(module, _OTHER_NORMS)
+def _sizes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """(in, out) by module path."""
+    typed = ((name, module, layer_type(module)) for name, module in layers.items())
+    return {name: layer.sizes(module) for name, module, layer in typed if layer}
 
 
 def _heads(model: nn.Module) -> list[str]:

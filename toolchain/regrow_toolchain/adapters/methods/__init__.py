@@ -5,17 +5,14 @@ from typing import TYPE_CHECKING
 from regrow_export.lazy import load_on_use
 
 if TYPE_CHECKING:
-    from .base import Change as Change
     from .base import Changes as Changes
     from .base import TrainableAdapter as TrainableAdapter
-    from .low_rank_factors import low_rank as low_rank
     from .registry import get_trainable as get_trainable
 else:
     __all__, __getattr__, __dir__ = load_on_use(
         __name__,
         {
-            ".base": ("Change", "Changes", "TrainableAdapter"),
-            ".low_rank_factors": ("low_rank",),
+            ".base": ("Changes", "TrainableAdapter"),
             ".registry": ("get_trainable",),
         },
     )

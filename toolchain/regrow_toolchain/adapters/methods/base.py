@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
@@ -19,7 +19,6 @@ from regrow_format.errors import FormatError, UsageError
 from regrow_format.methods import get_method
 
 __all__ = [
-    "Change",
     "Changes",
     "TrainableAdapter",
     "TrainableMethod",
@@ -27,9 +26,8 @@ __all__ = [
     "parse_settings",
 ]
 
-# What a layer's output gains, by user: x [users, rows, in] to [users, rows, out].
-Change = Callable[[Tensor], Tensor]
-Changes = dict[str, Change]
+# By target and kind of slot, the slot's tensors by part, [users, rows, columns].
+Changes = dict[str, dict[str, dict[str, Tensor]]]
 
 
 class TrainableAdapter(nn.Module, ABC):
@@ -69,7 +67,7 @@ class TrainableAdapter(nn.Module, ABC):
 
     @abstractmethod
     def changes(self) -> Changes:
-        """By target, what its output gains, with gradients; called once a step."""
+        """What targets' slots would hold, with gradients; called once a step."""
 
     def rows(self, name: str) -> Tensor:
         """[users, rows, length]: a tensor as it is used, rounded if training sees it rounded."""

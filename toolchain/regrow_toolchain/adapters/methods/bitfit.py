@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from regrow_format.adapter import Target
 from regrow_format.methods import get_method
@@ -47,11 +45,6 @@ class _TrainedBitfit(TrainableAdapter):
         found: Changes = {}
         for target in self.targets:
             name = f"b.{target.out_features}"
-            found[target.name] = partial(_bias, b=rows[name][:, used[name], None])
+            found[target.name] = {"bias": {"b": rows[name][:, used[name], None]}}
             used[name] += 1
         return found
-
-
-def _bias(x: Tensor, b: Tensor) -> Tensor:
-    """b [users, 1, out] for every row."""
-    return b.to(x.dtype).expand(-1, x.shape[1], -1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,7 +144,7 @@ class _TrainedFourierft(TrainableAdapter):
         for grid, group in self._grids.items():
             delta = self._deltas(c[:, group], grid)  # [users, targets, out, in]
             for position, index in enumerate(group):
-                found[self.targets[index].name] = partial(_dense, delta=delta[:, position])
+                found[self.targets[index].name] = {"delta": {"D": delta[:, position].mT}}
         return found
 
     def _deltas(self, c: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -159,11 +158,6 @@ class _TrainedFourierft(TrainableAdapter):
         halves = torch.complex(spectrum, torch.zeros_like(spectrum))
         deltas: Tensor = torch.fft.irfft2(halves, s=grid, norm="forward")
         return deltas
-
-
-def _dense(x: Tensor, delta: Tensor) -> Tensor:
-    """x delta^T by user, in x's dtype; delta [users, out, in]."""
-    return x @ delta.mT.to(x.dtype)
 
 
 def _folded(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from regrow_format.adapter import Target
 from regrow_format.methods import get_method
 
 from .base import Changes, TrainableAdapter, parse_settings
-from .low_rank_factors import check_rank, low_rank
+from .low_rank_factors import check_rank
 
 __all__ = ["Lora", "LoraSettings"]
 
@@ -59,11 +58,12 @@ class _TrainedLora(TrainableAdapter):
         found: Changes = {}
         for target in self.targets:
             a, b = f"A.{target.in_features}", f"B.{target.out_features}"
-            found[target.name] = partial(
-                low_rank,
-                a=rows[a][:, used[a] : used[a] + rank].mT,
-                b=rows[b][:, used[b] : used[b] + rank],
-            )
+            found[target.name] = {
+                "low_rank": {
+                    "A": rows[a][:, used[a] : used[a] + rank].mT,
+                    "B": rows[b][:, used[b] : used[b] + rank],
+                }
+            }
             used[a] += rank
             used[b] += rank
         return found

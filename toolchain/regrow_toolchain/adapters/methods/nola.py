@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from regrow_format.basis import Role, sign_bits
 from regrow_format.methods.nola import Nola as OnDevice
 
 from .base import Changes, TrainableAdapter, parse_settings
-from .low_rank_factors import check_rank, low_rank
+from .low_rank_factors import check_rank
 from .sign_products import combine_signs, ready_signs
 
 __all__ = ["Nola", "NolaSettings"]
@@ -70,7 +69,7 @@ class _TrainedNola(TrainableAdapter):
         b = self._combine(self.rows("beta"), Role.NOLA_B, high)
         shape = (self.users, -1, rank), (self.users, rank, -1)
         return {
-            target.name: partial(low_rank, a=a[i].reshape(shape[0]), b=b[i].reshape(shape[1]))
+            target.name: {"low_rank": {"A": a[i].reshape(shape[0]), "B": b[i].reshape(shape[1])}}
             for i, target in enumerate(self.targets)
         }
 

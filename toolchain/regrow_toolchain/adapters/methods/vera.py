@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,21 +72,16 @@ class _TrainedVera(TrainableAdapter):
         found: Changes = {}
         for index, target in enumerate(self.targets):
             name = f"b.{target.out_features}"
-            found[target.name] = partial(
-                _vera,
-                a=self.get_buffer("shared_a")[:, : target.in_features],
-                b=self.get_buffer("shared_b")[: target.out_features],
-                scale_d=d[:, index, None],
-                scale_b=rows[name][:, used[name], None],
-            )
+            found[target.name] = {
+                "vector": {
+                    "A": self.get_buffer("shared_a")[:, : target.in_features].mT,
+                    "B": self.get_buffer("shared_b")[: target.out_features].mT,
+                    "d": d[:, index, None],
+                    "b": rows[name][:, used[name], None],
+                }
+            }
             used[name] += 1
         return found
-
-
-def _vera(x: Tensor, a: Tensor, b: Tensor, scale_d: Tensor, scale_b: Tensor) -> Tensor:
-    """lambda_b * (B (lambda_d * (A x))) by user, in x's dtype."""
-    inner = (x @ a.mT.to(x.dtype)) * scale_d.to(x.dtype)
-    return (inner @ b.mT.to(x.dtype)) * scale_b.to(x.dtype)
 
 
 def _signs(seed: int, role: Role, vectors: int, entries: int) -> Tensor:

@@ -140,17 +140,14 @@ def _of_bundle(path: Path, method: str) -> Base:
             f"bundle must be swappable to take an adapter, got a {manifest.mode} one, {path}: "
             "export it with --mode swappable"
         )
-    slot = get_method(method).slot or ""
-    slots = {
-        kind: {s.target: (s.in_features, s.out_features) for s in manifest.slots if s.kind == kind}
-        for kind in (slot, "head")
-    }
+    kinds = get_method(method).kinds
+    layers = {s.target: (s.in_features, s.out_features) for s in manifest.slots if s.kind in kinds}
+    heads = {slot.target: (slot.in_features, slot.out_features) for slot in manifest.head_slots}
     change = "a slot of the bundle, got none: export it with --target"
-    if slot != "low_rank":
-        change = f"a {slot} slot of the bundle, got none: export it with --for {method} --target"
-    return Base(
-        str(path), change, manifest.backbone_id, slots[slot], slots["head"], manifest.labels
-    )
+    if kinds != get_method("lora").kinds:  # which bundles have if nothing else is asked for
+        named = " or ".join(kinds)
+        change = f"a {named} slot of the bundle, got none: export it with --for {method} --target"
+    return Base(str(path), change, manifest.backbone_id, layers, heads, manifest.labels)
 
 
 def _of_compressed(path: Path) -> Base:
@@ -197,15 +194,14 @@ def _of_huggingface(path: Path) -> Base:
             f"got {path}, a Hugging Face directory: give the bundle that regrow export made of "
             f"it, or {pip_line('export')}"
         )
-    from regrow_export import find_linears
-    from regrow_export.layers import widths
+    from regrow_export.layers import find_layers
     from regrow_toolchain.models import load_backbone
 
     model = load_backbone(path)
     layers = {
-        name: found
-        for name, module in find_linears(model.model).items()
-        if (found := widths(module)) is not None
+        name: layer.sizes(module)
+        for name, (module, layer) in find_layers(model.model).items()
+        if layer.is_linear
     }
     heads = {name: layers.pop(name) for name in model.head}
     return Base(str(path), _LINEAR, model.backbone_id, layers, heads, model.labels, loaded=model)

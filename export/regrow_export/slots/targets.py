@@ -6,120 +6,46 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from regrow_export.layers import NORM, find_layers, find_linears, layer_type
 from regrow_format.adapter import Adapter, Target
 from regrow_format.errors import MismatchError, UsageError
 from regrow_format.methods import get_method
 from regrow_runtime.fit import check_damage
 
+from .kinds import KINDS
+
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
 
     from regrow_export.source import ExportSource
 
-__all__ = [
-    "TARGET_KINDS",
-    "check_adapter",
-    "dense_weight",
-    "find_biased",
-    "find_linears",
-    "head_widths",
-    "is_conv1d",
-    "kinds_for",
-    "layer_kinds",
-    "slot_targets",
-    "widths",
-]
-
-# Kinds of slots around targets: a layer of one weight takes all, factored pairs all but `weight`.
-TARGET_KINDS = ("low_rank", "delta", "bias", "weight", "vector")
-_NORM_KINDS = ("bias",)
+__all__ = ["check_adapter", "head_widths", "kinds_for", "kinds_of", "slot_targets"]
 
 
 def kinds_for(method: str) -> tuple[str, ...]:
     """The kinds of slot that a bundle needs for adapters of a method; none for head-only ones."""
-    kind = get_method(method).slot
-    return () if kind is None else (kind,)
+    return get_method(method).kinds
 
 
-def is_conv1d(module: torch.nn.Module) -> bool:
-    """Whether it is GPT-2's layer of transformers, whose weight is [in, out].
-
-    Known by its name and its width `nf`: transformers takes a second to import.
-    """
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def kinds_of(module: nn.Module) -> tuple[str, ...]:
+    """The kinds of slot that a module can have; none if adapters cannot change it."""
+    layer = layer_type(module)
+    return tuple(name for name, kind in KINDS.items() if layer and kind.takes(layer))
 
 
-def widths(module: torch.nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a layer that maps the last dimension linearly, or None if it is no such layer.
-
-    Known by duck type: `in_features` and `out_features` as in `nn.Linear` and in factorised pairs,
-    or GPT-2's Conv1D, whose widths are called `nx` and `nf`.
-    """
-    names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
-    wide, high = (getattr(module, name, None) for name in names)
-    return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
-
-
-def _norm_width(module: torch.nn.Module) -> int | None:
-    """The width of a norm over the last dimension, or None if it is no such layer.
-
-    Known by `normalized_shape`, or by a weight and a bias of one shape.
-    """
-    from torch import nn
-
-    batch = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
-    if batch or getattr(module, "data_format", None) == "channels_first":  # ConvNeXt's
-        return None
-    match getattr(module, "normalized_shape", None):
-        case (int(width),):
-            return width
-    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-    if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter):
-        return len(bias) if weight.shape == bias.shape and bias.dim() == 1 else None
-    return None
-
-
-def layer_kinds(module: torch.nn.Module) -> tuple[str, ...]:
-    """The kinds of slot that a module can have: a bias for a norm, all for a linear layer."""
-    if widths(module) is not None:
-        return tuple(k for k in TARGET_KINDS if k != "weight" or dense_weight(module) is not None)
-    return () if _norm_width(module) is None else _NORM_KINDS
-
-
-def dense_weight(module: torch.nn.Module) -> torch.Tensor | None:
-    """The weight of a linear layer as a view [in, out], or None if it has not just one."""
-    from torch import nn
-
-    if is_conv1d(module):
-        return module.get_parameter("weight").detach()
-    return module.weight.detach().T if isinstance(module, nn.Linear) else None
-
-
-def find_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every module that a slot can wrap, by module path, in the model's order."""
-    return {name: m for name, m in model.named_modules() if name and widths(m) is not None}
-
-
-def find_biased(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every linear layer, factored pair and norm that has a bias, by module path."""
-    return {name: m for name, m in model.named_modules() if name and _has_bias(m)}
-
-
-def _has_bias(module: torch.nn.Module) -> bool:
-    if not layer_kinds(module):
-        return False
-    last = getattr(module, "up", module)  # of a factored pair
-    return getattr(last, "bias", None) is not None
-
-
-def _known(model: torch.nn.Module, kinds: Sequence[str]) -> dict[str, torch.nn.Module]:
+def _known(model: nn.Module, kinds: Sequence[str]) -> dict[str, nn.Module]:
     """Every module that a slot of one of `kinds` can wrap, by module path."""
-    wanted = set(kinds)
-    return {n: m for n, m in model.named_modules() if n and wanted.intersection(layer_kinds(m))}
+    wanted = [KINDS[kind] for kind in kinds]
+    return {
+        name: module
+        for name, (module, layer) in find_layers(model).items()
+        if any(kind.takes(layer) for kind in wanted)
+    }
 
 
 def _noun(kinds: Sequence[str]) -> str:
-    return "layer" if "bias" in kinds else "linear layer"
+    """What targets are called: layers where norms can be some."""
+    return "layer" if any(KINDS[kind].takes(NORM) for kind in kinds) else "linear layer"
 
 
 def _suggest(name: str, known: Sequence[str], noun: str) -> str:
@@ -141,7 +67,7 @@ def _check_names(names: Sequence[str], known: Sequence[str], noun: str) -> None:
 
 
 def slot_targets(
-    model: torch.nn.Module, names: Sequence[str], kinds: Sequence[str] = ("low_rank",)
+    model: nn.Module, names: Sequence[str], kinds: Sequence[str] = ("low_rank",)
 ) -> tuple[Target, ...]:
     """Check target names against the model; sorted by the UTF-8 bytes of their names.
 
@@ -152,22 +78,26 @@ def slot_targets(
         UsageError: a name is unknown (near ones are listed), no layer that takes such a slot, given
             twice, or lies inside another target.
     """
-    linears = find_linears(model)
-    for name in names if "weight" in kinds else ():
-        if name in linears and dense_weight(linears[name]) is None:
-            raise UsageError(
-                f"target must have one float weight for a weight slot, got {name}, "
-                f"{type(linears[name]).__name__}: use slots of another kind"
-            )
+    _check_each(model, names, kinds)
     layers = _known(model, kinds)
     _check_names(list(names), list(layers), _noun(kinds))
     return tuple(Target(name, *_sizes(layers[name])) for name in sorted(names, key=str.encode))
 
 
-def _sizes(module: torch.nn.Module) -> tuple[int, int]:
-    """(in, out) of a layer that can be a target; a norm has its width twice."""
-    width = _norm_width(module) or 0
-    return widths(module) or (width, width)
+def _check_each(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raise `UsageError` for a linear layer that lacks a kind which other linear layers take."""
+    linears = find_linears(model)
+    for kind in (KINDS[name] for name in kinds):
+        for name in (name for name in names if name in linears):
+            layer = layer_type(linears[name])
+            if layer and not kind.takes(layer):
+                raise kind.refuse(name, linears[name])
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a layer that can be a target."""
+    layer = layer_type(module)
+    return layer.sizes(module) if layer else (0, 0)
 
 
 def head_widths(source: ExportSource, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -185,7 +115,7 @@ def head_widths(source: ExportSource, targets: Sequence[str]) -> dict[str, tuple
         clash = next((t for t in targets if f"{t}.".startswith(f"{path}.")), None)
         if clash or any(path.startswith(f"{t}.") for t in targets):
             raise UsageError(f"a layer must be a target or the head, got {path!r} as both")
-        found[path] = widths(linears[path]) or (0, 0)
+        found[path] = _sizes(linears[path])
     return found
 
 
@@ -214,7 +144,7 @@ def check_adapter(source: ExportSource, adapter: Adapter) -> None:
         raise MismatchError("adapter must fit the model that is exported", findings)
 
 
-def _target_findings(target: Target, layers: dict[str, torch.nn.Module], noun: str) -> list[str]:
+def _target_findings(target: Target, layers: dict[str, nn.Module], noun: str) -> list[str]:
     if target.name not in layers:
         return [f"{target.name}: no such {noun}{_suggest(target.name, list(layers), noun)}"]
     have, want = (target.in_features, target.out_features), _sizes(layers[target.name])
@@ -236,7 +166,7 @@ def _extra_findings(source: ExportSource, adapter: Adapter) -> list[str]:
 
 
 def _head_findings(
-    source: ExportSource, adapter: Adapter, linears: dict[str, torch.nn.Module]
+    source: ExportSource, adapter: Adapter, linears: dict[str, nn.Module]
 ) -> list[str]:
     layers = adapter.head.layers if adapter.head else ()
     names = [layer.name for layer in layers]
@@ -244,7 +174,7 @@ def _head_findings(
         return [f"head must have the layers {list(source.head)}, got {names}"]
     found = []
     for layer in layers:
-        wide = (widths(linears[layer.name]) or (0, 0))[0] if layer.name in linears else 0
+        wide = _sizes(linears[layer.name])[0] if layer.name in linears else 0
         if layer.weight.shape[1] != wide:
             found.append(f"head {layer.name}: in must be {wide}, got {layer.weight.shape[1]}")
     return found

@@ -1,0 +1,88 @@
+"""What a type of layer must say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .low_rank_linear import LowRankLinear
+
+__all__ = ["LayerType", "replace_parameter"]
+
+
+class LayerType(ABC):
+    """A type of layer. Instances hold no state; every method takes the module that it is about.
+
+    Attributes:
+        is_linear: it maps `in` features to `out` features; else it scales and shifts each of them,
+            as norms do, and in = out.
+        has_one_weight: its weight is one parameter, which a graph can take another tensor for.
+        product: how that parameter stands in a product with the inputs, "out_in" or "in_out"; None
+            where there is no such product. Below fp32, bundles round these.
+    """
+
+    is_linear: ClassVar[bool] = True
+    has_one_weight: ClassVar[bool] = False
+    product: ClassVar[str | None] = None
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module is of this type."""
+
+    @abstractmethod
+    def sizes(self, module: nn.Module) -> tuple[int, int]:
+        """(in, out)."""
+
+    def weight(self, module: nn.Module) -> Tensor | None:
+        """[out, in], detached, a view where there is one weight; None where there is no matrix."""
+        return None
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """[out], None if it has none."""
+        found = getattr(module, "bias", None)
+        return found if isinstance(found, Tensor) else None
+
+    def by_rows(self, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """`change` on inputs or outputs of such layers, with the features as the last dimension."""
+        return change(value)
+
+    def seen(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The inputs that outputs come from, place by place: a layer with a stride skips some."""
+        return x
+
+    # -- a change folded in: each gives the changed layer, or None where it does not fit -----------
+
+    def with_weight(self, module: nn.Module, weight: Tensor) -> nn.Module | None:
+        """With `weight` [out, in], any float dtype, in the place of its own."""
+        return None
+
+    def with_bias(self, module: nn.Module, bias: Tensor) -> nn.Module | None:
+        """With `bias` [out] in the place of its own, or where it has none."""
+        if self.bias(module) is None:
+            return None
+        replace_parameter(module, "bias", bias)
+        return module
+
+    def with_low_rank(self, module: nn.Module, a: Tensor, b: Tensor) -> nn.Module | None:
+        """Computing (x a) b too; a [in, r], b [r, out]. Rounded once, with the weight."""
+        return self.with_delta(module, a.double() @ b.double())
+
+    def with_delta(self, module: nn.Module, delta: Tensor) -> nn.Module | None:
+        """Computing x delta too; float64 [in, out]."""
+        weight = self.weight(module)
+        return None if weight is None else self.with_weight(module, weight.double() + delta.T)
+
+    # -- PELA -------------------------------------------------------------------------------------
+
+    def pair(self, module: nn.Module, rank: int, device: str = "cpu") -> LowRankLinear | None:
+        """A pair of factors without weights that computes what the layer does, None if none can."""
+        return None
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a frozen float32 parameter of its own; other modules may tie the old one."""
+    fresh = value.detach().float().contiguous()
+    module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))

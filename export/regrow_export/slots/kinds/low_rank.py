@@ -1,0 +1,28 @@
+"""See `regrow_format.slot_kinds.low_rank`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from regrow_export.layers import LayerType
+
+from .base import Tensors, TorchKind
+
+__all__ = ["LowRankSlot"]
+
+
+class LowRankSlot(TorchKind):
+    """(x A) B."""
+
+    name = "low_rank"
+    steps = ("added",)
+    fits = "Linear, Conv1D or have merged_with"
+
+    def added(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """Two small products."""
+        change: Tensor = (x @ tensors["A"]) @ tensors["B"]
+        return change
+
+    def merged(self, layer: LayerType, module: nn.Module, tensors: Tensors) -> nn.Module | None:
+        """A pair grows by the rank; a weight takes the product."""
+        return layer.with_low_rank(module, tensors["A"], tensors["B"])
