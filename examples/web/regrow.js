@@ -253,8 +253,10 @@ function nola(adapter) {
   const a = combined(adapter, "alpha", Role.NOLA_A, targets.map((t) => t.in * rank));
   const b = combined(adapter, "beta", Role.NOLA_B, targets.map((t) => t.out * rank));
   return targets.map((t, i) => ({
-    A: { data: a[i], dims: [t.in, rank] },
-    B: { data: b[i], dims: [rank, t.out] },
+    low_rank: {
+      A: { data: a[i], dims: [t.in, rank] },
+      B: { data: b[i], dims: [rank, t.out] },
+    },
   }));
 }
 
@@ -292,14 +294,14 @@ function vera(adapter) {
       for (let p = 0; p < t.in; p++) A.data[p * rank + i] = a[i * wide + p] * d[n * rank + i];
       for (let o = 0; o < t.out; o++) B.data[i * t.out + o] = b[o * rank + i] * by[o];
     }
-    return { A, B };
+    return { low_rank: { A, B } };
   });
 }
 
 function lora(adapter) {
   const { targets, config: { rank } } = adapter;
   const a = unstacked(adapter, "A", "in", rank), b = unstacked(adapter, "B", "out", rank);
-  return targets.map((t, i) => ({ A: transposed(a[i].data, rank, t.in), B: b[i] }));
+  return targets.map((t, i) => ({ low_rank: { A: transposed(a[i].data, rank, t.in), B: b[i] } }));
 }
 
 function fourierft(adapter) {
@@ -312,7 +314,7 @@ function fourierft(adapter) {
       const stored = basis.kind === "stored" && take(tensors, grid, [n], "U32");
       grids.set(grid, stored || draw(seed, n, t.out * t.in));
     }
-    return { D: delta(c.subarray(i * n, (i + 1) * n), grids.get(grid), t.in, t.out) };
+    return { delta: { D: delta(c.subarray(i * n, (i + 1) * n), grids.get(grid), t.in, t.out) } };
   });
 }
 
@@ -358,19 +360,29 @@ function transform(rows) {
 
 function bitfit(adapter) {
   const rows = unstacked(adapter, "b", "out", 1);
-  return rows.map(({ data }) => ({ b: { data, dims: [data.length] } }));
+  return rows.map(({ data }) => ({ bias: { b: { data, dims: [data.length] } } }));
 }
 
+// What a method expands to by target: {kind of slot: {part: tensor}}, and the kinds that it fills.
 const METHODS = {
-  nola: { slot: "low_rank", expand: nola },
-  vera: { slot: "low_rank", expand: vera },
-  lora: { slot: "low_rank", expand: lora },
-  fourierft: { slot: "delta", expand: fourierft },
-  bitfit: { slot: "bias", expand: bitfit },
-  head: { slot: undefined, expand: () => [] },
+  nola: { kinds: () => ["low_rank"], expand: nola },
+  vera: { kinds: () => ["low_rank"], expand: vera },
+  lora: { kinds: () => ["low_rank"], expand: lora },
+  fourierft: { kinds: () => ["delta"], expand: fourierft },
+  bitfit: { kinds: () => ["bias"], expand: bitfit },
+  head: { kinds: () => [], expand: () => [] },
 };
 
-/** Map by target: {A, B}, {D} or {b}. */
+// Axes of a slot's parts whose size the slot fixes, rows 0 and columns 1, and what fills them up.
+const KINDS = {
+  low_rank: { A: { axis: 1, size: "rank" }, B: { axis: 0, size: "rank" } },
+  head: {
+    weight: { axis: 1, size: "out_features" },
+    bias: { axis: 1, size: "out_features", fill: -Infinity },
+  },
+};
+
+/** Map by target: by kind of slot, its tensors by part. */
 export function expand(adapter) {
   const parts = METHODS[adapter.method].expand(adapter);
   return new Map(adapter.targets.map((t, i) => [t.name, parts[i]]));
@@ -431,10 +443,12 @@ export function mismatches(adapter, { backbone_id, seeded, slots }) {
     for (const key in seeded.config) same(key, seeded.config[key], adapter.config[key]);
   }
   for (const t of seeded ? [] : adapter.targets) {
-    const { slot: kind } = METHODS[adapter.method], slot = find(slots, t.name, kind);
-    const wanted = slot ? `${slot.in_features} -> ${slot.out_features}` : `a ${kind} slot`;
-    same(t.name, wanted, `${t.in} -> ${t.out}`);
-    if (slot?.rank && slot.rank < adapter.config.rank) same("rank", slot.rank, adapter.config.rank);
+    for (const kind of METHODS[adapter.method].kinds(adapter, t)) {
+      const slot = find(slots, t.name, kind);
+      const wanted = slot ? `${slot.in_features} -> ${slot.out_features}` : `a ${kind} slot`;
+      same(t.name, wanted, `${t.in} -> ${t.out}`);
+      if (slot?.rank < adapter.config.rank) same("rank", slot.rank, adapter.config.rank);
+    }
   }
   const heads = slots.filter((slot) => slot.kind === "head");
   const widths = (layers) => layers.map(([name, wide]) => `${name} (${wide} in)`).sort();
@@ -461,7 +475,7 @@ export function feeds(adapter, manifest) {
   const reasons = mismatches(adapter, manifest);
   if (reasons.length) fail(`adapter does not fit this bundle:\n  ${reasons.join("\n  ")}`);
   const found = {};
-  const put = (kind) => (parts, target) => {
+  const put = (target, kind, parts) => {
     const slot = find(slots, target, kind);
     for (const part in parts) found[slot.inputs[part]] = withBatch(parts[part], part, slot);
   };
@@ -469,9 +483,11 @@ export function feeds(adapter, manifest) {
     const inputs = expanderInputs(adapter);
     for (const name in inputs) found[seeded.inputs[name]] = inputs[name];
   } else {
-    expand(adapter).forEach(put(METHODS[adapter.method].slot));
+    expand(adapter).forEach((changes, target) => {
+      for (const kind in changes) put(target, kind, changes[kind]);
+    });
   }
-  expandHead(adapter).forEach(put("head"));
+  expandHead(adapter).forEach((parts, target) => put(target, "head", parts));
   return found;
 }
 
@@ -479,11 +495,12 @@ export function feeds(adapter, manifest) {
  * As a slot takes it: n = 1 first, vectors as one row, a fixed rank filled up with zeros, and fixed
  * classes with a bias of -Infinity.
  */
-function withBatch({ data, dims }, part, { kind, rank, fixed, out_features: classes }) {
-  const [rows, columns] = dims.length === 1 ? [1, ...dims] : dims;
-  const wide = kind === "head" && fixed ? classes : (part === "A" && rank) || columns;
-  const found = zeros(1, (part === "B" && rank) || rows, wide);
-  if (part === "bias") found.data.fill(-Infinity);
+function withBatch({ data, dims }, part, slot) {
+  const [rows, columns] = dims.length === 1 ? [1, ...dims] : dims, sizes = [rows, columns];
+  const { axis, size, fill = 0 } = KINDS[slot.kind]?.[part] ?? {};
+  if (slot.fixed && slot[size]) sizes[axis] = slot[size];
+  const found = zeros(1, ...sizes), [, wide] = sizes;
+  if (fill) found.data.fill(fill);
   for (let r = 0; r < rows; r++) {
     found.data.set(data.subarray(r * columns, (r + 1) * columns), r * wide);
   }

@@ -18,7 +18,8 @@ from .files import no_folder, read_bytes, sha256_file
 from .kv_cache import CacheSpec, parse_cache
 from .record import Record
 from .rounding import Rounding, parse_rounding
-from .slot import Slot, StoredWeight, parse_slot
+from .slot import Slot, StoredWeight
+from .slot_fields import parse_slot
 from .slot_kinds import SLOT_KINDS
 
 __all__ = [

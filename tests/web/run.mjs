@@ -45,7 +45,8 @@ function compared(found, wanted) {
 
 // By <target>.<part>, what slots take of an adapter.
 function expansion(adapter) {
-  const parts = [...regrow.expand(adapter), ...regrow.expandHead(adapter)];
+  const flat = ([name, changes]) => [name, Object.assign({}, ...Object.values(changes))];
+  const parts = [...[...regrow.expand(adapter)].map(flat), ...regrow.expandHead(adapter)];
   return new Map(parts.flatMap(([target, arrays]) =>
     Object.entries(arrays).map(([part, array]) => [`${target}.${part}`, array])));
 }

@@ -116,7 +116,7 @@ def test_only_a_head(vit, run, tmp_path, inputs, make_adapter, with_head, mode):
 
 def test_a_delta_merges_a_pair_to_a_dense_layer(plain):
     delta = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
-    merged = merged_model(plain.model, {"pair": {"D": delta}}).get_submodule("pair")
+    merged = merged_model(plain.model, {"pair": {"delta": {"D": delta}}}).get_submodule("pair")
     assert type(merged) is torch.nn.Linear
     pair, x = plain.model.get_submodule("pair"), torch.randn(5, 16)
     torch.testing.assert_close(merged(x), pair(x) + x @ torch.from_numpy(delta))
@@ -127,9 +127,9 @@ def test_a_delta_and_a_bias_merge_into_gpt2s_convolution():
 
     model, x = torch.nn.Sequential(Conv1D(12, 4)), torch.randn(3, 4)
     delta, bias = np.arange(48, dtype=np.float32).reshape(4, 12), np.arange(12, dtype=np.float32)
-    merged = merged_model(model, {"0": {"D": delta}})
+    merged = merged_model(model, {"0": {"delta": {"D": delta}}})
     torch.testing.assert_close(merged(x), model(x) + x @ torch.from_numpy(delta))
-    merged = merged_model(model, {"0": {"b": bias}})
+    merged = merged_model(model, {"0": {"bias": {"b": bias}}})
     torch.testing.assert_close(merged(x), model(x) + torch.from_numpy(bias))
 
 
@@ -145,25 +145,31 @@ def test_a_delta_and_a_bias_merge_into_gpt2s_convolution():
 def test_a_bias_merges_into_every_layer_that_can_have_one(layer):
     bias, x = np.arange(4, dtype=np.float32), torch.randn(3, 4)
     before = {name: value.clone() for name, value in layer.named_parameters()}
-    merged = merged_model(torch.nn.Sequential(layer), {"0": {"b": bias}})
+    merged = merged_model(torch.nn.Sequential(layer), {"0": {"bias": {"b": bias}}})
     torch.testing.assert_close(merged(x), layer(x) + torch.from_numpy(bias))
     assert before.keys() == dict(layer.named_parameters()).keys()
     assert all(torch.equal(before[name], value) for name, value in layer.named_parameters())
 
 
 @pytest.mark.parametrize(
-    ("parts", "match"),
+    ("changes", "match"),
     [
-        ({"D": np.ones((3, 3))}, "must be Linear, Conv1D or a pair of Linear down and up to be"),
-        ({"b": np.ones(3)}, "must be Linear, LayerNorm, a pair of .* to be merged, got 0: Odd"),
+        (
+            {"delta": {"D": np.ones((3, 3))}},
+            "must be Linear, Conv1D or a pair",
+        ),
+        (
+            {"bias": {"b": np.ones(3)}},
+            "LayerNorm, a pair of .* merged, got 0: Odd",
+        ),
     ],
 )
-def test_what_cannot_be_merged_is_named(parts, match):
+def test_what_cannot_be_merged_is_named(changes, match):
     class Odd(torch.nn.Module):
         in_features, out_features = 3, 3
 
     with pytest.raises(UsageError, match=match):
-        merged_model(torch.nn.Sequential(Odd()), {"0": parts})
+        merged_model(torch.nn.Sequential(Odd()), {"0": changes})
 
 
 def test_saved_modules_replace_parameters(vit, run, tmp_path, inputs, adapter_for, merged_logits):

@@ -85,7 +85,8 @@ def test_a_pair_merges_to_a_wider_pair(plain, plain_inputs, run, tmp_path, adapt
     )
     assert manifest.parity["adapter_max_abs"] < 1e-4
     expansion = _expand(adapter)
-    merged = merged_model(plain.model, expansion)
+    kinds = get_method(adapter.method).expand(adapter, BasisCache())
+    merged = merged_model(plain.model, kinds)
     pair = plain.model.get_submodule("pair")
     assert merged.get_submodule("pair").rank == pair.rank + 4
     with torch.inference_mode():
@@ -100,7 +101,7 @@ def test_a_gpt2_convolution_is_merged_in_its_own_orientation():
 
     model = torch.nn.Sequential(Conv1D(12, 4))
     a, b = np.ones((4, 1), dtype=np.float32), np.arange(12, dtype=np.float32)[None]
-    merged = merged_model(model, {"0": {"A": a, "B": b}})
+    merged = merged_model(model, {"0": {"low_rank": {"A": a, "B": b}}})
     x = torch.randn(3, 4)
     expected = model(x) + x @ torch.from_numpy(a @ b)
     torch.testing.assert_close(merged(x), expected)
@@ -112,7 +113,7 @@ def test_tied_weights_stay_with_the_other_layer():
     model["two"].weight = model["one"].weight
     before = model["one"].weight.clone()
     ones = np.ones((3, 1), dtype=np.float32)
-    merged = merged_model(model, {"one": {"A": ones, "B": ones.T}})
+    merged = merged_model(model, {"one": {"low_rank": {"A": ones, "B": ones.T}}})
     assert torch.equal(merged["two"].weight, before)
     assert torch.equal(model["one"].weight, before)
     torch.testing.assert_close(merged["one"].weight, before + 1)
@@ -124,4 +125,4 @@ def test_a_layer_that_cannot_be_merged_is_named():
 
     ones = np.ones((3, 1), dtype=np.float32)
     with pytest.raises(UsageError, match="have merged_with to be merged, got 0: Odd; export it"):
-        merged_model(torch.nn.Sequential(Odd()), {"0": {"A": ones, "B": ones.T}})
+        merged_model(torch.nn.Sequential(Odd()), {"0": {"low_rank": {"A": ones, "B": ones.T}}})

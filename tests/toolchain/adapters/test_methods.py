@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from expansions import expanded, flat
-from torch import nn
+from torch import Tensor, nn
 
+from regrow_export.slots import KINDS
 from regrow_format.adapter import STORAGE, Adapter, Coefficients, Head, HeadLayer, Target
 from regrow_format.basis import BasisCache, Role, locations, sign_bits, signs
 from regrow_format.errors import UsageError
@@ -99,10 +100,22 @@ def _on_device(parts: Mapping[str, np.ndarray], x: torch.Tensor) -> np.ndarray:
     return np.broadcast_to(tensors["b"], (len(values), len(tensors["b"])))
 
 
+def _gain(changes: Mapping[str, Mapping[str, Tensor]], x: Tensor) -> Tensor:
+    """What an output that is 0 becomes, [users, rows, out], in x's dtype."""
+    y = torch.zeros(*x.shape[:2], 1, dtype=x.dtype)
+    own = {k: {p: v.to(x.dtype) for p, v in parts.items()} for k, parts in changes.items()}
+    for kind, tensors in own.items():
+        if "added" in KINDS[kind].steps:
+            y = y + KINDS[kind].added(x, tensors)
+        if "on_output" in KINDS[kind].steps:
+            y = KINDS[kind].on_output(y, tensors)
+    return y
+
+
 def _delta(trained: TrainableAdapter, target: Target, user: int = 0) -> np.ndarray:
     """[in, out]: the transposed change of the weight, by what it does to unit vectors."""
     unit = torch.eye(target.in_features).expand(trained.users, -1, -1)
-    return trained.changes()[target.name](unit)[user].detach().double().numpy()
+    return _gain(trained.changes()[target.name], unit)[user].detach().double().numpy()
 
 
 # -- the start ------------------------------------------------------------------------------------
@@ -120,7 +133,7 @@ def test_nothing_changes_at_first_and_gradients_flow(
     total = torch.zeros(())
     for target in TARGETS:
         x = torch.randn(2, 5, target.in_features, dtype=dtype)
-        change = changes[target.name](x)
+        change = _gain(changes[target.name], x)
         assert change.shape == (2, 5, target.out_features)
         assert change.dtype == dtype
         assert torch.equal(change, torch.zeros_like(change))
@@ -149,7 +162,7 @@ def test_two_steps_move_every_coefficient(method: str, dtype: torch.dtype) -> No
         optimizer.zero_grad()
         changes = trained.changes()
         loss = torch.stack(
-            [(changes[n](x).float() - goals[n]).square().mean() for n, x in inputs.items()]
+            [(_gain(changes[n], x).float() - goals[n]).square().mean() for n, x in inputs.items()]
         ).sum()
         loss.backward()
         optimizer.step()
@@ -167,7 +180,7 @@ def test_users_start_alike_and_stay_apart(method: str) -> None:
         assert parameter.shape[0] == 3
         assert torch.equal(parameter[1], alone.get_parameter(name)[0])
     x = torch.randn(3, 4, 24)
-    trained.changes()["b.query"](x)[1].square().sum().backward()
+    _gain(trained.changes()["b.query"], x)[1].square().sum().backward()
     reached = [p.grad for p in trained.parameters() if p.grad is not None]
     assert any(grad[1].any() for grad in reached)
     assert not any(grad[[0, 2]].any() for grad in reached)
@@ -176,7 +189,8 @@ def test_users_start_alike_and_stay_apart(method: str) -> None:
             for name, parameter in alone.named_parameters():
                 parameter.copy_(trained.get_parameter(name)[user : user + 1])
         torch.testing.assert_close(
-            trained.changes()["b.query"](x)[user], alone.changes()["b.query"](x[user : user + 1])[0]
+            _gain(trained.changes()["b.query"], x)[user],
+            _gain(alone.changes()["b.query"], x[user : user + 1])[0],
         )
         for name, values in trained.values(user).items():
             assert np.array_equal(values, alone.values()[name])
@@ -218,7 +232,7 @@ def test_training_sees_what_the_device_expands(
     for target in TARGETS:
         x = torch.randn(2, 6, target.in_features)
         wanted = _on_device(expansion[target.name], x[1])
-        found = changes[target.name](x)[1].detach().double().numpy()
+        found = _gain(changes[target.name], x)[1].detach().double().numpy()
         assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max(), target.name
 
 
@@ -235,7 +249,7 @@ def test_training_sees_what_the_device_expands_from_groups(
     for target in TARGETS:
         x = torch.randn(1, 6, target.in_features)
         wanted = _on_device(expansion[target.name], x[0])
-        found = trained.changes()[target.name](x)[0].detach().double().numpy()
+        found = _gain(trained.changes()[target.name], x)[0].detach().double().numpy()
         assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max(), target.name
 
 
@@ -328,7 +342,7 @@ def test_nola_keeps_one_bit_per_sign_for_the_backward_pass() -> None:
     signs_each = 1000 * 768 * 8
     trained = get_trainable("nola").start((target,), settings, 0)
     with _saved_bytes() as saved:
-        out = trained.changes()["x"](torch.randn(1, 4, 768))
+        out = _gain(trained.changes()["x"], torch.randn(1, 4, 768))
     assert out.requires_grad
     bits = 2 * signs_each // 8
     assert bits <= saved[0] <= bits + 200_000
@@ -343,7 +357,7 @@ def test_more_layers_of_a_shared_basis_keep_no_more_of_it() -> None:
         trained = get_trainable("nola").start(targets, settings, 0)
         with _saved_bytes() as saved:
             changes = trained.changes()
-            _ = [changes[t.name](torch.zeros(1, 4, 768)) for t in targets]
+            _ = [_gain(changes[t.name], torch.zeros(1, 4, 768)) for t in targets]
         kept.append(saved[0])
     assert kept[1] - kept[0] < 4 * 60_000  # A, B and activations of three layers more
 
@@ -357,7 +371,11 @@ targets = tuple(Target(f"x{i}", 768, 768) for i in range(4))
 def step(k):
     trained = get_trainable("nola").start(targets, {"k": k, "l": k, "rank": 16}, 0)
     changes = trained.changes()
-    sum(changes[t.name](torch.randn(1, 8, 768)).sum() for t in targets).backward()
+    total = 0
+    for t in targets:
+        parts = changes[t.name]["low_rank"]
+        total = total + (torch.randn(1, 8, 768) @ parts["A"] @ parts["B"]).sum()
+    total.backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 first = step(50)
 print(step(4000) - first)
@@ -425,7 +443,7 @@ def test_vera_computes_as_peft_does() -> None:
         layer.vera_lambda_d["default"].copy_(ours.get_parameter("d")[0, 0])
         layer.vera_lambda_b["default"].copy_(ours.get_parameter("b_24")[0, 0])
     x = torch.randn(7, 24)
-    found = plain(x) + ours.changes()["query"](x[None])[0]
+    found = plain(x) + _gain(ours.changes()["query"], x[None])[0]
     torch.testing.assert_close(found, theirs(x), rtol=1e-5, atol=1e-5)
     weights = torch.randn(7, 24)
     (found * weights).sum().backward()
@@ -621,7 +639,7 @@ def test_bitfit_adds_a_vector_whatever_comes_in() -> None:
     values = trained.values(1)
     rows = {"a.down": ("b.9", 0), "b.query": ("b.24", 0), "c.query": ("b.24", 1)}
     for name, (tensor, row) in rows.items():
-        change = trained.changes()[name](torch.randn(2, 3, 24))[1].detach().numpy()
+        change = _gain(trained.changes()[name], torch.randn(2, 3, 24))[1].detach().numpy()
         assert np.array_equal(change, np.broadcast_to(values[tensor][row], change.shape))
 
 

@@ -297,7 +297,7 @@ def test_an_architecture_must_be_a_model_of_transformers(
     [
         ({"model_type": "no-such-type"}, "config.json"),
         ({"model_type": None}, "config.json"),
-        ({"hidden_size": 48}, "does not fit its config"),
+        ({"hidden_size": 48}, "does not fit the model"),
         ({"num_hidden_layers": 1}, "vit.encoder.layer.1"),
         ({"num_hidden_layers": 3}, "vit.encoder.layer.2"),
         ({"hidden_size": 33}, "config.json must describe a model: The hidden size 33"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from regrow_export.layers import layer_type
 from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.compress import plan_layers
 from regrow_toolchain.models import (
@@ -105,7 +106,7 @@ def test_conv1d_of_gpt2_is_turned() -> None:
 def test_a_change_of_low_rank_merges_exactly(bias: bool) -> None:
     pair = factorize(_linear(12, 20, bias=bias), 4)
     a, b, x = torch.randn(12, 3), torch.randn(3, 20), torch.randn(6, 12)
-    merged = pair.merged_with(a, b)
+    merged = layer_type(pair).with_low_rank(pair, a, b)
     assert merged.rank == 7
     assert torch.allclose(merged(x), pair(x) + (x @ a) @ b, atol=1e-5)
     assert torch.equal(merged.up.weight[:, :4], pair.up.weight)

@@ -372,7 +372,10 @@ def _with_plans(model: nn.Module, plans: tuple[Plan, ...], folder: Path, source:
             f"{folder / CONFIG} does not fit {source}:",
             [f"{name!r} is no layer of the model" for name in lost],
         )
-    apply_plan(model, plans, empty=True)
+    try:
+        apply_plan(model, plans, empty=True)
+    except MismatchError as error:
+        raise MismatchError(f"{folder / CONFIG} does not fit {source}: {error}") from None
     return model
 
 

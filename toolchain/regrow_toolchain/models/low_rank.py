@@ -92,9 +92,9 @@ def _planned_pair(module: nn.Module, plan: Plan) -> LowRankLinear:
     want = (plan.in_features, plan.out_features, plan.bias)
     if layer is None or (*layer.sizes(module), layer.bias(module) is not None) != want:
         raise MismatchError(
-            f"{plan.name} must be the layer that was factored, {plan.in_features} -> "
-            f"{plan.out_features} {'with' if plan.bias else 'without'} a bias, got "
-            f"{type(module).__name__} of another size: give the model that was compressed"
+            f"{plan.name} does not fit the model: it must be {plan.in_features} -> "
+            f"{plan.out_features} {'with' if plan.bias else 'without'} a bias, as the layer that "
+            f"was factored, got {module}: give the model that was compressed"
         )
     return _empty_pair(module, plan.rank, "meta")
 
