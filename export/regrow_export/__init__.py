@@ -1,6 +1,7 @@
 """torch to ONNX: a backbone with slots for adapters, or one adapter built in.
 
-    manifest = export_bundle(source, "digits-bundle", targets=["layer.0.query", "layer.0.value"])
+    config = ExportConfig(targets=["layer.0.query", "layer.0.value"])
+    manifest = export_bundle(source, "digits-bundle", ExportRequest(config))
 
 Three modes: "swappable" (slots, many adapters), "merged" (one adapter in the weights, a plain ONNX
 model), "seeded" (the basis is rebuilt inside the graph). Every bundle is run against torch before
@@ -13,11 +14,17 @@ from .lazy import load_on_use
 
 if TYPE_CHECKING:
     from .bundle import export_bundle as export_bundle
+    from .config import ExportConfig as ExportConfig
+    from .config import ExportRequest as ExportRequest
+    from .config import check_objects as check_objects
     from .layers import find_biased as find_biased
     from .layers import find_linears as find_linears
     from .layers import kinds_for as kinds_for
     from .layers import slot_targets as slot_targets
     from .methods import build_expander as build_expander
+    from .settings import check_settings as check_settings
+    from .settings import default_of as default_of
+    from .settings import setting as setting
     from .source import ExportSource as ExportSource
     from .validation import Measure as Measure
 else:
@@ -25,8 +32,10 @@ else:
         __name__,
         {
             ".bundle": ("export_bundle",),
+            ".config": ("ExportConfig", "ExportRequest", "check_objects"),
             ".layers": ("find_biased", "find_linears", "kinds_for", "slot_targets"),
             ".methods": ("build_expander",),
+            ".settings": ("check_settings", "default_of", "setting"),
             ".source": ("ExportSource",),
             ".validation": ("Measure",),
         },

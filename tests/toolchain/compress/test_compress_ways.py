@@ -25,7 +25,7 @@ from regrow_format.errors import UsageError
 from regrow_toolchain.adapters import adapt
 from regrow_toolchain.compress import compress
 from regrow_toolchain.compress.trainer import DistillationTrainer
-from regrow_toolchain.config import AdaptConfig, CompressConfig
+from regrow_toolchain.config import AdaptConfig, CompressConfig, ExportConfig
 from regrow_toolchain.data import Dataset, load_data
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import Backbone, load_backbone, logits_of, save_backbone
@@ -349,7 +349,7 @@ def test_it_is_tuned_whole_adapted_and_exported(
     done = adapt(small, dataset(60, 3), AdaptConfig(steps=3, storage="fp32", holdout=0))
     assert len(done.adapter.targets) == 12
     for precision in ("fp32", "int8"):
-        export_backbone(small, tmp_path / precision, precision=precision)
+        export_backbone(small, tmp_path / precision, ExportConfig(precision=precision))
         assert (tmp_path / precision / "manifest.json").is_file()
 
 
@@ -357,7 +357,7 @@ def test_both_factors_are_int8(backbone: Backbone, tmp_path: Path) -> None:
     import onnx
 
     small = save_backbone(compress(backbone).backbone, tmp_path / "small")
-    export_backbone(small, tmp_path / "bundle", precision="int8")
+    export_backbone(small, tmp_path / "bundle", ExportConfig(precision="int8"))
     graph = onnx.load(tmp_path / "bundle" / "backbone.onnx").graph
     whole = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
     codes = {t.name: tuple(t.dims) for t in whole}

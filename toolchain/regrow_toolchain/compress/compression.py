@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from regrow_format.errors import UsageError
@@ -19,7 +17,6 @@ from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
     Checkpoint,
     accelerated,
-    check_settings,
     compression_task,
     deterministic,
     evaluate,
@@ -27,6 +24,7 @@ from regrow_toolchain.training import (
     step_threads,
     teacher_labelled,
     torch_threads,
+    training_identity,
 )
 
 from .factorization import Factored, factor, restored
@@ -35,8 +33,6 @@ from .trainer import PLAN, DistillationTrainer, Epoch
 __all__ = ["Compressed", "compress"]
 
 _WAY_OUT = "compression keeps the model's own labels; without data it is the plain SVD"
-# What may be other where a training goes on.
-_WHERE = ("device", "threads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +84,6 @@ def compress(
         RegrowError: weights are not finite, there is nothing to factor, or the loss became NaN.
     """
     config = config or CompressConfig()
-    check_settings(config)
     if backbone.layers:
         raise UsageError("model must be a dense one, got a compressed one: compress its source")
     some = data if data is not None else held
@@ -224,10 +219,5 @@ def _place(
 ) -> Checkpoint | None:
     if path is None or data is None:
         return None
-    digest = hashlib.sha256()
-    settings = {name: value for name, value in asdict(config).items() if name not in _WHERE}
-    digest.update(repr([settings, backbone.backbone_id]).encode())
-    for name, array in {"": data.labels, **data.inputs}.items():
-        digest.update(f"{name} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return Checkpoint(Path(path), digest.hexdigest(), threads=config.threads)
+    identity = training_identity(config, backbone.backbone_id, samples=[("", data)])
+    return Checkpoint(Path(path), identity)
