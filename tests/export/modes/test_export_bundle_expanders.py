@@ -115,7 +115,9 @@ def test_what_cannot_be_expanded_is_refused(vit, adapters, adapter_for, tmp_path
     refused("nola must have low_rank slots", adapters["nola"], slots=("weight",))
     refused("rank 3 or less, as the slots have, got 4", adapters["nola"], fixed_rank=3)
     refused(
-        "expander must be of a method with targets, got head", adapter_for(vit, [], method="head")
+        "expander must be of a method with targets, got head",
+        adapter_for(vit, [], method="head"),
+        slots=("low_rank",),
     )
     basis = BasisSpec("peft-mt19937", 1, {"in": 128, "out": 128, "dtype": "float32"})
     refused("basis must be philox-sign", replace(adapters["vera"], basis=basis))

@@ -203,7 +203,7 @@ def test_without_a_cache(llama, tmp_path):
     manifest = export_bundle(
         llama,
         tmp_path / "b",
-        ExportRequest(ExportConfig(targets=targets_of(llama))),
+        ExportRequest(ExportConfig(targets=targets_of(llama), cache=False)),
     )
     assert manifest.cache is None
     lm = Bundle.open(tmp_path / "b", threads=1)

@@ -209,7 +209,7 @@ def test_it_goes_on_to_the_same_weights(
                  resume=True)  # fmt: skip
 
 
-def _often(path: Path, identity: str, **more: Any) -> Any:
+def _often(path: Path, identity: Any, **more: Any) -> Any:
     from regrow_toolchain.training import Checkpoint
 
     return Checkpoint(path, identity, seconds=0.0, **more)
@@ -378,7 +378,7 @@ def test_both_factors_are_int8(backbone: Backbone, tmp_path: Path) -> None:
     [
         (("--ratio", "0.5"), "--ratio"),
         (("--ratio", "40"), "ratio must leave every layer a rank of 1 or more, got 40.0"),
-        (("--calibration", "1"), "'--calibration': 1 is not in the range x>=2"),
+        (("--calibration", "1"), "--calibration must be at least 2, got 1"),
         (("--only", "nothing"), "nothing"),
         (("--blocks", "nothing"), "blocks must match a list of modules, got 'nothing'"),
     ],

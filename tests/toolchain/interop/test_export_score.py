@@ -55,8 +55,10 @@ def texts() -> Arrays:
 
 
 def _export(backbone: Backbone, data: Dataset, out: Path, **options: Any) -> Score:
-    options = {"precision": "int4", **options}
-    score = export_backbone(backbone, out, data=data, **options).score
+    settings = {"precision": "int4", **options}
+    adapter = settings.pop("adapter", None)
+    config = ExportConfig(**settings)
+    score = export_backbone(backbone, out, config, data=data, adapter=adapter).score
     assert score is not None
     assert json.loads((out / "manifest.json").read_text())["score"] == vars(score)
     assert score.samples == len(data)

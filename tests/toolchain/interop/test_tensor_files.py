@@ -15,7 +15,6 @@ from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bund
 from regrow_format.errors import MismatchError, RegrowError, UsageError
 from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Manifest, Target
-from regrow_toolchain.config import ExportConfig
 from regrow_toolchain.interop import FORMATS, convert, export_backbone, tensor_files
 from regrow_toolchain.models import load_backbone
 

@@ -117,12 +117,12 @@ class Checkpoint:
             raise UsageError(
                 f"{self.path} must be a whole checkpoint: {error}; {way_out}"
             ) from None
-        self.identity.check(self.path, metadata, of="samples, settings, backbone")
         if "steps" not in metadata:
             raise UsageError(
                 f"{self.path} must be a checkpoint of this version of regrow, got an older one; "
                 f"{way_out}"
             )
+        self.identity.check(self.path, metadata, of="samples, settings, backbone")
         moments = {n: _Moment(step, {}) for n, step in enumerate(json.loads(metadata["steps"]))}
         for name, tensor in tensors.items():
             number, _, key = name.partition(":")
