@@ -102,7 +102,8 @@ def _check_pairs(item: Field[Any], value: Any) -> None:
 def _check_number(item: Field[Any], value: Any) -> None:
     low, high = item.metadata["low"], item.metadata["high"]
     whole = not isinstance(item.default, float)
-    if not isinstance(value, Integral if whole else Real) or not math.isfinite(value):
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
         kind = "whole" if whole else "finite"
         raise _refusal("{%s} must be a {1} number, got {0!r}", item, value, kind)
     if (low is not None and value < low) or (high is not None and value > high):

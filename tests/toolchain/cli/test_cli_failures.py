@@ -163,7 +163,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (("demo", "-o", "{room}/there"), 2, "(--force replaces it)"),
     (("demo", "-o", "{room}/new", "--seed", str(2**64)), 2, "seed must be"),
     # adapters
-    (_with(_EXPORT, "--mode", "seeded"), 2, "--mode seeded builds one adapter in"),
+    (_with(_EXPORT, "--mode", "seeded"), 2, "--adapter must be given for --mode seeded, got none"),
     (_with(_EXPORT, "--adapter", "{room}/nowhere"), 2, "no such file"),
     (_with(_EXPORT, "--adapter", "{room}/cut.safetensors"), 1, "must be a whole safetensors file"),
     (_with(_EXPORT, "--adapter", "{room}/d.npz"), 1, "must be a whole safetensors file"),

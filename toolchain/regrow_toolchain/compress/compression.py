@@ -16,6 +16,7 @@ from regrow_toolchain.models import Backbone
 from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
     Checkpoint,
+    State,
     accelerated,
     compression_task,
     deterministic,
@@ -91,20 +92,33 @@ def compress(
     train, held = _parts(backbone, data, held, task, config)
     trains = task is not None and train is not None and config.epochs > 0
     if trains and not config.threads:
-        assert train is not None
-        samples = math.ceil(min(config.batch_size, len(train)) / config.accumulate)
-        count = step_threads(backbone.model, train, samples, config.device)
-        config = replace(config, threads=count)
+        config = replace(config, threads=_threads(backbone, train, config))
     with torch_threads(config.threads), deterministic(config.seed), frozen(backbone.model):
         place = _place(checkpoint, backbone, train, config) if trains else None
         known = place.load() if place and resume else None
-        if known is None:
-            job = _Job(backbone, factor(backbone.model, train, config), task, held)
-        else:
-            job = _Job(backbone, restored(backbone.model, known[1][PLAN], config), task, held)
+        job = _Job(backbone, _factored(backbone, train, config, known), task, held)
         if trains:
             job.train(train, config, place, resume=known is not None)
     return job.result(config)
+
+
+def _factored(
+    backbone: Backbone,
+    train: Dataset | None,
+    config: CompressConfig,
+    known: tuple[int, State] | None,
+) -> Factored:
+    """The factors as they start, or in the shapes of those in a state."""
+    if known is not None:
+        return restored(backbone.model, known[1][PLAN], config)
+    return factor(backbone.model, train, config)
+
+
+def _threads(backbone: Backbone, train: Dataset | None, config: CompressConfig) -> int:
+    """What the work of a step makes of the threads."""
+    assert train is not None
+    samples = math.ceil(min(config.batch_size, len(train)) / config.accumulate)
+    return step_threads(backbone.model, train, samples, config.device)
 
 
 def _parts(

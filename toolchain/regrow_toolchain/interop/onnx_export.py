@@ -46,10 +46,7 @@ def export_backbone(
     Args:
         config: what the bundle is, and how adapters enter it. Targets are names or patterns of
             layers; without any they are those of `adapter`, or what each method changes by default.
-        adapter: what merged and seeded bundles build in; a swappable one gets slots for its layers.
-        expanders: adapters for whose like a swappable bundle gets a graph that expands them.
-        inputs: by argument name of the model's forward, samples first: what the model is traced
-            and checked with; needed for a plain module without a preprocessor, made up for others.
+        adapter, expanders, inputs: see `ExportRequest`.
         data: samples to measure what the precision costs, in the score of their task; classes are
             those of the model, or of the head that is built in.
         force: replace `out` if it is a bundle.

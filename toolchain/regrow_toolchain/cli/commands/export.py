@@ -72,13 +72,11 @@ def export_command(
 
     require_extra("export", "regrow export")
     from regrow_export import check_objects
-    from regrow_format.adapter import Adapter
-    from regrow_format.files import check_output
-    from regrow_format.manifest import MANIFEST
+    from regrow_format import Adapter
 
     check_objects(config, adapter, expanders)
     samples.check()
-    check_output(out, force=force, marker=MANIFEST)
+    _check_output(out, force=force)
     built_in = Adapter.load(adapter) if adapter else None
     like = [Adapter.load(path) for path in expanders]
     from regrow_toolchain.data import load_inputs
@@ -92,6 +90,13 @@ def export_command(
     )  # fmt: skip
     result = _result(out, manifest)
     emit(result, _lines(result), as_json=as_json)
+
+
+def _check_output(out: Path, *, force: bool) -> None:
+    from regrow_format.files import check_output
+    from regrow_format.manifest import MANIFEST
+
+    check_output(out, force=force, marker=MANIFEST)
 
 
 def _result(out: Path, manifest: Manifest) -> dict[str, Any]:
