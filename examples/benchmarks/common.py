@@ -122,9 +122,13 @@ def _run(tasks: Sequence[Task], variant: Variant, seed: int) -> Result:
 def _adapters(task: Task, variant: Variant, seed: int) -> tuple[Any, ...]:
     settings = {"storage": "int4", **task.settings, **variant.config}
     config = AdaptConfig(
-        method=variant.method, seed=seed, method_settings=variant.settings, **settings
+        method=variant.method,
+        seed=seed,
+        targets=variant.targets,
+        method_settings=variant.settings,
+        **settings,
     )
-    done = adapt_users(task.backbone, task.adapt, config, targets=variant.targets, held=task.test)
+    done = adapt_users(task.backbone, task.adapt, config, held=task.test)
     found = [done[user] for user in task.users]
     before, after = (np.array([getattr(x, part) for x in found]) for part in ("before", "after"))
     units = after

@@ -30,12 +30,12 @@ import numpy as np
 from regrow_toolchain.profiling import read_environment
 
 BACKBONE = "sha256:" + "00" * 32
-# By form: options of `export_bundle`. The first is what the others are compared to.
+# By form: settings of `ExportConfig`. The first is what the others are compared to.
 FORMS: dict[str, dict[str, Any]] = {
     "merged": {"mode": "merged"},
     "swappable": {},
     "fixed-rank": {"fixed_rank": 8},
-    "weight": {"kinds": ("weight",)},
+    "weight": {"slots": ("weight",)},
     "seeded": {"mode": "seeded"},
     "seeded constants": {"mode": "seeded", "constants": True},
 }
@@ -88,14 +88,15 @@ def make_adapter(found: Any, names: list[str], small: bool) -> Any:
 
 def export(folder: Path, model: str, form: str, precision: str, small: bool) -> dict[str, Any]:
     """Export one bundle; its bytes, and what it took."""
-    from regrow_export import export_bundle
+    from regrow_export import ExportConfig, ExportRequest, export_bundle
 
     found, names = source(model, small)
     adapter = make_adapter(found, names, small)
-    options = dict(FORMS[form])
-    options |= {"adapter": adapter} if "mode" in options else {"targets": names}
+    slotted = "mode" not in FORMS[form]
+    config = ExportConfig(precision=precision, targets=names if slotted else (), **FORMS[form])
+    request = ExportRequest(config, None if slotted else adapter)
     start, cpu = time.perf_counter(), time.process_time()
-    manifest = export_bundle(found, folder, precision=precision, **options)
+    manifest = export_bundle(found, folder, request)
     adapter.save(folder.with_suffix(".safetensors"))
     return {
         "bytes": sum(manifest.files[name].size for name in manifest.files if "backbone" in name),

@@ -63,14 +63,14 @@ MAKERS: Mapping[str, Callable[[Any], tuple[list[Task], Variant]]] = {
 }
 
 
-def old_rule(task: Task, config: AdaptConfig, targets: Sequence[str]) -> dict[str, Adapted]:
+def old_rule(task: Task, config: AdaptConfig) -> dict[str, Adapted]:
     """Adapters of four fifths of the samples, with the scores on the fifth."""
     train, held = split(task.adapt, HOLDOUT, config.seed)
-    return adapt_users(task.backbone, train, config, targets=targets, held=held)
+    return adapt_users(task.backbone, train, config, held=held)
 
 
-def new_rule(task: Task, config: AdaptConfig, targets: Sequence[str]) -> dict[str, Adapted]:
-    return adapt_users(task.backbone, task.adapt, config, targets=targets)
+def new_rule(task: Task, config: AdaptConfig) -> dict[str, Adapted]:
+    return adapt_users(task.backbone, task.adapt, config)
 
 
 def was_better(done: Adapted) -> bool:
@@ -99,9 +99,10 @@ def one_rule(
     for task in tasks:
         settings = {"storage": "int4", **task.settings, **variant.config, "holdout": HOLDOUT}
         config = AdaptConfig(
-            method=variant.method, seed=seed, method_settings=variant.settings, **settings
-        )
-        done = train(task, config, variant.targets)
+            method=variant.method, seed=seed, targets=variant.targets,
+            method_settings=variant.settings, **settings,
+        )  # fmt: skip
+        done = train(task, config)
         parts = tested(task, done)
         base.append(parts[0])
         adapted.append(parts[1])

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from timing import Timed, save_feeds, time_in_turns
 
-from regrow import Backbone, Dataset, export
+from regrow import Backbone, Dataset, ExportConfig, export
 from regrow_format.integers import saturates
 
 STOCK: Mapping[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"]}
@@ -110,7 +110,12 @@ def graphs(case: Case, room: Path) -> dict[str, Path]:
     inputs = {case.input: case.held.inputs[case.input][:2]}
     found = {}
     for row, precision in (("fp32", "fp32"), ("regrow", "int8")):
-        export(case.backbone, room / row, mode="merged", precision=precision, inputs=inputs)
+        export(
+            case.backbone,
+            room / row,
+            ExportConfig(mode="merged", precision=precision),
+            inputs=inputs,
+        )
         found[row] = room / row / "backbone.onnx"
     layers = _named_layers(found["fp32"], found["regrow"], room / "named.onnx")
     plain = _torch_onnx(case, room / "plain.onnx")

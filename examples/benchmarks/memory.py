@@ -31,13 +31,17 @@ _FIELDS = {"RssAnon": "private", "RssFile": "mapped", "VmRSS": "resident", "VmHW
 
 
 def make(folder: Path, small: bool) -> None:
-    from regrow import export, load_backbone
+    from regrow import ExportConfig, export, load_backbone
 
     make_model(folder / "model", small)
     backbone = load_backbone(folder / "model")
     make_adapter(backbone, k=64 if small else 1000, seed=7).save(folder / "user.safetensors")
     for precision in PRECISIONS:
-        export(backbone, folder / precision, targets=["query", "value"], precision=precision)
+        export(
+            backbone,
+            folder / precision,
+            ExportConfig(targets=["query", "value"], precision=precision),
+        )
 
 
 def state() -> dict[str, float]:

@@ -34,6 +34,7 @@ from regrow import (
     Bundle,
     CompressConfig,
     Dataset,
+    ExportConfig,
     compress,
     export,
     load_backbone,
@@ -177,7 +178,7 @@ def answered(backbone: Backbone, held: Dataset, precision: str) -> dict[str, Any
     """Accuracy in ONNX Runtime, and bytes of what ships."""
     with tempfile.TemporaryDirectory() as room:
         folder = Path(room) / "bundle"
-        export(backbone, folder, precision=precision)
+        export(backbone, folder, ExportConfig(precision=precision))
         bundle = Bundle.open(folder)
         right = 0
         for start in range(0, len(held), 250):

@@ -31,7 +31,7 @@ from common import finish
 from timing import Timed, save_feeds, time_in_turns
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow import Backbone, CompressConfig, compress, load_backbone, save_backbone
+from regrow import Backbone, CompressConfig, ExportConfig, compress, load_backbone, save_backbone
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.measurement import read_cpu
 from regrow_toolchain.models import quiet_transformers
@@ -83,7 +83,7 @@ def export(backbone: Backbone, out: Path, precision: str, side: int, slots: bool
     if precision not in ("stock", "torch"):
         if not out.exists():
             mode = "swappable" if slots else "merged"
-            export_backbone(backbone, out, precision=precision, mode=mode)
+            export_backbone(backbone, out, ExportConfig(precision=precision, mode=mode))
         return out / "backbone.onnx"
     plain, graph = out / "plain.onnx", out / "stock.onnx"
     wanted = graph if precision == "stock" else plain

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from regrow import Adapter, Bundle
+from regrow import Adapter, Bundle, ExportConfig
 from regrow_format.methods import get_method
 from regrow_runtime import Coefficients
 from regrow_toolchain.profiling import read_environment
@@ -86,8 +86,8 @@ def make(folder: Path, small: bool) -> None:
     backbone = load_backbone(folder / "model")
     adapter = make_adapter(backbone, k=64 if small else 1000, seed=7)
     adapter.save(folder / "user.safetensors")
-    export(backbone, folder / "bundle", targets=["query", "value"])
-    export(backbone, folder / "merged", mode="merged", adapter=adapter)
+    export(backbone, folder / "bundle", ExportConfig(targets=["query", "value"]))
+    export(backbone, folder / "merged", ExportConfig(mode="merged"), adapter=adapter)
     convert(adapter, folder / "bundle", folder / "user.onnx_adapter", to="onnx_adapter")
 
 

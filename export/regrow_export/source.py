@@ -29,7 +29,6 @@ class ExportSource:
         head: module paths of the linear layers of the task head, in forward order; may be empty.
         labels: names of the head's classes; may be empty.
         files: configuration, tokenizer and the like, copied to the root of the bundle.
-        cache: trace a causal language model with a key-value cache, where optimum knows how.
     """
 
     model: torch.nn.Module
@@ -38,7 +37,6 @@ class ExportSource:
     head: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
-    cache: bool = True
 
     def check(self) -> None:
         """Raise `UsageError` unless the model is in eval mode, float32 and on the CPU."""

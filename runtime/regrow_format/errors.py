@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from string import Formatter
 
-__all__ = ["FormatError", "MismatchError", "RegrowError", "UsageError"]
+__all__ = ["FormatError", "MismatchError", "RegrowError", "SettingError", "UsageError"]
 
 
 _LONGEST = 2000
@@ -29,6 +30,25 @@ class UsageError(RegrowError):
     """What was asked for makes no sense; the command line exits with 2."""
 
     exit_code = 2
+
+
+class SettingError(UsageError):
+    """Settings that make no sense, alone or together.
+
+    Args:
+        text: a format string; `{name}` is a setting, which callers have other names for (the
+            command line says `--fixed-rank`), `{0}` is the first of `values`.
+    """
+
+    def __init__(self, text: str, *values: object) -> None:
+        self.text, self.values = text, values
+        super().__init__(self.named({}))
+
+    def named(self, names: Mapping[str, str]) -> str:
+        """The message, settings called by `names`; those that are not there as they are."""
+        found = (name for _, name, _, _ in Formatter().parse(self.text) if name)
+        own = {name: names.get(name, name) for name in found if not name.isdigit()}
+        return self.text.format(*self.values, **own)
 
 
 class FormatError(RegrowError):

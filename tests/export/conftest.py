@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_export import ExportSource, kinds_for, slot_targets
+from regrow_export import ExportConfig, ExportRequest, ExportSource, kinds_for, slot_targets
 from regrow_format.adapter import Adapter, Coefficients, Head, HeadLayer, Target
 from regrow_format.methods import get_method
 
@@ -36,6 +36,18 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"an export must not use the network, got {args[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def asked() -> Callable[..., ExportRequest]:
+    """asked(**options): a request of settings and objects, told apart by their names."""
+    settings = {item.name for item in fields(ExportConfig)}
+
+    def make(**options: Any) -> ExportRequest:
+        config = ExportConfig(**{k: v for k, v in options.items() if k in settings})
+        return ExportRequest(config, **{k: v for k, v in options.items() if k not in settings})
+
+    return make
 
 
 class Pair(nn.Module):

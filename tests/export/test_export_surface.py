@@ -12,8 +12,9 @@ HEAVY = ("torch", "onnx", "transformers", "optimum")
 
 def test_all_is_the_table_of_contents():
     assert regrow_export.__all__ == [
-        "ExportSource", "Measure", "build_expander", "export_bundle", "find_biased", "find_linears",
-        "kinds_for", "slot_targets",
+        "ExportConfig", "ExportRequest", "ExportSource", "Measure", "build_expander",
+        "check_objects", "check_settings", "default_of", "export_bundle", "find_biased",
+        "find_linears", "kinds_for", "setting", "slot_targets",
     ]  # fmt: skip
     assert all(hasattr(regrow_export, name) for name in regrow_export.__all__)
 

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 from expansions import flat
 
-from regrow_export import build_expander, export_bundle, slot_targets
+from regrow_export import ExportConfig, ExportRequest, build_expander, export_bundle, slot_targets
 from regrow_export.methods import adapter_inputs
 from regrow_format.adapter import Target
 from regrow_format.methods import get_method
@@ -94,11 +94,19 @@ def room(vit, adapter_for, make_adapter, tmp_path_factory):
     adapter = adapter_for(vit, NAMES)
     adapter.save(room / "user.safetensors")
     for precision in PRECISIONS:
-        export_bundle(vit, room / f"bundle-{precision}", targets=NAMES, precision=precision)
+        export_bundle(
+            vit,
+            room / f"bundle-{precision}",
+            ExportRequest(ExportConfig(targets=NAMES, precision=precision)),
+        )
     kinds = ("low_rank", "delta", "bias")
-    export_bundle(vit, room / "bundle-kinds", targets=NAMES, kinds=kinds)
+    export_bundle(
+        vit, room / "bundle-kinds", ExportRequest(ExportConfig(targets=NAMES, slots=kinds))
+    )
     for mode in ("seeded", "merged"):
-        export_bundle(vit, room / f"bundle-{mode}", mode=mode, adapter=adapter)
+        export_bundle(
+            vit, room / f"bundle-{mode}", ExportRequest(ExportConfig(mode=mode), adapter=adapter)
+        )
     targets = slot_targets(vit.model, NAMES)
     for method in METHODS:
         made = make_adapter(targets, method=method)

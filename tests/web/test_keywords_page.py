@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from regrow_export import ExportSource, export_bundle, slot_targets
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
 from regrow_format.methods import get_method
 from regrow_inputs import SoundPreprocessor, read_wav
 from regrow_runtime import Adapter, Coefficients
@@ -118,7 +118,11 @@ def tour(tmp_path: Path) -> Path:
     source = ExportSource(model, "audio-classification", BACKBONE, ("head",), words)
     names = ["blocks.0", "blocks.1"]
     mfcc = np.random.default_rng(4).standard_normal((2, 98, 40)).astype(np.float32)
-    export_bundle(source, tmp_path / "bundle", targets=names, inputs={"mfcc": 10 * mfcc})
+    export_bundle(
+        source,
+        tmp_path / "bundle",
+        ExportRequest(ExportConfig(targets=names), inputs={"mfcc": 10 * mfcc}),
+    )
     shutil.copy(PAGE.parent / "preprocessor_config.json", tmp_path / "bundle")
     (tmp_path / "adapters").mkdir()
     targets, method = slot_targets(model, names), get_method("lora")

@@ -21,7 +21,14 @@ import pytest
 from expansions import flat
 from safetensors.numpy import save_file
 
-from regrow_export import ExportSource, build_expander, export_bundle, slot_targets
+from regrow_export import (
+    ExportConfig,
+    ExportRequest,
+    ExportSource,
+    build_expander,
+    export_bundle,
+    slot_targets,
+)
 from regrow_format.methods import get_method
 from regrow_runtime import Adapter, BasisCache, Bundle, Coefficients, Head, HeadLayer, Target
 
@@ -205,11 +212,19 @@ def swapped(installed, vit, tmp_path_factory) -> Swapped:
     expander = build_expander(nola.config, nola.targets, nola.storage, "nola")
     onnx.save(expander, folder / "expander.onnx")
     names = [target.name for target in nola.targets]
-    export_bundle(vit, folder / "swappable", targets=names, kinds=KINDS)
-    export_bundle(vit, folder / "seeded", mode="seeded", adapter=nola)
-    export_bundle(vit, folder / "constants", mode="seeded", adapter=nola, constants=True)
     export_bundle(
-        vit, folder / "fixed", targets=names, kinds=KINDS, fixed_rank=37, expanders=[nola]
+        vit, folder / "swappable", ExportRequest(ExportConfig(targets=names, slots=KINDS))
+    )
+    export_bundle(vit, folder / "seeded", ExportRequest(ExportConfig(mode="seeded"), adapter=nola))
+    export_bundle(
+        vit,
+        folder / "constants",
+        ExportRequest(ExportConfig(mode="seeded", constants=True), adapter=nola),
+    )
+    export_bundle(
+        vit,
+        folder / "fixed",
+        ExportRequest(ExportConfig(targets=names, slots=KINDS, fixed_rank=37), expanders=[nola]),
     )
     save_file({"pixel_values": PIXELS}, folder / "inputs.safetensors")
     files = {

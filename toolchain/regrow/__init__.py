@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from regrow_toolchain.compress import compress as compress
     from regrow_toolchain.config import AdaptConfig as AdaptConfig
     from regrow_toolchain.config import CompressConfig as CompressConfig
+    from regrow_toolchain.config import ExportConfig as ExportConfig
     from regrow_toolchain.config import ImportConfig as ImportConfig
     from regrow_toolchain.config import ProfileConfig as ProfileConfig
     from regrow_toolchain.data import Dataset as Dataset
@@ -54,6 +55,7 @@ _CONTENTS = {
     "Bundle": ("regrow_runtime", ""),
     "CompressConfig": ("regrow_toolchain.config", ""),
     "Dataset": ("regrow_toolchain.data", ""),
+    "ExportConfig": ("regrow_toolchain.config", ""),
     "ImportConfig": ("regrow_toolchain.config", ""),
     "InputReader": ("regrow_inputs", ""),
     "Manifest": ("regrow_format", ""),

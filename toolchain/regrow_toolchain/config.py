@@ -1,33 +1,35 @@
-"""One config per command: the only home of its defaults and of its help texts."""
+"""One config per command: the only home of its settings, their defaults, help and limits.
+
+A config is checked when it is made, from the command line and from Python alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AdaptConfig", "CompressConfig", "ImportConfig", "ProfileConfig", "setting"]
+from regrow_export import ExportConfig as ExportConfig
+from regrow_export import check_settings, setting
+
+__all__ = ["AdaptConfig", "CompressConfig", "ExportConfig", "ImportConfig", "ProfileConfig"]
+
+_METHOD_SETTINGS = (
+    "nola: k=64, l=64, rank=8, c=8.0, shared=true; vera: rank=64, d_initial=0.1; "
+    "fourierft: n=128, alpha=64.0, init=zero, bias_frequency=0, bias_width=0; "
+    "lora: rank=4, alpha=4.0, rslora=false"
+)
 
 
-def setting(
-    default: Any,
-    text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = 0.0,
-    high: float | None = None,
-    shown: str | None = None,
-) -> Any:
-    """A config field with its help text, its choices, and the values that make sense.
+class _Checked:
+    """A config whose settings are looked at once, when it is made."""
 
-    `shown` is what the help says in the place of a default that stands for something else.
-    """
-    metadata = {"help": text, "choices": choices, "low": low, "high": high, "shown": shown}
-    return field(default=default, metadata=metadata)
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
-class CompressConfig:
+class CompressConfig(_Checked):
     """PELA (arXiv 2310.10700): low-rank factors, then distillation from the dense model."""
 
     ratio: float = setting(2.0, "Compression ratio: the parameters of layers fall by it.", low=1.0)
@@ -110,7 +112,7 @@ class CompressConfig:
         "a little), or the last.",
         choices=("best", "last"),
     )
-    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"))
+    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"), decides=False)
     mixed_precision: str = setting(
         "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
     )
@@ -119,16 +121,33 @@ class CompressConfig:
         "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
         "one per core: small models train as fast with 1, and leave the machine to others.",
         shown="by a step's work",
+        decides=False,
     )
     seed: int = setting(0, "Seed of everything random.")
-    only: tuple[str, ...] = field(default_factory=tuple)
-    keep_dense: tuple[str, ...] = field(default_factory=tuple)
+    only: Sequence[str] = setting(
+        (),
+        "Layer to factor, and no others: an ending such as `query`, a shell pattern such as "
+        "`*.layer.0.*`, or a set, `@attention` or `@mlp`; repeatable.",
+        metavar="NAME",
+    )
+    keep_dense: Sequence[str] = setting(
+        (), "Layer that stays dense, named as for --only; repeatable.", metavar="NAME"
+    )
 
 
 @dataclass(frozen=True)
-class AdaptConfig:
+class AdaptConfig(_Checked):
     """Training of adapters. What belongs to a method alone is in `method_settings`."""
 
+    targets: Sequence[str] = setting(
+        (),
+        "Layer to adapt: an ending such as `query`, a shell pattern such as `*.layer.0.*`, or a "
+        "set: `@qv` (query and value, or the layer that fuses them), `@attention`, `@mlp`, `@all` "
+        "(every linear layer of the blocks, the default), `all-linear` (those outside of the "
+        "blocks too, but not the head); repeatable.",
+        option="--target",
+        metavar="NAME",
+    )
     method: str = setting(
         "nola",
         "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
@@ -182,7 +201,7 @@ class AdaptConfig:
         "Train on the backbone as it will be deployed: weights rounded as export rounds them.",
         choices=("fp32", "fp16", "int8", "int4"),
     )
-    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"))
+    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"), decides=False)
     mixed_precision: str = setting(
         "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
     )
@@ -191,16 +210,33 @@ class AdaptConfig:
         "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
         "one per core: small models train as fast with 1, and leave the machine to others.",
         shown="by a step's work",
+        decides=False,
     )
     users_at_once: int = setting(
         0, "With --users: users trained in one pass.", shown="as many as suit the machine"
     )
     seed: int = setting(0, "Seed of the basis and of training.")
-    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    method_settings: Mapping[str, Any] = setting(
+        dict,
+        f"A setting of the method; repeatable. {_METHOD_SETTINGS} (these are the defaults).",
+        option="--set",
+        metavar="NAME=VALUE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed:
+            from regrow_format.philox import check_seed  # not above: it loads numpy
+
+            check_seed(self.seed)
+        if self.group:
+            _check_group(self.group, self.storage)
+        if self.method == "head" and self.head == "keep":
+            raise _refusal("{head} must be auto, new or tune for {method} head, got keep")
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class ImportConfig(_Checked):
     """Bringing in an adapter that another library trained."""
 
     storage: str = setting(
@@ -216,7 +252,7 @@ class ImportConfig:
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(_Checked):
     """What to measure of a bundle, and for how long. Lists have commas between."""
 
     batch: str = setting("1", "Batch sizes, such as 1,4.")
@@ -234,3 +270,20 @@ class ProfileConfig:
     profile: str = setting(
         "speed", "What the bundle is to save: time, or RAM.", choices=("speed", "memory")
     )
+
+
+def _check_group(group: int, storage: str) -> None:
+    from regrow_format.adapter import STORAGE  # not above: it loads numpy
+
+    if group < 8 or STORAGE[storage] > 8:
+        raise _refusal(
+            "{group} must be 0, or 8 or more with a {storage} of 8 bits or fewer, got {0} with {1}",
+            group,
+            storage,
+        )
+
+
+def _refusal(text: str, *values: object) -> Exception:
+    from regrow_format.errors import SettingError  # not above: it loads numpy
+
+    return SettingError(text, *values)

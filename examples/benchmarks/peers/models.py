@@ -88,13 +88,15 @@ class Room:
         """An exported model; merged ones have a user's adapter in them."""
 
         def make(path: Path) -> None:
-            from regrow import Adapter, export, load_backbone
+            from regrow import Adapter, ExportConfig, export, load_backbone
 
             backbone = load_backbone(getattr(self, source)())
-            given: dict[str, Any] = {"targets": ["query", "value"]}
-            if mode == "merged":
-                given = {"mode": "merged", "adapter": Adapter.load(self.adapter(user, source))}
-            export(backbone, path, precision=precision, **given)
+            merged = mode == "merged"
+            config = ExportConfig(
+                mode=mode, precision=precision, targets=() if merged else ("query", "value")
+            )
+            built_in = Adapter.load(self.adapter(user, source)) if merged else None
+            export(backbone, path, config, adapter=built_in)
 
         owner = f"-{user}" if mode == "merged" else ""
         return self._made(f"{source}-{mode}-{precision}{owner}", make)

@@ -5,17 +5,16 @@ from typing import TYPE_CHECKING
 from regrow_export.lazy import load_on_use
 
 if TYPE_CHECKING:
-    from .drafts import Draft as Draft
-    from .drafts import merged as merged
-    from .drafts import plain as plain
-    from .drafts import seeded as seeded
-    from .drafts import swappable as swappable
+    from .common import Draft as Draft
+    from .common import Job as Job
     from .expander_files import write_expanders as write_expanders
+    from .registry import MODES as MODES
 else:
     __all__, __getattr__, __dir__ = load_on_use(
         __name__,
         {
-            ".drafts": ("Draft", "merged", "plain", "seeded", "swappable"),
+            ".common": ("Draft", "Job"),
             ".expander_files": ("write_expanders",),
+            ".registry": ("MODES",),
         },
     )

@@ -1,4 +1,4 @@
-"""Which slots a bundle gets: asked for by kind, checked, and made."""
+"""Which slots a bundle gets: asked for by kind, and made."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from regrow_export.source import ExportSource
 from regrow_format.adapter import Adapter
-from regrow_format.errors import UsageError
 from regrow_format.manifest import Slot
 from regrow_format.methods import get_method
-from regrow_format.methods.base import MAX_RANK
 
 from .feeds import head_slots
 from .kinds import KINDS
@@ -26,27 +24,12 @@ class SlotPlan:
     Attributes:
         kinds: of the slots of targets.
         fixed_rank: the rank of low_rank slots, where every dimension of every slot is fixed.
-        vera: an adapter whose seed and rank vector slots have.
-        expanders: adapters for whose like graphs are written that make the slots' tensors.
-        constants: of seeded bundles: the seed and the coefficients are no inputs.
+        like: an adapter that the slots are for; vector slots have its seed and rank.
     """
 
     kinds: tuple[str, ...] = ("low_rank",)
     fixed_rank: int | None = None
-    vera: Adapter | None = None
-    expanders: tuple[Adapter, ...] = ()
-    constants: bool = False
-
-    def check(self, mode: str, precision: str) -> None:
-        """Raise `UsageError` for what makes no sense together."""
-        if mode != "seeded" and self.constants:
-            raise UsageError(f"constants must be of a seeded bundle, got mode {mode}")
-        if mode != "swappable" and (self.fixed_rank is not None or self.expanders):
-            raise UsageError(f"a fixed rank and expanders must be for mode swappable, got {mode}")
-        if self.fixed_rank is not None and not 1 <= self.fixed_rank <= MAX_RANK:
-            raise UsageError(f"fixed rank must be from 1 to {MAX_RANK}, got {self.fixed_rank}")
-        for kind in self.kinds:
-            KINDS[kind].check(precision, self.vera)
+    like: Adapter | None = None
 
     def target_slots(self, source: ExportSource, targets: Sequence[str]) -> tuple[Slot, ...]:
         """A slot of every kind that a target takes: a norm takes a bias alone.
@@ -55,7 +38,7 @@ class SlotPlan:
             UsageError: a target is no such layer.
         """
         return tuple(
-            KINDS[kind].slot(target, self.fixed_rank, self.vera)
+            KINDS[kind].slot(target, self.fixed_rank, self.like)
             for target in slot_targets(source.model, targets, self.kinds)
             for kind in self.kinds
             if kind in kinds_of(source.model.get_submodule(target.name))

@@ -41,6 +41,7 @@ class SlotKind(ABC):
         is_head: it stands around a layer of the head and has the backbone's own numbers where an
             adapter has none; other kinds stand around targets.
         takes_dense: it takes what other kinds change as one matrix; see `dense`.
+        only_fp32: it stands in for what bundles below fp32 round.
         may_cancel: a change may have no effect on the output, as a key's bias in a softmax.
     """
 
@@ -50,6 +51,7 @@ class SlotKind(ABC):
     for_batch: ClassVar[bool] = False
     is_head: ClassVar[bool] = False
     takes_dense: ClassVar[bool] = False
+    only_fp32: ClassVar[bool] = False
     may_cancel: ClassVar[bool] = False
 
     @property
@@ -110,6 +112,10 @@ class SlotKind(ABC):
 
     def misfit(self, slot: Slot, adapter: AdapterContents) -> str | None:
         """Why an adapter that has the right layers does not fit the slot, None if it does."""
+        return None
+
+    def unlike(self, example: AdapterContents | None) -> str | None:
+        """What the adapter that a bundle is made for must be or have, None if it may be any."""
         return None
 
     def flaw(self, slot: Slot) -> str | None:

@@ -45,6 +45,18 @@ class Vector(SlotKind):
             f": export the bundle with --for {adapter.method}"
         )
 
+    def unlike(self, example: AdapterContents | None) -> str | None:
+        """VeRA's, of the basis that graphs can hold."""
+        if example is None or example.method != "vera":
+            got = "none" if example is None else f"one of {example.method}"
+            return f"be of VeRA for vector slots, which take its seed and rank, got {got}"
+        if example.basis.kind != PHILOX_SIGN.kind:
+            return (
+                f"have the basis {PHILOX_SIGN.kind} for vector slots, got {example.basis.kind}: "
+                "use low_rank ones"
+            )
+        return None
+
     def flaw(self, slot: Slot) -> str | None:
         """It has a rank and a seed."""
         if slot.rank is None or slot.seed is None:

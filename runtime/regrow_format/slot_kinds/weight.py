@@ -24,6 +24,7 @@ class Weight(SlotKind):
     dims: ClassVar[Dims] = {"W": ("in", "out")}
     for_batch = True
     takes_dense = True
+    only_fp32 = True
 
     def inputs(self, target: str) -> dict[str, str]:
         """The weight's own name."""

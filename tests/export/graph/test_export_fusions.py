@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper, parser
 from torch import nn
 
-from regrow_export import export_bundle, kinds_for
+from regrow_export import ExportConfig, ExportRequest, export_bundle, kinds_for
 from regrow_export.graph import keep_gelu
 
 BIAS = "vit.encoder.layer.{}.intermediate.dense.bias"
@@ -46,7 +46,9 @@ def _run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
 def test_an_export_has_no_biasgelu_and_the_same_bits(source, precision, tmp_path):
-    export_bundle(source, tmp_path / "b", mode="merged", precision=precision)
+    export_bundle(
+        source, tmp_path / "b", ExportRequest(ExportConfig(mode="merged", precision=precision))
+    )
     model = onnx.load(tmp_path / "b" / "backbone.onnx")
     operators = _fused(model, tmp_path)
     assert operators["BiasGelu"] == 0
@@ -63,7 +65,9 @@ def test_an_export_has_no_biasgelu_and_the_same_bits(source, precision, tmp_path
 
 
 def test_int8_products_keep_the_bias_that_is_fused_into_them(source, tmp_path):
-    export_bundle(source, tmp_path / "b", mode="merged", precision="int8")
+    export_bundle(
+        source, tmp_path / "b", ExportRequest(ExportConfig(mode="merged", precision="int8"))
+    )
     model = onnx.load(tmp_path / "b" / "backbone.onnx")
     assert [len(t.dims) for t in model.graph.initializer if t.name == BIAS.format(0)] == [1]
     assert _fused(model, tmp_path)["Add"] < sum(n.op_type == "Add" for n in model.graph.node)
@@ -71,7 +75,11 @@ def test_int8_products_keep_the_bias_that_is_fused_into_them(source, tmp_path):
 
 def test_a_bias_that_may_be_fed_stays(source, tmp_path):
     target = BIAS.format(0).removesuffix(".bias")
-    manifest = export_bundle(source, tmp_path / "b", targets=[target], kinds=kinds_for("bitfit"))
+    manifest = export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=[target], slots=kinds_for("bitfit"))),
+    )
     model = onnx.load(tmp_path / "b" / "backbone.onnx")
     names = {name for slot in manifest.slots for name in slot.inputs.values()}
     fed = {value.name for value in model.graph.input}

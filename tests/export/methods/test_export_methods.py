@@ -11,7 +11,7 @@ import torch
 from expansions import flat
 from onnx.reference import ReferenceEvaluator
 
-from regrow_export import ExportSource, export_bundle, slot_targets
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
 from regrow_export.methods import adapter_inputs
 from regrow_export.modes.merging import merged_model
 from regrow_format.adapter import Coefficients
@@ -45,7 +45,9 @@ def test_merged_is_the_adapter_in_the_weights(
     vit, run, tmp_path, inputs, adapter_for, merged_logits, method
 ):
     adapter = adapter_for(vit, _names(method), method=method)
-    manifest = export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged"), adapter=adapter)
+    )
     found = run(tmp_path / "b", inputs)["logits"]
     expected = merged_logits(vit, inputs, _expand(adapter))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
@@ -65,7 +67,9 @@ def test_seeded_rebuilds_it_and_takes_another(
         adapter_for(vit, _names(method), method=method, storage=storage, seed=seed, draw=seed)
         for seed in (3, 4)
     )
-    manifest = export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="seeded"), adapter=adapter)
+    )
     assert Manifest.load(tmp_path / "b") == manifest
     found = run(tmp_path / "b", inputs)["logits"]
     expected = merged_logits(vit, inputs, _expand(adapter))
@@ -87,7 +91,11 @@ def test_pairs_pooled_features_and_grids(
     plain, plain_inputs, run, tmp_path, adapter_for, method, mode
 ):
     adapter = adapter_for(plain, ["stem", "pair", "pooled"], method=method)
-    manifest = export_bundle(plain, tmp_path / "b", mode=mode, adapter=adapter, inputs=plain_inputs)
+    manifest = export_bundle(
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode=mode), adapter=adapter, inputs=plain_inputs),
+    )
     assert manifest.parity["adapter_max_abs"] < 1e-3
     assert manifest.parity["adapter_effect"] > 1e-3
     found = ReferenceEvaluator(str(tmp_path / "b" / "backbone.onnx")).run(None, plain_inputs)
@@ -99,7 +107,9 @@ def test_pairs_pooled_features_and_grids(
 @pytest.mark.parametrize("mode", ["merged", "seeded"])
 def test_only_a_head(vit, run, tmp_path, inputs, make_adapter, with_head, mode):
     adapter = with_head(make_adapter((), method="head"), {"classifier": (64, 4)})
-    manifest = export_bundle(vit, tmp_path / "b", mode=mode, adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode=mode), adapter=adapter)
+    )
     assert manifest.labels == adapter.head.labels
     with torch.inference_mode():
         x = torch.from_numpy(inputs["pixel_values"])
@@ -179,14 +189,16 @@ def test_saved_modules_replace_parameters(vit, run, tmp_path, inputs, adapter_fo
         adapter_for(vit, [f"{LAYER}output.dense"], method="lora"),
         extra={f"{norm}.weight": weight, f"{norm}.bias": bias},
     )
-    export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter)
+    export_bundle(vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged"), adapter=adapter))
     changed = ExportSource(_with_norm(vit.model, norm, weight, bias), vit.task, vit.backbone_id)
     expected = merged_logits(changed, inputs, _expand(adapter))
     np.testing.assert_allclose(
         run(tmp_path / "b", inputs)["logits"], expected, rtol=1e-3, atol=1e-4
     )
     with pytest.raises(UsageError, match=r"saved modules \(.*layernorm_before.bias\) to be fed"):
-        export_bundle(vit, tmp_path / "c", mode="seeded", adapter=adapter)
+        export_bundle(
+            vit, tmp_path / "c", ExportRequest(ExportConfig(mode="seeded"), adapter=adapter)
+        )
 
 
 def _with_norm(model, norm, weight, bias):
@@ -204,7 +216,9 @@ def test_saved_modules_that_do_not_fit_are_refused(vit, tmp_path, adapter_for):
     values = {f"{norm}.weight": np.ones(3), f"{norm}.bia": np.ones(64)}
     adapter = replace(adapter_for(vit, _names("lora"), method="lora"), extra=values)
     with pytest.raises(MismatchError) as caught:
-        export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter)
+        export_bundle(
+            vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged"), adapter=adapter)
+        )
     first, second = caught.value.findings
     assert first == f"extra {norm}.weight: shape must be (64,), got (3,)"
     assert second.startswith(f"extra {norm}.bia: no such parameter; near: {norm}.bias")
@@ -214,14 +228,16 @@ def test_what_a_graph_cannot_rebuild_is_refused_with_the_reason(vit, tmp_path, a
     adapter = adapter_for(vit, _names("vera"), method="vera")
     peft = replace(adapter, basis=BasisSpec("peft-mt19937", 1, {"in": 64, "out": 64}))
     with pytest.raises(UsageError, match="basis must be philox-sign for a graph to rebuild it"):
-        export_bundle(vit, tmp_path / "b", mode="seeded", adapter=peft)
+        export_bundle(vit, tmp_path / "b", ExportRequest(ExportConfig(mode="seeded"), adapter=peft))
     grouped = {
         name: Coefficients(part.values, np.ones((len(part.values), 8), np.float32), 8)
         for name, part in adapter.coefficients.items()
     }
     grouped = replace(adapter, coefficients=grouped, group=8)
     with pytest.raises(UsageError, match="one scale per vector in a graph, got one per group of 8"):
-        export_bundle(vit, tmp_path / "b", mode="seeded", adapter=grouped)
+        export_bundle(
+            vit, tmp_path / "b", ExportRequest(ExportConfig(mode="seeded"), adapter=grouped)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,6 +245,8 @@ def test_a_norm_is_no_target_of_lora(vit, tmp_path, make_adapter):
     targets = slot_targets(vit.model, _names("bitfit"), ("bias",))
     adapter = make_adapter(targets, method="lora")
     with pytest.raises(MismatchError) as caught:
-        export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter)
+        export_bundle(
+            vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged"), adapter=adapter)
+        )
     (finding,) = caught.value.findings
     assert finding.startswith(f"{LAYER}layernorm_before: no such linear layer")

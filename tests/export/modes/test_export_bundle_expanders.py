@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from regrow_export import export_bundle
+from regrow_export import ExportConfig, ExportRequest, export_bundle
 from regrow_export.methods import adapter_inputs
 from regrow_format.errors import FormatError, RegrowError
 from regrow_format.manifest import Manifest
@@ -35,9 +35,13 @@ def adapters(vit, adapter_for):
 def folder(request, vit, adapters, tmp_path_factory):
     folder = tmp_path_factory.mktemp("expanders") / "b"
     export_bundle(
-        vit, folder, targets=NAMES, kinds=KINDS, fixed_rank=request.param,
-        expanders=tuple(adapters.values()),
-    )  # fmt: skip
+        vit,
+        folder,
+        ExportRequest(
+            ExportConfig(targets=NAMES, slots=KINDS, fixed_rank=request.param),
+            expanders=tuple(adapters.values()),
+        ),
+    )
     return folder
 
 
@@ -98,25 +102,27 @@ def test_they_hold_no_basis_and_are_no_newer_than_the_backbone(folder):
         assert path.stat().st_size < 40_000, path.name
 
 
-def test_what_cannot_be_expanded_is_refused(vit, adapters, adapter_for, tmp_path):
+def test_what_cannot_be_expanded_is_refused(vit, adapters, adapter_for, tmp_path, asked):
     def refused(match, *expanders, **options):
+        request = {"targets": NAMES, "expanders": expanders, **options}
         with pytest.raises(UsageError, match=match):
-            export_bundle(
-                vit, tmp_path / "b", **{"targets": NAMES, "expanders": expanders, **options}
-            )
+            export_bundle(vit, tmp_path / "b", asked(**request))
         assert not (tmp_path / "b").exists()
 
-    refused("expander of fourierft must have delta slots to feed, got none", adapters["fourierft"])
+    refused("expander of fourierft must have delta slots to feed, got none", adapters["fourierft"],
+            slots=("low_rank",))  # fmt: skip
     refused("got none for vit.encoder.layer.2.output.dense", adapters["nola"], targets=NAMES[:1])
-    refused("nola must have low_rank slots", adapters["nola"], kinds=("weight",))
+    refused("nola must have low_rank slots", adapters["nola"], slots=("weight",))
     refused("rank 3 or less, as the slots have, got 4", adapters["nola"], fixed_rank=3)
     refused(
-        "expander must be of a method with targets, got head", adapter_for(vit, [], method="head")
+        "expander must be of a method with targets, got head",
+        adapter_for(vit, [], method="head"),
+        slots=("low_rank",),
     )
     basis = BasisSpec("peft-mt19937", 1, {"in": 128, "out": 128, "dtype": "float32"})
     refused("basis must be philox-sign", replace(adapters["vera"], basis=basis))
     refused(
-        "expanders must be for mode swappable", adapters["nola"], mode="merged",
+        "expanders must be for mode swappable, got merged", adapters["nola"], mode="merged",
         adapter=adapters["nola"], targets=(),
     )  # fmt: skip
 
@@ -136,7 +142,11 @@ def test_a_graph_that_gives_something_else_is_refused(vit, adapters, tmp_path, m
 
     monkeypatch.setattr(module, "build_expander", wrong)
     with pytest.raises(RegrowError, match=r"expand-nola\.onnx: .* must be the runtime's within 0"):
-        export_bundle(vit, tmp_path / "b", targets=NAMES, expanders=[adapters["nola"]])
+        export_bundle(
+            vit,
+            tmp_path / "b",
+            ExportRequest(ExportConfig(targets=NAMES), expanders=[adapters["nola"]]),
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from expansions import flat
 from onnx.reference import ReferenceEvaluator
 
-from regrow_export import export_bundle
+from regrow_export import ExportConfig, ExportRequest, export_bundle
 from regrow_format.methods import get_method
 from regrow_runtime import BasisCache, Bundle, UsageError
 
@@ -32,7 +32,11 @@ def test_the_adapter_is_built_in(
     vit, adapter_for, with_head, merged_logits, pixels, tmp_path, method
 ):
     adapter = adapter_for(vit, NAMES, method=method, storage="int4")
-    manifest = export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter, constants=True)
+    manifest = export_bundle(
+        vit,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="seeded", constants=True), adapter=adapter),
+    )
     bundle = Bundle.open(tmp_path / "b", threads=1)
     inputs = {"pixel_values": pixels}
     found = bundle.run(inputs)["logits"]
@@ -53,10 +57,16 @@ def test_the_adapter_is_built_in(
 
 def test_its_head_is_built_in_too(vit, adapter_for, with_head, pixels, tmp_path):
     adapter = with_head(adapter_for(vit, NAMES), {"classifier": (64, 3)})
-    manifest = export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter, constants=True)
+    manifest = export_bundle(
+        vit,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="seeded", constants=True), adapter=adapter),
+    )
     assert manifest.labels == adapter.head.labels
     found = Bundle.open(tmp_path / "b", threads=1).run({"pixel_values": pixels})["logits"]
-    export_bundle(vit, tmp_path / "fed", mode="seeded", adapter=adapter)
+    export_bundle(
+        vit, tmp_path / "fed", ExportRequest(ExportConfig(mode="seeded"), adapter=adapter)
+    )
     fed = Bundle.open(tmp_path / "fed", threads=1).run({"pixel_values": pixels})["logits"]
     assert found.shape == (3, 3)
     np.testing.assert_allclose(found, fed, rtol=1e-5, atol=1e-6)
@@ -69,7 +79,11 @@ def test_onnx_runtime_does_not_fold_the_basis(vit, adapter_for, tmp_path, method
     sizes = {}
     for name, mode in (("plain", "merged"), ("seeded", "seeded")):
         folder = tmp_path / name
-        export_bundle(vit, folder, mode=mode, adapter=adapter, constants=mode == "seeded")
+        export_bundle(
+            vit,
+            folder,
+            ExportRequest(ExportConfig(mode=mode, constants=mode == "seeded"), adapter=adapter),
+        )
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(folder / "optimised.onnx")
         options.log_severity_level = 4
@@ -89,7 +103,11 @@ def test_onnx_runtime_does_not_fold_the_basis(vit, adapter_for, tmp_path, method
 
 def test_onnx_reference_runs_it(vit, adapter_for, pixels, tmp_path):
     adapter = adapter_for(vit, NAMES, k=5, l=3, rank=2)
-    export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter, constants=True)
+    export_bundle(
+        vit,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="seeded", constants=True), adapter=adapter),
+    )
     (found,) = ReferenceEvaluator(str(tmp_path / "b" / "backbone.onnx")).run(
         ["logits"], {"pixel_values": pixels}
     )

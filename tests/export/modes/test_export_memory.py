@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow_export import ExportSource, export_bundle
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
 from regrow_runtime import Bundle
 
 MEASURE = """
@@ -59,7 +59,13 @@ def wide() -> ExportSource:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_profiles_take_the_ram_that_they_promise(wide, tmp_path, precision):
     folder = tmp_path / precision
-    export_bundle(wide, folder, targets=["vit.encoder.layer.0.output.dense"], precision=precision)
+    export_bundle(
+        wide,
+        folder,
+        ExportRequest(
+            ExportConfig(targets=["vit.encoder.layer.0.output.dense"], precision=precision)
+        ),
+    )
     stored = sum(path.stat().st_size for path in folder.glob("backbone.onnx*"))
     found = {}
     for profile in ("speed", "memory"):

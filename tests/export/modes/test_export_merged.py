@@ -8,7 +8,7 @@ import pytest
 import torch
 from expansions import flat
 
-from regrow_export import export_bundle, slot_targets
+from regrow_export import ExportConfig, ExportRequest, export_bundle, slot_targets
 from regrow_export.modes.merging import merged_model
 from regrow_format.basis import BasisCache
 from regrow_format.errors import UsageError
@@ -30,7 +30,9 @@ def _expand(adapter):
 def test_the_adapter_is_in_the_weights(vit, run, tmp_path, adapter_for, merged_logits, method):
     storage = "int8" if method == "nola" else "fp32"
     adapter = adapter_for(vit, NAMES, method=method, storage=storage)
-    manifest = export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged"), adapter=adapter)
+    )
     x = np.random.default_rng(5).standard_normal((2, 1, 28, 28)).astype(np.float32)
     np.testing.assert_allclose(
         run(tmp_path / "b", {"pixel_values": x})["logits"],
@@ -45,7 +47,11 @@ def test_the_adapter_is_in_the_weights(vit, run, tmp_path, adapter_for, merged_l
 
 
 def test_the_graph_is_a_plain_one(vit, tmp_path, adapter_for):
-    export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter_for(vit, NAMES))
+    export_bundle(
+        vit,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="merged"), adapter=adapter_for(vit, NAMES)),
+    )
     model = onnx.load(str(tmp_path / "b" / "backbone.onnx"))
     assert [value.name for value in model.graph.input] == ["pixel_values"]
     assert not any("adapter" in tensor.name for tensor in model.graph.initializer)
@@ -53,7 +59,9 @@ def test_the_graph_is_a_plain_one(vit, tmp_path, adapter_for):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_without_an_adapter_it_is_the_backbone(vit, run, tmp_path, adapter_for, precision):
-    manifest = export_bundle(vit, tmp_path / "b", mode="merged", precision=precision)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged", precision=precision))
+    )
     assert (manifest.mode, manifest.adapter, manifest.slots) == ("merged", None, ())
     assert Manifest.load(tmp_path / "b") == manifest
     model = onnx.load(str(tmp_path / "b" / "backbone.onnx"))
@@ -71,7 +79,9 @@ def test_without_an_adapter_it_is_the_backbone(vit, run, tmp_path, adapter_for, 
 
 def test_the_adapters_head_replaces_the_models(vit, run, tmp_path, adapter_for, with_head):
     adapter = with_head(adapter_for(vit, NAMES), {"classifier": (64, 4)})
-    manifest = export_bundle(vit, tmp_path / "b", mode="merged", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="merged"), adapter=adapter)
+    )
     x = np.zeros((1, 1, 28, 28), dtype=np.float32)
     assert run(tmp_path / "b", {"pixel_values": x})["logits"].shape == (1, 4)
     assert manifest.labels == adapter.head.labels
@@ -81,7 +91,9 @@ def test_the_adapters_head_replaces_the_models(vit, run, tmp_path, adapter_for, 
 def test_a_pair_merges_to_a_wider_pair(plain, plain_inputs, run, tmp_path, adapter_for):
     adapter = adapter_for(plain, ["pair", "stem"])
     manifest = export_bundle(
-        plain, tmp_path / "b", mode="merged", adapter=adapter, inputs=plain_inputs
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="merged"), adapter=adapter, inputs=plain_inputs),
     )
     assert manifest.parity["adapter_max_abs"] < 1e-4
     expansion = _expand(adapter)

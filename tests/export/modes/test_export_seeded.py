@@ -7,7 +7,7 @@ import onnx
 import pytest
 from expansions import expanded
 
-from regrow_export import export_bundle, find_linears
+from regrow_export import ExportConfig, ExportRequest, export_bundle, find_linears
 from regrow_export.methods import adapter_inputs
 from regrow_format.manifest import Manifest
 
@@ -32,7 +32,9 @@ def test_nothing_fed_is_the_adapter_and_another_may_be_fed(
     vit, run, tmp_path, inputs, adapter_for, merged_logits, storage, shared
 ):
     adapter = adapter_for(vit, _names(vit), storage=storage, shared=shared)
-    manifest = export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="seeded"), adapter=adapter)
+    )
     found = run(tmp_path / "b", inputs)["logits"]
     expected = _expected(vit, adapter, inputs, merged_logits)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
@@ -47,7 +49,9 @@ def test_nothing_fed_is_the_adapter_and_another_may_be_fed(
 
 def test_the_manifest_says_how_to_feed_it(vit, tmp_path, adapter_for):
     adapter = adapter_for(vit, _names(vit), storage="int4")
-    manifest = export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="seeded"), adapter=adapter)
+    )
     assert Manifest.load(tmp_path / "b") == manifest
     manifest.check_files(tmp_path / "b", hashes=True)
     spec = manifest.seeded
@@ -64,7 +68,9 @@ def test_its_head_is_a_slot_with_the_adapters_classes(
     vit, run, tmp_path, inputs, adapter_for, with_head
 ):
     adapter = with_head(adapter_for(vit, _names(vit)[:2]), {"classifier": (64, 4)})
-    manifest = export_bundle(vit, tmp_path / "b", mode="seeded", adapter=adapter)
+    manifest = export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(mode="seeded"), adapter=adapter)
+    )
     assert manifest.labels == adapter.head.labels
     assert run(tmp_path / "b", inputs)["logits"].shape == (2, 4)
     feeds = {
@@ -78,7 +84,11 @@ def test_the_basis_is_not_folded_into_constants_at_load(plain, plain_inputs, tmp
     import onnxruntime as ort
 
     adapter = adapter_for(plain, ["stem", "pair"], k=500, l=500)
-    export_bundle(plain, tmp_path / "b", mode="seeded", adapter=adapter, inputs=plain_inputs)
+    export_bundle(
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="seeded"), adapter=adapter, inputs=plain_inputs),
+    )
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
@@ -93,7 +103,11 @@ def test_the_basis_is_not_folded_into_constants_at_load(plain, plain_inputs, tmp
 
 def test_only_standard_operators_are_used(plain, plain_inputs, tmp_path, adapter_for):
     adapter = adapter_for(plain, ["stem", "pair"])
-    export_bundle(plain, tmp_path / "b", mode="seeded", adapter=adapter, inputs=plain_inputs)
+    export_bundle(
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(mode="seeded"), adapter=adapter, inputs=plain_inputs),
+    )
     model = onnx.load(str(tmp_path / "b" / "backbone.onnx"))
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
     assert not any("Random" in node.op_type for node in model.graph.node)

@@ -11,7 +11,7 @@ import torch
 from expansions import flat
 from safetensors.numpy import load_file
 
-from regrow_export import ExportSource, export_bundle, find_linears
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, find_linears
 from regrow_format.basis import BasisCache
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import Manifest
@@ -26,7 +26,7 @@ def vit_bundle(vit, tmp_path_factory):
     """A slot in every linear layer of the ViT."""
     folder = tmp_path_factory.mktemp("swappable") / "vit"
     names = [name for name in find_linears(vit.model) if name not in vit.head]
-    return folder, export_bundle(vit, folder, targets=names)
+    return folder, export_bundle(vit, folder, ExportRequest(ExportConfig(targets=names)))
 
 
 @pytest.fixture
@@ -189,7 +189,9 @@ def test_pooled_and_two_layer_heads(roberta, bert, run, tmp_path, merged_logits)
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     inputs["attention_mask"][1, 4:] = 0
     pooled, value = "bert.pooler.dense", "bert.encoder.layer.1.attention.self.value"
-    manifest = export_bundle(bert, tmp_path / "bert", targets=[pooled, value])
+    manifest = export_bundle(
+        bert, tmp_path / "bert", ExportRequest(ExportConfig(targets=[pooled, value]))
+    )
     feeds, typed = _random(manifest, 1), {**inputs, "token_type_ids": np.zeros_like(ids)}
     np.testing.assert_allclose(
         run(tmp_path / "bert", typed, feeds)["logits"],
@@ -213,7 +215,9 @@ def test_pooled_and_two_layer_heads(roberta, bert, run, tmp_path, merged_logits)
 def test_a_plain_module_with_a_factorised_pair(plain, plain_inputs, run, tmp_path):
     folder = tmp_path / "plain"
     targets = ["stem", "pair", "pooled"]
-    manifest = export_bundle(plain, folder, targets=targets, inputs=plain_inputs)
+    manifest = export_bundle(
+        plain, folder, ExportRequest(ExportConfig(targets=targets), inputs=plain_inputs)
+    )
     assert [spec.name for spec in manifest.graphs[0].outputs] == ["scores", "features"]
     assert manifest.graphs[0].inputs[0].shape == ("batch_size", 3, 4, 6)
     with torch.inference_mode():
@@ -236,16 +240,22 @@ def test_inputs_may_be_given_for_a_hugging_face_model(bert, tmp_path):
     ids = np.arange(10, dtype=np.int64)[None]
     inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
     value = "bert.encoder.layer.0.attention.self.value"
-    export_bundle(bert, tmp_path / "b", targets=[value], inputs=inputs)
+    export_bundle(bert, tmp_path / "b", ExportRequest(ExportConfig(targets=[value]), inputs=inputs))
     probe = load_file(tmp_path / "b" / "probe.safetensors")  # made up: nobody's samples travel
     assert probe["input_ids"].shape == (2, 16)
     inputs["input_ids"] = ids + 1000  # tokens that the model does not know
     with pytest.raises(RegrowError):
-        export_bundle(bert, tmp_path / "b2", targets=[value], inputs=inputs)
+        export_bundle(
+            bert, tmp_path / "b2", ExportRequest(ExportConfig(targets=[value]), inputs=inputs)
+        )
     with pytest.raises(
         UsageError, match="inputs must have input_ids, attention_mask, token_type_ids"
     ):
-        export_bundle(bert, tmp_path / "c", targets=[value], inputs={"input_ids": ids})
+        export_bundle(
+            bert,
+            tmp_path / "c",
+            ExportRequest(ExportConfig(targets=[value]), inputs={"input_ids": ids}),
+        )
 
 
 def test_torchs_fast_path_does_not_pass_by_a_slot(tmp_path):
@@ -253,13 +263,21 @@ def test_torchs_fast_path_does_not_pass_by_a_slot(tmp_path):
     model = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
     source = ExportSource(model, "custom", "sha256:00")
     inputs = {"src": np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)}
-    manifest = export_bundle(source, tmp_path / "b", targets=["layers.0.linear1"], inputs=inputs)
+    manifest = export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=["layers.0.linear1"]), inputs=inputs),
+    )
     assert manifest.parity["slot_effect_min"] > 0
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_factor_of_a_pair_is_a_target_too(plain, plain_inputs, tmp_path):
-    manifest = export_bundle(plain, tmp_path / "b", targets=["pair.down"], inputs=plain_inputs)
+    manifest = export_bundle(
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=["pair.down"]), inputs=plain_inputs),
+    )
     slot = manifest.slot_of("pair.down")
     assert (slot.in_features, slot.out_features) == (16, 4)
 
@@ -272,7 +290,7 @@ def test_a_gpt2_convolution_is_a_target(tmp_path, run):
     model = GPT2ForSequenceClassification(config).eval()
     source = ExportSource(model, "text-classification", "sha256:00", ("score",))
     name = "transformer.h.0.attn.c_attn"
-    manifest = export_bundle(source, tmp_path / "gpt2", targets=[name])
+    manifest = export_bundle(source, tmp_path / "gpt2", ExportRequest(ExportConfig(targets=[name])))
     slot = manifest.slot_of(name)
     assert (slot.in_features, slot.out_features) == (32, 96)
     assert manifest.parity["slot_effect_min"] > 0
@@ -288,7 +306,7 @@ def test_windows_folded_into_the_batch_keep_their_samples_adapter(tmp_path):
     model = SwinForImageClassification(config).eval()
     source = ExportSource(model, "image-classification", "sha256:00", ("classifier",))
     names = [name for name in find_linears(model) if name.endswith(("query", "dense"))]
-    manifest = export_bundle(source, tmp_path / "swin", targets=names)
+    manifest = export_bundle(source, tmp_path / "swin", ExportRequest(ExportConfig(targets=names)))
     # Four windows per sample: the check ran three samples, each with an adapter of its own.
     assert manifest.parity["mixed_max_abs"] < 1e-4
     assert manifest.parity["slot_effect_min"] > 0
@@ -298,7 +316,9 @@ def test_files_of_the_source_are_copied(plain, plain_inputs, tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "plain"}')
     source = replace(plain, files=(config,))
-    manifest = export_bundle(source, tmp_path / "b", targets=["stem"], inputs=plain_inputs)
+    manifest = export_bundle(
+        source, tmp_path / "b", ExportRequest(ExportConfig(targets=["stem"]), inputs=plain_inputs)
+    )
     assert (tmp_path / "b" / "config.json").read_text() == config.read_text()
     assert manifest.files["config.json"].size == config.stat().st_size
 
@@ -310,8 +330,8 @@ def test_the_model_is_left_as_it_was(vit, vit_bundle):
 
 
 def test_an_export_is_silent_and_repeats_itself(plain, plain_inputs, tmp_path, capfd):
-    options = {"targets": ["stem", "pair"], "inputs": plain_inputs}
-    one = export_bundle(plain, tmp_path / "one", **options)
-    two = export_bundle(plain, tmp_path / "two", **options)
+    request = ExportRequest(ExportConfig(targets=["stem", "pair"]), inputs=plain_inputs)
+    one = export_bundle(plain, tmp_path / "one", request)
+    two = export_bundle(plain, tmp_path / "two", request)
     assert one.files == two.files
     assert capfd.readouterr() == ("", "")

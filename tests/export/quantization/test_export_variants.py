@@ -13,7 +13,7 @@ from expansions import flat
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from regrow_export import ExportSource, export_bundle, find_linears
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, find_linears
 from regrow_export.layers import block_weights
 from regrow_export.modes.merging import merged_model
 from regrow_export.quantization import check_slot_inputs, rounded_weights
@@ -42,7 +42,9 @@ def bundle(vit, precision, tmp_path_factory) -> tuple[Path, Manifest]:
     """A slot in every linear layer of the ViT's blocks."""
     folder = tmp_path_factory.mktemp("variants") / precision
     names = [name for name in find_linears(vit.model) if name not in vit.head]
-    return folder, export_bundle(vit, folder, targets=names, precision=precision)
+    return folder, export_bundle(
+        vit, folder, ExportRequest(ExportConfig(targets=names, precision=precision))
+    )
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_slots_stay_overridable_float32_inputs(bundle):
 
 
 def test_files_are_smaller(vit, tmp_path, bundle, precision):
-    whole = export_bundle(vit, tmp_path / "fp32", targets=[QUERY])
+    whole = export_bundle(vit, tmp_path / "fp32", ExportRequest(ExportConfig(targets=[QUERY])))
     size = {"fp16": 0.6, "int8": 0.4, "int4": 0.3}[precision]
     name = "backbone.onnx.data"
     assert bundle[1].files[name].size < size * whole.files[name].size
@@ -222,8 +224,14 @@ def test_int8_is_quantize_dynamic(vit, tmp_path, run, pixels, adapter_for, caplo
 
     caplog.set_level("ERROR")
     adapter = adapter_for(vit, [QUERY])
-    export_bundle(vit, tmp_path / "fp32", mode="merged", adapter=adapter)
-    export_bundle(vit, tmp_path / "int8", mode="merged", adapter=adapter, precision="int8")
+    export_bundle(
+        vit, tmp_path / "fp32", ExportRequest(ExportConfig(mode="merged"), adapter=adapter)
+    )
+    export_bundle(
+        vit,
+        tmp_path / "int8",
+        ExportRequest(ExportConfig(mode="merged", precision="int8"), adapter=adapter),
+    )
     graph = _graph(tmp_path / "fp32")
     for index, node in enumerate(graph.graph.node):
         node.name = f"node {index}"
@@ -257,7 +265,11 @@ def test_merged_weights_are_rounded_with_the_adapter_in_them(
     vit, adapter, precision, tmp_path, run, pixels
 ):
     folder = tmp_path / "merged"
-    manifest = export_bundle(vit, folder, mode="merged", adapter=adapter, precision=precision)
+    manifest = export_bundle(
+        vit,
+        folder,
+        ExportRequest(ExportConfig(mode="merged", precision=precision), adapter=adapter),
+    )
     assert (manifest.variant, manifest.mode, manifest.slots) == (precision, "merged", ())
     assert manifest.parity["adapter_effect"] > 0.01
     folded = merged_model(vit.model, get_method("nola").expand(adapter, BasisCache()))
@@ -270,7 +282,11 @@ def test_merged_weights_are_rounded_with_the_adapter_in_them(
 
 def test_seeded(vit, adapter, precision, tmp_path, run, pixels, merged_logits):
     folder = tmp_path / "seeded"
-    manifest = export_bundle(vit, folder, mode="seeded", adapter=adapter, precision=precision)
+    manifest = export_bundle(
+        vit,
+        folder,
+        ExportRequest(ExportConfig(mode="seeded", precision=precision), adapter=adapter),
+    )
     assert (manifest.variant, manifest.seeded.method) == (precision, "nola")
     expansion = flat(get_method("nola").expand(adapter, BasisCache()))
     with rounded_weights(vit.model, precision):
@@ -281,7 +297,11 @@ def test_seeded(vit, adapter, precision, tmp_path, run, pixels, merged_logits):
 def test_slots_of_other_kinds(bert, precision, tmp_path):
     name = "bert.encoder.layer.0.output.dense"
     kinds = ("low_rank", "delta", "bias")
-    manifest = export_bundle(bert, tmp_path / "b", targets=[name], kinds=kinds, precision=precision)
+    manifest = export_bundle(
+        bert,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=[name], slots=kinds, precision=precision)),
+    )
     assert [slot.kind for slot in manifest.slots] == [*kinds, "head"]
     assert manifest.parity["adapter_effect"] > 0
 
@@ -295,7 +315,11 @@ def test_gpt2(precision, tmp_path):
     model = GPT2ForSequenceClassification(config).eval()
     source = ExportSource(model, "text-classification", "sha256:" + "cd" * 32)
     folder = tmp_path / "gpt2"
-    export_bundle(source, folder, targets=["transformer.h.0.attn.c_attn"], precision=precision)
+    export_bundle(
+        source,
+        folder,
+        ExportRequest(ExportConfig(targets=["transformer.h.0.attn.c_attn"], precision=precision)),
+    )
     found = _products(folder, block_weights(model), precision)
     assert len(found) == 8
     for weight in block_weights(model):
@@ -352,7 +376,11 @@ def test_gemm_shared_and_idle_weights(precision, tmp_path, run):
     source = _plain(_Block)
     source.model.blocks[1].one.weight = source.model.blocks[0].one.weight
     folder = tmp_path / "b"
-    export_bundle(source, folder, targets=["blocks.1.one"], precision=precision, inputs=_X)
+    export_bundle(
+        source,
+        folder,
+        ExportRequest(ExportConfig(targets=["blocks.1.one"], precision=precision), inputs=_X),
+    )
     stored = [name for name in _tensors(folder) if name.endswith(f".{precision}")]
     assert stored == [f"blocks.0.one.weight.{precision}"]
     with rounded_weights(source.model, precision):
@@ -373,7 +401,9 @@ def test_a_factored_pair(plain, precision, tmp_path):
             return self.pair(x)
 
     export_bundle(
-        _plain(Pairs), tmp_path / "b", targets=["blocks.0.pair"], precision=precision, inputs=_X
+        _plain(Pairs),
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=["blocks.0.pair"], precision=precision), inputs=_X),
     )
     stored = {name for name in _tensors(tmp_path / "b") if name.endswith(f".{precision}")}
     assert stored == {
@@ -383,7 +413,9 @@ def test_a_factored_pair(plain, precision, tmp_path):
 
 def test_the_model_is_not_changed(vit, precision, tmp_path):
     before = {name: value.clone() for name, value in vit.model.state_dict().items()}
-    export_bundle(vit, tmp_path / "b", targets=[QUERY], precision=precision)
+    export_bundle(
+        vit, tmp_path / "b", ExportRequest(ExportConfig(targets=[QUERY], precision=precision))
+    )
     assert all(torch.equal(value, before[n]) for n, value in vit.model.state_dict().items())
 
 
@@ -392,13 +424,17 @@ def test_the_model_is_not_changed(vit, precision, tmp_path):
 
 def test_an_unknown_precision(vit, tmp_path):
     with pytest.raises(UsageError, match="precision must be one of fp32, fp16, int8, int4, got"):
-        export_bundle(vit, tmp_path / "b", targets=[QUERY], precision="bf16")
+        export_bundle(
+            vit, tmp_path / "b", ExportRequest(ExportConfig(targets=[QUERY], precision="bf16"))
+        )
 
 
 def test_a_model_without_blocks(plain, plain_inputs, tmp_path):
     with pytest.raises(RegrowError, match="model must have linear layers in a stack of blocks"):
         export_bundle(
-            plain, tmp_path / "b", targets=["pair"], precision="int4", inputs=plain_inputs
+            plain,
+            tmp_path / "b",
+            ExportRequest(ExportConfig(targets=["pair"], precision="int4"), inputs=plain_inputs),
         )
     assert not (tmp_path / "b").exists()
 
@@ -406,7 +442,11 @@ def test_a_model_without_blocks(plain, plain_inputs, tmp_path):
 def test_weights_that_are_lost_in_the_trace(precision, tmp_path):
     message = "got no trace of blocks.0.one.weight, blocks.1.one.weight; export fp32"
     with pytest.raises(RegrowError, match=message):
-        export_bundle(_plain(_Turned), tmp_path / "b", targets=[], precision=precision, inputs=_X)
+        export_bundle(
+            _plain(_Turned),
+            tmp_path / "b",
+            ExportRequest(ExportConfig(targets=[], precision=precision), inputs=_X),
+        )
     assert not (tmp_path / "b").exists()
 
 
@@ -419,7 +459,11 @@ def test_weights_that_cannot_be_rounded(value, kind, message, tmp_path):
     with torch.no_grad():
         source.model.blocks[0].one.weight[0, 0] = value
     with pytest.raises(RegrowError, match=message):
-        export_bundle(source, tmp_path / "b", targets=["blocks.1.one"], precision=kind, inputs=_X)
+        export_bundle(
+            source,
+            tmp_path / "b",
+            ExportRequest(ExportConfig(targets=["blocks.1.one"], precision=kind), inputs=_X),
+        )
 
 
 def test_operators_that_int4_would_change(tmp_path):
@@ -431,10 +475,13 @@ def test_operators_that_int4_would_change(tmp_path):
             return nn.functional.grid_sample(picture, grid, align_corners=False).flatten(1)
 
     source = _plain(Sampled)
-    options: dict[str, Any] = {"targets": ["blocks.0.one"], "inputs": _X}
+    int4, fp16 = (
+        ExportRequest(ExportConfig(targets=["blocks.0.one"], precision=kind), inputs=_X)
+        for kind in ("int4", "fp16")
+    )
     with pytest.raises(RegrowError, match="model must not use GridSample for int4"):
-        export_bundle(source, tmp_path / "b", precision="int4", **options)
-    export_bundle(source, tmp_path / "b", precision="fp16", **options)
+        export_bundle(source, tmp_path / "b", int4)
+    export_bundle(source, tmp_path / "b", fp16)
 
 
 def test_slots_are_asserted(bundle):

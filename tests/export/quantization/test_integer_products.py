@@ -25,7 +25,7 @@ from expansions import flat
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from regrow_export import ExportSource, export_bundle, find_linears
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, find_linears
 from regrow_export.graph import all_graphs
 from regrow_format.basis import BasisCache
 from regrow_format.files import sha256_file
@@ -68,12 +68,18 @@ def bundles(vit, adapter, tmp_path_factory) -> dict[str, Path]:
     """In int8, and graphs that have integer products for their expansion."""
     room = tmp_path_factory.mktemp("bundles")
     names = [name for name in find_linears(vit.model) if name not in vit.head]
-    int8 = {"precision": "int8"}
-    export_bundle(vit, room / "swappable", targets=names, expanders=(adapter,), **int8)
+    slotted = ExportConfig(targets=names, precision="int8")
+    export_bundle(vit, room / "swappable", ExportRequest(slotted, expanders=(adapter,)))
     for mode in ("merged", "seeded"):
-        export_bundle(vit, room / mode, mode=mode, adapter=adapter, **int8)
-    export_bundle(vit, room / "constants", mode="seeded", adapter=adapter, constants=True)
-    export_bundle(_llama(), room / "llama", mode="merged", **int8)
+        config = ExportConfig(mode=mode, precision="int8")
+        export_bundle(vit, room / mode, ExportRequest(config, adapter=adapter))
+    export_bundle(
+        vit,
+        room / "constants",
+        ExportRequest(ExportConfig(mode="seeded", constants=True), adapter=adapter),
+    )
+    plain = ExportConfig(mode="merged", precision="int8")
+    export_bundle(_llama(), room / "llama", ExportRequest(plain))
     return {path.name: path for path in sorted(room.iterdir())}
 
 

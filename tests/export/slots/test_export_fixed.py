@@ -11,7 +11,7 @@ import torch
 from expansions import flat
 from onnx.reference import ReferenceEvaluator
 
-from regrow_export import ExportSource, export_bundle
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
 from regrow_format.manifest import Manifest
 from regrow_format.methods import get_method
 from regrow_inputs.predictions import top_labels
@@ -63,7 +63,13 @@ def bundles(case, adapter_for, tmp_path_factory):
             kinds, rank, _ = FORMS[form]
             folder = tmp_path_factory.mktemp("fixed") / "b"
             vera = adapter_for(source, names, method="vera") if "vector" in kinds else None
-            export_bundle(source, folder, targets=names, kinds=kinds, fixed_rank=rank, vera=vera)
+            export_bundle(
+                source,
+                folder,
+                ExportRequest(
+                    ExportConfig(targets=names, slots=kinds, fixed_rank=rank), adapter=vera
+                ),
+            )
             made[form] = folder
         return made[form]
 
@@ -201,7 +207,7 @@ def test_a_fixed_rank_is_a_bound(case, bundles, adapter_for):
 
 
 def test_a_fixed_head_is_filled_up(vit, adapter_for, with_head, tmp_path):
-    export_bundle(vit, tmp_path / "b", targets=VIT, fixed_rank=4)
+    export_bundle(vit, tmp_path / "b", ExportRequest(ExportConfig(targets=VIT, fixed_rank=4)))
     bundle = Bundle.open(tmp_path / "b", threads=1)
     pixels = np.random.default_rng(5).standard_normal((2, 1, 28, 28)).astype(np.float32)
     adapter = with_head(adapter_for(vit, VIT), {"classifier": (64, 3)})
@@ -212,7 +218,7 @@ def test_a_fixed_head_is_filled_up(vit, adapter_for, with_head, tmp_path):
     assert [best[0][0] for best in top_labels(logits, bundle.labels())] == [
         f"label {row[:3].argmax()}" for row in logits
     ]
-    export_bundle(vit, tmp_path / "free", targets=VIT)
+    export_bundle(vit, tmp_path / "free", ExportRequest(ExportConfig(targets=VIT)))
     free = Bundle.open(tmp_path / "free", threads=1)
     free.swap(adapter, name="x")
     wanted = free.run({"pixel_values": pixels})["logits"]
@@ -231,9 +237,14 @@ def test_pooled_features_and_grids(plain, plain_inputs, adapter_for, tmp_path, k
     names = ["stem", "pooled"] + ["pair"] * ("weight" not in kinds)
     vera = adapter_for(plain, names, method="vera")
     manifest = export_bundle(
-        plain, tmp_path / "b", targets=names, kinds=kinds, fixed_rank=rank, vera=vera,
-        inputs=plain_inputs,
-    )  # fmt: skip
+        plain,
+        tmp_path / "b",
+        ExportRequest(
+            ExportConfig(targets=names, slots=kinds, fixed_rank=rank),
+            adapter=vera,
+            inputs=plain_inputs,
+        ),
+    )
     assert manifest.parity["adapter_max_abs"] < 1e-4 < manifest.parity["slot_effect_min"]
     assert len(manifest.slots) == 1 + len(names) * len(kinds)
 
@@ -249,7 +260,11 @@ def test_windows_need_not_be_told_apart(tmp_path, run, kinds, rank):
     model = SwinForImageClassification(config).eval()
     source = ExportSource(model, "image-classification", "sha256:00", ("classifier",))
     name = "swin.encoder.layers.0.blocks.1.attention.self.value"
-    manifest = export_bundle(source, tmp_path / "b", targets=[name], kinds=kinds, fixed_rank=rank)
+    manifest = export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=[name], slots=kinds, fixed_rank=rank)),
+    )
     assert manifest.parity["slot_effect_min"] > 1e-4
     graph = onnx.load(str(tmp_path / "b" / "backbone.onnx")).graph
     slot = manifest.slot_of(name).inputs
@@ -263,14 +278,22 @@ def test_zeros_are_stored_once(vit, tmp_path):
     sizes = []
     for name, rank in (("dynamic", None), ("fixed", 4)):
         folder = tmp_path / name
-        export_bundle(vit, folder, targets=VIT, kinds=("low_rank", "delta"), fixed_rank=rank)
+        export_bundle(
+            vit,
+            folder,
+            ExportRequest(ExportConfig(targets=VIT, slots=("low_rank", "delta"), fixed_rank=rank)),
+        )
         sizes.append(sum(path.stat().st_size for path in folder.iterdir()))
     assert sizes[1] - sizes[0] < 4 * 64 * 128 + 4096  # one delta, of 64 x 128
 
 
 def test_vera_matrices_are_stored_once_per_width(vit, adapter_for, tmp_path):
     vera = adapter_for(vit, VIT, method="vera", rank=50)
-    export_bundle(vit, tmp_path / "b", targets=VIT, kinds=("vector",), vera=vera)
+    export_bundle(
+        vit,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=VIT, slots=("vector",)), adapter=vera),
+    )
     model = onnx.load(str(tmp_path / "b" / "backbone.onnx"))
     signs = [t for t in model.graph.initializer if t.name.startswith("vera.")]
     assert sorted((t.name, *t.dims) for t in signs) == [
@@ -280,26 +303,29 @@ def test_vera_matrices_are_stored_once_per_width(vit, adapter_for, tmp_path):
     assert {t.data_type for t in signs} == {onnx.TensorProto.INT8}
 
 
-def test_requests_that_make_no_sense(vit, plain, plain_inputs, adapter_for, tmp_path):
+def test_requests_that_make_no_sense(vit, plain, plain_inputs, adapter_for, tmp_path, asked):
     def refused(match, source=vit, **options):
         with pytest.raises(UsageError, match=match):
-            export_bundle(source, tmp_path / "b", **{"targets": VIT, **options})
+            export_bundle(source, tmp_path / "b", asked(**{"targets": VIT, **options}))
         assert not (tmp_path / "b").exists()
 
-    refused("fixed rank must be from 1 to 4096, got 0", fixed_rank=0)
+    refused("fixed_rank must be from 1 to 4096, got 0", fixed_rank=0)
     refused(
-        "precision must be fp32 for weight slots, .* got int8", kinds=["weight"], precision="int8"
+        "precision must be fp32 for weight slots, .* got int8", slots=["weight"], precision="int8"
     )
-    refused("vector slots must have a VeRA adapter, .* got none", kinds=["vector"])
+    refused("adapter must be of VeRA for vector slots, .* got none", slots=["vector"])
     lora = adapter_for(vit, VIT, method="lora")
     refused(
-        "vector slots must have a VeRA adapter, .* got one of lora", kinds=["vector"], vera=lora
+        "adapter must be of VeRA for vector slots, .* got one of lora",
+        slots=["vector"],
+        adapter=lora,
     )
     fields = {"in": 128, "out": 128, "dtype": "float32"}
     peft = replace(adapter_for(vit, VIT, method="vera"), basis=BasisSpec("peft-mt19937", 1, fields))
-    refused("basis must be philox-sign for vector slots, got peft", kinds=["vector"], vera=peft)
-    refused("constants must be of a seeded bundle, got mode swappable", constants=True)
-    refused("a fixed rank and expanders must be for mode swappable, got seeded",
+    refused("basis of the adapter must be philox-sign for vector slots, got peft",
+            slots=["vector"], adapter=peft)  # fmt: skip
+    refused("constants must be for mode seeded, got swappable", constants=True)
+    refused("fixed_rank must be for mode swappable, got seeded",
             mode="seeded", adapter=lora, targets=(), fixed_rank=3)  # fmt: skip
     refused("one float weight for a weight slot, got pair, Pair: use slots of another kind",
-            plain, targets=["pair"], kinds=["weight"], inputs=plain_inputs)  # fmt: skip
+            plain, targets=["pair"], slots=["weight"], inputs=plain_inputs)  # fmt: skip

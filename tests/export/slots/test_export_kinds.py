@@ -9,7 +9,15 @@ import torch
 from expansions import flat
 from onnx.reference import ReferenceEvaluator
 
-from regrow_export import ExportSource, export_bundle, find_biased, kinds_for, slots
+from regrow_export import (
+    ExportConfig,
+    ExportRequest,
+    ExportSource,
+    export_bundle,
+    find_biased,
+    kinds_for,
+    slots,
+)
 from regrow_format.basis import BasisCache
 from regrow_format.errors import MismatchError, RegrowError, UsageError
 from regrow_format.manifest import Manifest
@@ -29,7 +37,9 @@ def vit_bundle(vit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds") / "vit"
     blocks = ("vit.encoder.layer.0.", "vit.encoder.layer.1.")
     names = [name for name in find_biased(vit.model) if name.startswith(blocks)]
-    return folder, export_bundle(vit, folder, targets=names, kinds=KINDS)
+    return folder, export_bundle(
+        vit, folder, ExportRequest(ExportConfig(targets=names, slots=KINDS))
+    )
 
 
 @pytest.fixture
@@ -134,7 +144,9 @@ def test_the_runtime_swaps_adapters_of_every_method(
 
 
 def test_an_adapter_of_another_kind_is_refused(plain, plain_inputs, tmp_path, adapter_for):
-    export_bundle(plain, tmp_path / "b", targets=["stem"], inputs=plain_inputs)
+    export_bundle(
+        plain, tmp_path / "b", ExportRequest(ExportConfig(targets=["stem"]), inputs=plain_inputs)
+    )
     bundle = Bundle.open(tmp_path / "b")
     with pytest.raises(
         MismatchError, match="needs delta slots, got low_rank; export it with --for fourierft"
@@ -146,7 +158,9 @@ def test_an_adapter_of_another_kind_is_refused(plain, plain_inputs, tmp_path, ad
 def test_pairs_pooled_features_and_grids(plain, plain_inputs, run, tmp_path, kinds):
     targets = ["stem", "pair", "pooled"]
     manifest = export_bundle(
-        plain, tmp_path / "b", targets=targets, kinds=kinds, inputs=plain_inputs
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=targets, slots=kinds), inputs=plain_inputs),
     )
     assert len(manifest.slots) == 1 + 3 * len(kinds)
     assert manifest.parity["mixed_max_abs"] < 1e-4
@@ -180,7 +194,9 @@ def _adding(parts):
 def test_onnx_reference_runs_every_kind(plain, plain_inputs, run, tmp_path):
     targets = ["stem", "pair", "pooled"]
     manifest = export_bundle(
-        plain, tmp_path / "b", targets=targets, kinds=KINDS, inputs=plain_inputs
+        plain,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=targets, slots=KINDS), inputs=plain_inputs),
     )
     evaluator = ReferenceEvaluator(str(tmp_path / "b" / "backbone.onnx"))
     feeds = _random(manifest, 2)
@@ -206,7 +222,11 @@ def test_a_layer_that_is_called_twice(run, tmp_path):
     model = Twice().eval()
     inputs = {"x": np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)}
     source = ExportSource(model, "custom", "sha256:00")
-    export_bundle(source, tmp_path / "b", targets=["layer", "norm"], kinds=KINDS, inputs=inputs)
+    export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=["layer", "norm"], slots=KINDS), inputs=inputs),
+    )
     d, b = np.eye(4, dtype=np.float32)[None], np.ones((1, 1, 4), dtype=np.float32)
     found = run(tmp_path / "b", inputs, {"layer.adapter_D": d, "norm.adapter_b": b})["output"]
     with torch.no_grad():
@@ -224,7 +244,11 @@ def test_a_gpt2_convolution_and_its_norms(tmp_path):
     model = GPT2ForSequenceClassification(config).eval()
     source = ExportSource(model, "text-classification", "sha256:00", ("score",))
     names = ["transformer.h.0.attn.c_attn", "transformer.h.0.ln_1"]
-    manifest = export_bundle(source, tmp_path / "gpt2", targets=names, kinds=("delta", "bias"))
+    manifest = export_bundle(
+        source,
+        tmp_path / "gpt2",
+        ExportRequest(ExportConfig(targets=names, slots=("delta", "bias"))),
+    )
     assert [slot.kind for slot in manifest.slots] == ["delta", "bias", "bias", "head"]
     assert manifest.parity["slot_effect_min"] > 0
 
@@ -239,7 +263,11 @@ def test_windows_folded_into_the_batch_keep_their_samples_slots(tmp_path):
     model = SwinForImageClassification(config).eval()
     source = ExportSource(model, "image-classification", "sha256:00", ("classifier",))
     names = [n for n in find_biased(model) if n.endswith(("query", "dense", "layernorm_before"))]
-    manifest = export_bundle(source, tmp_path / "swin", targets=names, kinds=("delta", "bias"))
+    manifest = export_bundle(
+        source,
+        tmp_path / "swin",
+        ExportRequest(ExportConfig(targets=names, slots=("delta", "bias"))),
+    )
     assert manifest.parity["mixed_max_abs"] < 1e-4
     assert manifest.parity["slot_effect_min"] > 0
 
@@ -261,26 +289,28 @@ def test_methods_have_their_kinds():
 
 
 def test_only_a_head(plain, plain_inputs, tmp_path):
-    manifest = export_bundle(plain, tmp_path / "b", kinds=(), inputs=plain_inputs)
+    manifest = export_bundle(
+        plain, tmp_path / "b", ExportRequest(ExportConfig(methods=("head",)), inputs=plain_inputs)
+    )
     assert [slot.kind for slot in manifest.slots] == ["head"]
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"kinds": "bias"}, "kinds must be a list of kinds of slot, got the string 'bias'"),
+        ({"slots": "bias"}, "slots must be a list of names, got the string 'bias'"),
         (
-            {"kinds": ["head"]},
-            "kinds must be among .*, got 'head'",
+            {"slots": ["head"]},
+            "slots must be among .*, got 'head'",
         ),
-        ({"kinds": ["bias", "bias"]}, "kinds must be named once, got 'bias' twice"),
-        ({"kinds": []}, "kinds must name at least one for targets to have slots, got none"),
+        ({"slots": ["bias", "bias"]}, "slots must be named once, got 'bias' twice"),
+        ({"methods": ["head"]}, "targets must be left out for methods head, .* got stem"),
         ({"targets": ["norm"]}, "path of a linear layer, got 'norm'"),
-        ({"targets": ["norm"], "kinds": ["delta"]}, "path of a linear layer, got 'norm'"),
-        ({"targets": ["normm"], "kinds": ["bias"]}, "path of a layer, got 'normm'; near: norm"),
+        ({"targets": ["norm"], "slots": ["delta"]}, "path of a linear layer, got 'norm'"),
+        ({"targets": ["normm"], "slots": ["bias"]}, "path of a layer, got 'normm'; near: norm"),
     ],
 )
-def test_requests_that_make_no_sense(tmp_path, options, match):
+def test_requests_that_make_no_sense(tmp_path, asked, options, match):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -291,8 +321,9 @@ def test_requests_that_make_no_sense(tmp_path, options, match):
 
     source = ExportSource(Model().eval(), "custom", "sha256:00")
     inputs = {"x": np.ones((2, 4), dtype=np.float32)}
+    request = {"targets": ["stem"], "inputs": inputs, **options}
     with pytest.raises(UsageError, match=match):
-        export_bundle(source, tmp_path / "b", **{"targets": ["stem"], "inputs": inputs, **options})
+        export_bundle(source, tmp_path / "b", asked(**request))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -309,7 +340,11 @@ def test_a_bias_without_effect_is_refused_where_torch_has_one(tmp_path, monkeypa
         lambda self, feeds, what: 0.0 if what.endswith("(bias)") else whole(self, feeds, what),
     )  # fmt: skip
     with pytest.raises(RegrowError, match=r"slot 0 \(bias\) must change the output, got no change"):
-        export_bundle(source, tmp_path / "b", targets=["0"], kinds=["bias"], inputs=inputs)
+        export_bundle(
+            source,
+            tmp_path / "b",
+            ExportRequest(ExportConfig(targets=["0"], slots=["bias"]), inputs=inputs),
+        )
 
 
 def test_a_product_that_the_exporter_rewrote_is_refused(plain, plain_inputs, tmp_path, monkeypatch):
@@ -322,4 +357,8 @@ def test_a_product_that_the_exporter_rewrote_is_refused(plain, plain_inputs, tmp
 
     monkeypatch.setattr(slots.KINDS["delta"], "rewrite", rewritten)
     with pytest.raises(RegrowError, match=r"stem\.adapter_D must be traced as a slice and"):
-        export_bundle(plain, tmp_path / "b", targets=["stem"], kinds=["delta"], inputs=plain_inputs)
+        export_bundle(
+            plain,
+            tmp_path / "b",
+            ExportRequest(ExportConfig(targets=["stem"], slots=["delta"]), inputs=plain_inputs),
+        )

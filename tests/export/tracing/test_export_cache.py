@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import regrow_export.tracing.tracer
-from regrow_export import ExportSource, export_bundle, find_linears
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, find_linears
 from regrow_export.quantization import rounded_weights
 from regrow_export.slots import KINDS, expansion_feeds, set_slots, with_slots
 from regrow_export.tracing.kv_cache import cache_of
@@ -63,7 +63,7 @@ def source(family):
 @pytest.fixture(scope="module")
 def folder(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("lm") / "bundle"
-    export_bundle(source, out, targets=targets_of(source))
+    export_bundle(source, out, ExportRequest(ExportConfig(targets=targets_of(source))))
     return out
 
 
@@ -154,7 +154,7 @@ def test_with_an_adapter(source, lm, adapter_for):
 ], indirect=["family"])  # fmt: skip
 def test_other_modes(source, family, adapter_for, tmp_path, mode):
     adapter = adapter_for(source, targets_of(source))
-    export_bundle(source, tmp_path / "b", mode=mode, adapter=adapter)
+    export_bundle(source, tmp_path / "b", ExportRequest(ExportConfig(mode=mode), adapter=adapter))
     lm = Bundle.open(tmp_path / "b", threads=1)
     slots = [KINDS["low_rank"].slot(target) for target in adapter.targets]
     slotted = with_slots(source.model, slots)
@@ -167,8 +167,11 @@ def test_other_modes(source, family, adapter_for, tmp_path, mode):
 ], indirect=["family"])  # fmt: skip
 def test_precisions(source, family, tmp_path, precision):
     """Texts of a model with the same weights; int8 rounds inputs too, and is only near."""
-    manifest = export_bundle(source, tmp_path / "b", targets=targets_of(source),
-                             precision=precision)  # fmt: skip
+    manifest = export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=targets_of(source), precision=precision)),
+    )
     assert (manifest.variant, len(manifest.cache.tensors)) == (precision, 4)
     import onnxruntime as ort
 
@@ -197,7 +200,11 @@ def llama():
 
 
 def test_without_a_cache(llama, tmp_path):
-    manifest = export_bundle(replace(llama, cache=False), tmp_path / "b", targets=targets_of(llama))
+    manifest = export_bundle(
+        llama,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=targets_of(llama), cache=False)),
+    )
     assert manifest.cache is None
     lm = Bundle.open(tmp_path / "b", threads=1)
     with pytest.raises(UsageError, match="without --no-cache"):
@@ -219,13 +226,15 @@ def test_a_cache_that_is_wrong_is_found_at_export(llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(regrow_export.tracing.tracer, "cache_of", crossed)
     with pytest.raises(RegrowError, match="base, with the key-value cache: ONNX Runtime and torch"):
-        export_bundle(llama, tmp_path / "b", targets=targets_of(llama))
+        export_bundle(llama, tmp_path / "b", ExportRequest(ExportConfig(targets=targets_of(llama))))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_inputs_may_be_given(llama, tmp_path):
     """The mask and the positions follow from the ids."""
     inputs = {"input_ids": np.array([PROMPTS[0], PROMPTS[0][::-1]])}
-    manifest = export_bundle(llama, tmp_path / "b", targets=targets_of(llama), inputs=inputs)
+    manifest = export_bundle(
+        llama, tmp_path / "b", ExportRequest(ExportConfig(targets=targets_of(llama)), inputs=inputs)
+    )
     assert manifest.cache is not None
     assert manifest.parity["base_max_abs"] < 1e-4

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 from torch import nn
 
-from regrow_export import ExportSource, export_bundle
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
 from regrow_export.validation.mobile import partitions, required_operators
 from regrow_format.errors import RegrowError
 from regrow_format.manifest import Manifest
@@ -34,10 +34,11 @@ def exported(vit, adapter_for, tmp_path_factory):
     def make(mode, precision="fp32"):
         folder = room / f"{mode}-{precision}"
         if folder not in made:
-            what = {"targets": NAMES} if mode == "swappable" else {
-                "mode": mode, "adapter": adapter_for(vit, NAMES)
-            }  # fmt: skip
-            made[folder] = export_bundle(vit, folder, precision=precision, **what)
+            adapter = None if mode == "swappable" else adapter_for(vit, NAMES)
+            config = ExportConfig(
+                mode=mode, precision=precision, targets=NAMES if adapter is None else ()
+            )
+            made[folder] = export_bundle(vit, folder, ExportRequest(config, adapter))
         return folder
 
     return make
@@ -194,7 +195,11 @@ def test_external_data_can_be_mapped(tmp_path):
     model = _Wide().eval()
     source = ExportSource(model, "custom", "sha256:00")
     inputs = {"x": np.ones((2, 16), np.float32)}
-    export_bundle(source, tmp_path / "b", targets=["small", "large"], inputs=inputs)
+    export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=["small", "large"]), inputs=inputs),
+    )
     stored = onnx.load(tmp_path / "b" / "backbone.onnx", load_external_data=False)
     seen = {}
     with (tmp_path / "b" / "backbone.onnx.data").open("rb") as stream:
@@ -251,7 +256,9 @@ class _Fixed(nn.Module):
 def test_a_model_that_refuses_the_made_input_has_a_probe_of_the_given(tmp_path):
     source = ExportSource(_Fixed().eval(), "custom", "sha256:00")
     inputs = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
-    manifest = export_bundle(source, tmp_path / "b", targets=["fc"], inputs=inputs)
+    manifest = export_bundle(
+        source, tmp_path / "b", ExportRequest(ExportConfig(targets=["fc"]), inputs=inputs)
+    )
     assert manifest.checks.probe == ""
     np.testing.assert_array_equal(load_file(tmp_path / "b" / "probe.safetensors")["x"], inputs["x"])
     assert Bundle.open(tmp_path / "b").check().finding == "fine"
@@ -271,6 +278,10 @@ def test_a_bundle_that_disagrees_on_the_probe_is_not_kept(tmp_path, monkeypatch)
     source = replace(ExportSource(_Wide().eval(), "custom", "sha256:00"))
     with pytest.raises(RegrowError, match="probe: the bundle and torch must agree, got a differ"):
         export_bundle(
-            source, tmp_path / "b", targets=["small"], inputs={"x": np.ones((2, 16), np.float32)}
+            source,
+            tmp_path / "b",
+            ExportRequest(
+                ExportConfig(targets=["small"]), inputs={"x": np.ones((2, 16), np.float32)}
+            ),
         )
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_export import ExportSource, Measure, export_bundle
+from regrow_export import ExportConfig, ExportRequest, ExportSource, Measure, export_bundle
 from regrow_export.tracing import run_torch
 from regrow_format.errors import RegrowError
 from regrow_format.manifest import Manifest, Score
@@ -47,7 +47,11 @@ def _outputs(pick: Callable[[Any], torch.Tensor], inputs: dict[str, np.ndarray])
 def test_a_score_stands_in_the_manifest(vit, precision, tmp_path, run, inputs):
     """Of the exact model and of the bundle, which is called as the model is."""
     measure, seen = _outputs(lambda outputs: outputs.logits, inputs)
-    export_bundle(vit, tmp_path / "b", targets=[QUERY], precision=precision, measure=measure)
+    export_bundle(
+        vit,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=[QUERY], precision=precision), measure=measure),
+    )
     exact, found = run_torch(vit.model, inputs)["logits"], run(tmp_path / "b", inputs)["logits"]
     for got, want in zip(seen, (exact, found), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -74,7 +78,11 @@ def test_a_plain_module_is_measured_by_its_tensor(tmp_path, run):
     source = ExportSource(_Blocks().eval(), "custom", "sha256:" + "ab" * 32)
     x = {"x": np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)}
     measure, seen = _outputs(lambda outputs: outputs, x)
-    export_bundle(source, tmp_path / "b", targets=["blocks.0"], inputs=x, measure=measure)
+    export_bundle(
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=["blocks.0"]), inputs=x, measure=measure),
+    )
     np.testing.assert_array_equal(seen[1], run(tmp_path / "b", x)["output"])
 
 
@@ -82,7 +90,9 @@ def test_a_score_that_is_no_number(vit, tmp_path):
     measure = Measure("accuracy", True, 1, lambda *_: (1.0, float("nan")))
     message = "accuracy must be a finite number, got nan on 1 samples: give others, or more"
     with pytest.raises(RegrowError, match=message):
-        export_bundle(vit, tmp_path / "b", targets=[QUERY], measure=measure)
+        export_bundle(
+            vit, tmp_path / "b", ExportRequest(ExportConfig(targets=[QUERY]), measure=measure)
+        )
     assert not (tmp_path / "b").exists()
 
 
@@ -90,5 +100,7 @@ def test_samples_that_the_bundle_does_not_take(vit, tmp_path):
     wrong = {"pixel_values": torch.zeros(1, 1, 14, 14)}
     measure = Measure("mean", True, 1, lambda _, bundle: (0.0, bundle(**wrong).logits.mean()))
     with pytest.raises(RegrowError, match="samples must be what the model takes, got: "):
-        export_bundle(vit, tmp_path / "b", targets=[QUERY], measure=measure)
+        export_bundle(
+            vit, tmp_path / "b", ExportRequest(ExportConfig(targets=[QUERY]), measure=measure)
+        )
     assert not (tmp_path / "b").exists()

@@ -280,7 +280,7 @@ def test_the_scores_are_those_of_the_file(
 
 def test_the_file_says_what_it_is(small: Backbone, dataset: Data) -> None:
     config = replace(_QUICK, method_settings={"k": "9", "rank": 2}, seed=4)
-    adapter = adapt(small, dataset(24, 5), config, targets=["query", "value"]).adapter
+    adapter = adapt(small, dataset(24, 5), replace(config, targets=["query", "value"])).adapter
     assert adapter.backbone_id == small.backbone_id
     assert adapter.config == {"k": 9, "l": 64, "rank": 2, "c": 8.0, "shared": True}
     assert (adapter.method, adapter.seed, adapter.storage) == ("nola", 4, "int4")
@@ -323,7 +323,7 @@ def test_applied_adds_what_the_slots_do(
     config = replace(_QUICK, method=method)
     if method in ("nola", "vera", "lora"):
         config = replace(config, method_settings={"rank": 3})
-    adapter = adapt(small, dataset(24, 5), config, targets=[target]).adapter
+    adapter = adapt(small, dataset(24, 5), replace(config, targets=[target])).adapter
     expansion = flat(get_method(method).expand(adapter, BasisCache()))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 

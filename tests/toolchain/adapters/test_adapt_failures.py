@@ -295,16 +295,19 @@ def test_a_backbone_that_was_not_saved(shared: Backbone, dataset: Data) -> None:
 
 def test_head_only_takes_no_targets(shared: Backbone, dataset: Data) -> None:
     with pytest.raises(UsageError, match="method head changes no layers, got targets query"):
-        adapt(shared, dataset(24, 5), replace(_QUICK, method="head"), targets=["query"])
+        adapt(shared, dataset(24, 5), replace(_QUICK, method="head", targets=["query"]))
 
 
 def test_a_head_that_is_trained_is_no_target(shared: Backbone, dataset: Data) -> None:
     for config in (replace(_QUICK, head="new"), replace(_QUICK, head="tune")):
+        targets = ["query", "classifier"]
+        config = replace(config, method_settings={"rank": 2}, targets=targets)
         with pytest.raises(UsageError, match=r"must not be layers of a head .*, got classifier"):
-            adapt(shared, dataset(24, 5), replace(config, method_settings={"rank": 2}),
-                  targets=["query", "classifier"])  # fmt: skip
+            adapt(shared, dataset(24, 5), config)
     config = replace(_QUICK, method_settings={"rank": 2})
-    done = adapt(shared, dataset(24, 5), config, targets=["classifier"])  # a head that is kept may
+    done = adapt(
+        shared, dataset(24, 5), replace(config, targets=["classifier"])
+    )  # a head that is kept may
     assert done.adapter.targets[0].name == "classifier"
 
 

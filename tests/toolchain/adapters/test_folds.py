@@ -28,7 +28,7 @@ from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset, by_user, equal_samples, fold_numbers, split
 from regrow_toolchain.models import Backbone
 from regrow_toolchain.tasks import choose_task
-from regrow_toolchain.training import Checkpoint
+from regrow_toolchain.training import Checkpoint, StateFile
 
 _KNOWN, _OWN = ("a", "b", "c"), ("open", "shut", "stop")
 _STEPS = 4
@@ -395,8 +395,8 @@ def test_users_with_folds_go_on_to_the_same_bytes(tmp_path: Path, at_once: int, 
     state = tmp_path / "state"
     for again in (call, 1):
         with pytest.raises(_Killed), _killed_at(again):
-            dict(adapt_each(_backbone(), data, config, checkpoint=state, resume=True))
-    found = dict(adapt_each(_backbone(), data, config, checkpoint=state, resume=True))
+            dict(adapt_each(_backbone(), data, config, state=StateFile(state, resume=True)))
+    found = dict(adapt_each(_backbone(), data, config, state=StateFile(state, resume=True)))
     assert _bytes(found) == whole
     assert list(tmp_path.iterdir()) == []
 

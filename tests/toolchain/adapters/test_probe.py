@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_export import ExportSource, export_bundle, slot_targets
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
 from regrow_export.validation import fingerprint, standard_inputs
 from regrow_export.validation.probe_inputs import completed
 from regrow_format.adapter import Adapter
@@ -152,7 +152,9 @@ def test_the_bundle_gives_what_torch_gave(family: str, precision: str, tmp_path:
     inputs = _PLAIN if family == "plain" else None
     source = ExportSource(model, task, BACKBONE)
     manifest = export_bundle(
-        source, tmp_path / "b", targets=names, inputs=inputs, precision=precision
+        source,
+        tmp_path / "b",
+        ExportRequest(ExportConfig(targets=names, precision=precision), inputs=inputs),
     )
     assert manifest.checks is not None
     assert manifest.checks.probe == adapter.probe.input

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,14 @@ from regrow_toolchain.adapters.trainer import AdapterTrainer
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset, split
 from regrow_toolchain.models import Backbone, load_backbone
-from regrow_toolchain.training import Checkpoint, accuracy, predict
+from regrow_toolchain.training import (
+    Checkpoint,
+    StateFile,
+    TrainingIdentity,
+    accuracy,
+    predict,
+    training_identity,
+)
 
 Data = Callable[..., Dataset]
 _OWN = ("open", "shut", "stop")
@@ -60,7 +67,7 @@ def data(dataset: Data) -> Dataset:
 def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state is written after each step."""
 
-    def often(path: Path, identity: str, **more: Any) -> Checkpoint:
+    def often(path: Path, identity: TrainingIdentity, **more: Any) -> Checkpoint:
         return Checkpoint(path, identity, seconds=0, **more)
 
     monkeypatch.setattr(adaptation, "Checkpoint", often)
@@ -187,12 +194,64 @@ def test_a_state_of_other_samples_layers_or_backbones_is_refused(
     others = [
         (shared, replace(mine, inputs={"pixel_values": pixels}), {}),
         (shared, replace(mine, labels=labels), {}),
-        (shared, mine, {"targets": ["query"]}),
+        (shared, mine, {"targets": ("query",)}),
         (replace(shared, backbone_id="sha256:2"), mine, {}),
     ]
-    for backbone, samples, more in others:
+    for backbone, samples, change in others:
+        config = replace(_CONFIG, **change)
         with pytest.raises(UsageError, match="must be of the same training"):
-            adapt(backbone, samples, _CONFIG, checkpoint=state, resume=True, **more)
+            adapt(backbone, samples, config, checkpoint=state, resume=True)
+
+
+def test_every_setting_decides_but_where_it_is_computed(shared: Backbone) -> None:
+    """No setting can be forgotten: each is changed in turn."""
+    known = training_identity(_CONFIG, shared.backbone_id)
+    others: dict[str, Any] = {"method_settings": {"k": 5}, "targets": ("query",)}
+    same = set()
+    for item in fields(AdaptConfig):
+        value = getattr(_CONFIG, item.name)
+        choices = [one for one in item.metadata["choices"] if one != value]
+        other = others.get(item.name, choices[0] if choices else None)
+        if other is None:
+            other = value + (8 if isinstance(value, int) else 0.01)
+        config = replace(_CONFIG, **{item.name: other})
+        if training_identity(config, shared.backbone_id).digest == known.digest:
+            same.add(item.name)
+    assert same == {"device", "threads"}
+
+
+def test_settings_as_text_are_those_that_they_mean(shared: Backbone) -> None:
+    """The command line has text, Python numbers."""
+    first, second = (
+        replace(_CONFIG, method="nola", method_settings=given)
+        for given in ({"k": "5", "l": "6"}, {"l": 6, "k": 5})
+    )
+    assert training_identity(first, "a") == training_identity(second, "a")
+
+
+@pytest.mark.parametrize("before", ["symmetric, codes (-127, 127), a scale per out", None])
+def test_a_state_of_another_int8_rounding_is_refused(
+    shared: Backbone, data: Dataset, tmp_path: Path, before: str | None
+) -> None:
+    """Adapters learn from rounded weights; `None` is a version that did not say its rounding."""
+    config, state = replace(_CONFIG, precision="int8"), tmp_path / "state"
+    with pytest.raises(_Killed), _killed_at(2):
+        adapt(shared, data, config, checkpoint=state)
+    with safe_open(state, "pt") as file:
+        about = dict(file.metadata())
+    assert about["rounding"] == "symmetric, codes (-64, 64), a scale per out"
+    del about["rounding"]
+    save_file(load_file(state), state, about | ({"rounding": before} if before else {}))
+    words = r"resumed with the int8 rounding .*\(-64, 64\).* for .*: remove .*state to start anew"
+    with pytest.raises(UsageError, match=words):
+        adapt(shared, data, config, checkpoint=state, resume=True)
+
+
+def test_other_precisions_have_no_rounding_to_compare() -> None:
+    assert {
+        kind: bool(training_identity(replace(_CONFIG, precision=kind), "a").rounding)
+        for kind in ("fp32", "fp16", "int8", "int4")
+    } == {"fp32": False, "fp16": False, "int8": True, "int4": False}
 
 
 def test_a_state_of_another_loss_is_refused(
@@ -234,11 +293,12 @@ def test_coefficients_without_a_gradient_resume(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
     samples = Dataset({"x": x}, np.arange(24) % 3, ("a", "b", "c"))
     state, targets = tmp_path / "state", ["fc", "side"]
-    whole = adapt(backbone, samples, _of("bitfit"), targets=targets)
+    config = replace(_of("bitfit"), targets=targets)
+    whole = adapt(backbone, samples, config)
     assert not whole.adapter.coefficients["b.9"].values.any()
     with pytest.raises(_Killed), _killed_at(4):
-        adapt(backbone, samples, _of("bitfit"), targets=targets, checkpoint=state)
-    found = adapt(backbone, samples, _of("bitfit"), targets=targets, checkpoint=state, resume=True)
+        adapt(backbone, samples, config, checkpoint=state)
+    found = adapt(backbone, samples, config, checkpoint=state, resume=True)
     assert found.adapter.to_bytes() == whole.adapter.to_bytes()
 
 
@@ -286,7 +346,7 @@ def test_states_are_written_from_time_to_time(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    state = Checkpoint(tmp_path / "state", "a", threads=1)
+    state = Checkpoint(tmp_path / "state", TrainingIdentity("a", threads=1))
     calls: list[int] = []
 
     def tensors() -> dict[str, torch.Tensor]:
@@ -298,12 +358,12 @@ def test_states_are_written_from_time_to_time(
         state.save(step, tensors)
     assert len(calls) == 2
     assert load_file(tmp_path / "state")["0:x"].item() == 2
-    found = Checkpoint(tmp_path / "state", "a", threads=1).load()
+    found = Checkpoint(tmp_path / "state", TrainingIdentity("a", threads=1)).load()
     assert found is not None
     assert found[0] == 5
     state.remove()
     state.remove()
-    assert Checkpoint(tmp_path / "state", "a", threads=1).load() is None
+    assert Checkpoint(tmp_path / "state", TrainingIdentity("a", threads=1)).load() is None
 
 
 _LONG = """
@@ -396,12 +456,12 @@ def test_users_go_on_to_the_same_bytes(
     early = {}
     with pytest.MonkeyPatch.context() as patch, suppress(_Killed):
         patch.setattr(AdapterTrainer, "_step", breaks)
-        for user, done in adapt_each(shared, samples, config, checkpoint=state):
+        for user, done in adapt_each(shared, samples, config, state=StateFile(state)):
             early[user] = done.adapter.to_bytes()
     assert list(early) == (["ann", "bob"] if at_once else [])
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("state.")  # named by what it is of, not by its turn
-    found = adapt_each(shared, samples, config, checkpoint=state, resume=True)
+    found = adapt_each(shared, samples, config, state=StateFile(state, resume=True))
     assert {user: done.adapter.to_bytes() for user, done in found} == whole
     assert list(tmp_path.iterdir()) == []
 
@@ -423,8 +483,10 @@ def test_who_had_stopped_stays_stopped(
     whole = adapt_users(shared, samples, _CONFIG)
     assert whole["bob"].stopped is not None
     with pytest.raises(_Killed), _killed_at(6):
-        dict(adapt_each(shared, samples, _CONFIG, checkpoint=tmp_path / "state"))
-    found = dict(adapt_each(shared, samples, _CONFIG, checkpoint=tmp_path / "state", resume=True))
+        dict(adapt_each(shared, samples, _CONFIG, state=StateFile(tmp_path / "state")))
+    found = dict(
+        adapt_each(shared, samples, _CONFIG, state=StateFile(tmp_path / "state", resume=True))
+    )
     for user, done in found.items():
         assert done.adapter.to_bytes() == whole[user].adapter.to_bytes()
         assert str(done.stopped) == str(whole[user].stopped)
@@ -572,8 +634,10 @@ def test_early_stopping_resumes(shared: Backbone, dataset: Data, tmp_path: Path,
     config = replace(_EARLY, steps=20)
     whole = adapt_users(shared, samples, config)
     with pytest.raises(_Killed), _killed_at(step):
-        dict(adapt_each(shared, samples, config, checkpoint=tmp_path / "state"))
-    found = dict(adapt_each(shared, samples, config, checkpoint=tmp_path / "state", resume=True))
+        dict(adapt_each(shared, samples, config, state=StateFile(tmp_path / "state")))
+    found = dict(
+        adapt_each(shared, samples, config, state=StateFile(tmp_path / "state", resume=True))
+    )
     for user, done in found.items():
         assert done.adapter.to_bytes() == whole[user].adapter.to_bytes()
 

@@ -17,7 +17,7 @@ from regrow_toolchain.adapters import UserFolder
 from regrow_toolchain.adapters.trainer import AdapterTrainer
 from regrow_toolchain.adapters.user_folder import SUMMARY, file_name
 from regrow_toolchain.compress.trainer import DistillationTrainer
-from regrow_toolchain.training import Checkpoint
+from regrow_toolchain.training import Checkpoint, TrainingIdentity
 
 Cli = Callable[..., Any]
 _NAMES = ("ann", "b/o\\b", "..")
@@ -267,11 +267,15 @@ def _row(**more: object) -> str:
 def test_a_broken_summary_is_one_error(tmp_path: Path, line: str, words: str) -> None:
     room = tmp_path / "out.resume"
     room.mkdir()
-    (room / ".run").write_text("the run\n1")
+    (room / ".run").write_text("identity\tthe run\nrounding\t\nthreads\t1\n")
     (room / SUMMARY).write_text(line + "\n")
     with pytest.raises(FormatError, match=words):
         UserFolder(
-            tmp_path / "out", "the run", threads=1, force=False, keep_anyway=False, resume=True
+            tmp_path / "out",
+            TrainingIdentity("the run", threads=1),
+            force=False,
+            keep_anyway=False,
+            resume=True,
         )
 
 
@@ -284,5 +288,6 @@ def test_an_output_that_exists_stays(cli: Cli, room: Path) -> None:
     assert _files(room / "out") == before
     assert _adapt(cli, room, "--seed", 1, "--force").code == 0
     assert _files(room / "out") != before
+    identity = TrainingIdentity("", threads=1)
     with pytest.raises(UsageError, match="no such folder"):
-        UserFolder(room / "no" / "out", "", threads=1, force=False, keep_anyway=False, resume=False)
+        UserFolder(room / "no" / "out", identity, force=False, keep_anyway=False, resume=False)

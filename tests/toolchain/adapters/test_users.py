@@ -392,12 +392,12 @@ def test_layers_that_do_not_see_the_batch_first_are_refused() -> None:
     config = _with("lora", method_settings={"rank": 2})
     words = r"targets must see the batch first .* got encoder\.layers\.0\.linear1.* one by one"
     with pytest.raises(RegrowError, match=words):
-        adapt_users(_encoder(batch_first=False), _tokens(), config, targets=["linear1"])
+        adapt_users(_encoder(batch_first=False), _tokens(), replace(config, targets=["linear1"]))
     model = _encoder(batch_first=False)
     assert not any(m._forward_hooks for m in model.model.modules())
     for holdout in (0, 0.3):  # one user may, and has folds one by one
         config = replace(config, holdout=holdout)
-        done = adapt(model, _of(_tokens(), "bob"), config, targets=["linear1"])
+        done = adapt(model, _of(_tokens(), "bob"), replace(config, targets=["linear1"]))
         assert len(done.adapter.targets) == 2
         assert done.folds == (5 if holdout else 0)
 
@@ -405,8 +405,8 @@ def test_layers_that_do_not_see_the_batch_first_are_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"flat": True}])
 def test_layers_that_see_the_batch_first_are_taken(options: dict[str, bool]) -> None:
     model, data = _encoder(batch_first=True, **options), _tokens()
-    config = _with("nola", method_settings={"rank": 2, "k": 8, "l": 8})
     targets = ["linear1", "linear2", "mixer"] if options else ["linear1", "linear2"]
-    for user, done in adapt_users(model, data, config, targets=targets).items():
+    config = _with("nola", method_settings={"rank": 2, "k": 8, "l": 8}, targets=targets)
+    for user, done in adapt_users(model, data, config).items():
         assert len(done.adapter.targets) == 2 * 2 + bool(options)
-        _check_same(done, adapt(model, _of(data, user), config, targets=targets))
+        _check_same(done, adapt(model, _of(data, user), config))

@@ -25,7 +25,7 @@ from regrow_format.errors import UsageError
 from regrow_toolchain.adapters import adapt
 from regrow_toolchain.compress import compress
 from regrow_toolchain.compress.trainer import DistillationTrainer
-from regrow_toolchain.config import AdaptConfig, CompressConfig
+from regrow_toolchain.config import AdaptConfig, CompressConfig, ExportConfig
 from regrow_toolchain.data import Dataset, load_data
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import Backbone, load_backbone, logits_of, save_backbone
@@ -209,7 +209,7 @@ def test_it_goes_on_to_the_same_weights(
                  resume=True)  # fmt: skip
 
 
-def _often(path: Path, identity: str, **more: Any) -> Any:
+def _often(path: Path, identity: Any, **more: Any) -> Any:
     from regrow_toolchain.training import Checkpoint
 
     return Checkpoint(path, identity, seconds=0.0, **more)
@@ -349,7 +349,7 @@ def test_it_is_tuned_whole_adapted_and_exported(
     done = adapt(small, dataset(60, 3), AdaptConfig(steps=3, storage="fp32", holdout=0))
     assert len(done.adapter.targets) == 12
     for precision in ("fp32", "int8"):
-        export_backbone(small, tmp_path / precision, precision=precision)
+        export_backbone(small, tmp_path / precision, ExportConfig(precision=precision))
         assert (tmp_path / precision / "manifest.json").is_file()
 
 
@@ -357,7 +357,7 @@ def test_both_factors_are_int8(backbone: Backbone, tmp_path: Path) -> None:
     import onnx
 
     small = save_backbone(compress(backbone).backbone, tmp_path / "small")
-    export_backbone(small, tmp_path / "bundle", precision="int8")
+    export_backbone(small, tmp_path / "bundle", ExportConfig(precision="int8"))
     graph = onnx.load(tmp_path / "bundle" / "backbone.onnx").graph
     whole = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
     codes = {t.name: tuple(t.dims) for t in whole}
@@ -378,7 +378,7 @@ def test_both_factors_are_int8(backbone: Backbone, tmp_path: Path) -> None:
     [
         (("--ratio", "0.5"), "--ratio"),
         (("--ratio", "40"), "ratio must leave every layer a rank of 1 or more, got 40.0"),
-        (("--calibration", "1"), "'--calibration': 1 is not in the range x>=2"),
+        (("--calibration", "1"), "--calibration must be at least 2, got 1"),
         (("--only", "nothing"), "nothing"),
         (("--blocks", "nothing"), "blocks must match a list of modules, got 'nothing'"),
     ],

@@ -22,7 +22,7 @@ from regrow_toolchain.compress.decomposition import Moments, Spectrum, decompose
 from regrow_toolchain.compress.factorization import factor
 from regrow_toolchain.compress.layer_selection import LayerPlan
 from regrow_toolchain.compress.rank_allocation import allocate
-from regrow_toolchain.config import CompressConfig
+from regrow_toolchain.config import CompressConfig, ExportConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import Backbone, apply_plan
@@ -188,7 +188,7 @@ def test_int8_layers_are_timed_as_they_are_exported(
     kernel_timing.timed.__wrapped__(((32, 8, 64),), 4, "int8")
     monkeypatch.undo()
     timed = onnx.load_from_string(made[0]).graph
-    export_backbone(backbone, tmp_path / "bundle", mode="merged", precision="int8")
+    export_backbone(backbone, tmp_path / "bundle", ExportConfig(mode="merged", precision="int8"))
     exported = onnx.load(tmp_path / "bundle" / "backbone.onnx").graph
     first = next(i for i, n in enumerate(exported.node) if n.op_type == "MatMulInteger")
     kinds = [node.op_type for node in timed.node]

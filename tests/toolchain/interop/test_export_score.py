@@ -14,6 +14,7 @@ import torch
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import Score
 from regrow_runtime import Bundle
+from regrow_toolchain.config import ExportConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import Backbone, load_backbone, quiet_transformers
@@ -54,8 +55,10 @@ def texts() -> Arrays:
 
 
 def _export(backbone: Backbone, data: Dataset, out: Path, **options: Any) -> Score:
-    options = {"precision": "int4", **options}
-    score = export_backbone(backbone, out, data=data, **options).score
+    settings = {"precision": "int4", **options}
+    adapter = settings.pop("adapter", None)
+    config = ExportConfig(**settings)
+    score = export_backbone(backbone, out, config, data=data, adapter=adapter).score
     assert score is not None
     assert json.loads((out / "manifest.json").read_text())["score"] == vars(score)
     assert score.samples == len(data)
@@ -221,7 +224,7 @@ def test_data_that_does_not_fit(model: Model, texts: Arrays, tmp_path: Path) -> 
     ]  # fmt: skip
     for data, kind, message in bad:
         with pytest.raises(kind, match=message):
-            export_backbone(backbone, tmp_path / "b", data=data, precision="int4")
+            export_backbone(backbone, tmp_path / "b", ExportConfig(precision="int4"), data=data)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -19,6 +19,7 @@ from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients, UsageError
 from regrow_toolchain.adapters import applied
 from regrow_toolchain.compress import plan_layers
+from regrow_toolchain.config import ExportConfig
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import (
     Backbone,
@@ -274,7 +275,7 @@ def test_sentence_embeddings(mode: str, more: tuple[str, ...], tmp_path: Path) -
     if mode == "cls_token":
         save_backbone(backbone, tmp_path / "small")
         backbone = load_backbone(tmp_path / "small")
-    export_backbone(backbone, tmp_path / "bundle", targets=["query"])
+    export_backbone(backbone, tmp_path / "bundle", ExportConfig(targets=["query"]))
     inputs = _inputs("minilm")
     bundle = Bundle.open(tmp_path / "bundle", threads=1)
     found = bundle.run(inputs)

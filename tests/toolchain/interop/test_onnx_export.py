@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import regrow_toolchain.interop.onnx_export as exporting
+from regrow_export import ExportConfig, ExportRequest
 from regrow_format.adapter import Adapter, Coefficients, Target
 from regrow_format.errors import UsageError
 from regrow_format.methods import get_method
@@ -37,18 +39,27 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def exported(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """exported(**options): the targets and kinds that the bundle would get."""
-    asked: dict[str, Any] = {}
+    """exported(adapter, expanders, **settings): the targets and kinds that a bundle would get."""
+    asked: dict[str, ExportRequest] = {}
 
     def find(_model: nn.Module, _patterns: Any, *, method: str | None = None) -> Any:
         return BIASED if method == "bitfit" else LINEAR
 
     monkeypatch.setattr(exporting, "find_targets", find)
-    monkeypatch.setattr(exporting, "export_bundle", lambda *_args, **options: asked.update(options))
 
-    def call(**options: Any) -> tuple[list[str], list[str]]:
-        exporting.export_backbone(backbone, tmp_path / "b", **options)
-        return asked["targets"], asked["kinds"]
+    def export(_source: Any, _out: Any, request: ExportRequest, *, force: bool) -> None:
+        asked["request"] = request
+
+    monkeypatch.setattr(exporting, "export_bundle", export)
+
+    def call(
+        adapter: Adapter | None = None, expanders: Sequence[Adapter] = (), **settings: Any
+    ) -> tuple[list[str], list[str]]:
+        config = ExportConfig(**settings)
+        exporting.export_backbone(
+            backbone, tmp_path / "b", config, adapter=adapter, expanders=expanders
+        )
+        return list(asked["request"].targets), list(asked["request"].kinds)
 
     call.asked = asked  # type: ignore[attr-defined]
     return call
@@ -104,9 +115,8 @@ def test_slots_by_hand_instead_of_the_methods(exported: Any) -> None:
 def test_vector_slots_take_the_basis_of_the_adapter(exported: Any) -> None:
     adapter = _adapter("vera", {"rank": 3}, LINEAR[:1])
     assert exported(adapter=adapter, slots=("vector",)) == (["layer.0.query"], ["vector"])
-    assert exported.asked["vera"] is adapter
-    exported(adapter=adapter)
-    assert exported.asked["vera"] is None
+    assert exported.asked["request"].adapter is adapter
+    assert exported(adapter=adapter) == (["layer.0.query"], ["low_rank"])
 
 
 def test_an_expanders_method_has_its_slots(exported: Any) -> None:
@@ -114,7 +124,8 @@ def test_an_expanders_method_has_its_slots(exported: Any) -> None:
     names = [target.name for target in LINEAR]
     assert exported(expanders=[adapter], fixed_rank=4) == (names, ["delta"])
     assert exported(expanders=[adapter], methods=["lora"]) == (names, ["low_rank", "delta"])
-    assert (exported.asked["expanders"], exported.asked["fixed_rank"]) == ([adapter], None)
+    request = exported.asked["request"]
+    assert (request.expanders, request.config.fixed_rank) == ([adapter], None)
 
 
 def test_an_adapter_with_saved_modules_is_refused_with_the_reason(exported: Any) -> None:
@@ -125,29 +136,39 @@ def test_an_adapter_with_saved_modules_is_refused_with_the_reason(exported: Any)
 
 
 def test_requests_that_make_no_sense(exported: Any) -> None:
-    with pytest.raises(UsageError, match="methods must be left out for mode merged"):
+    with pytest.raises(UsageError, match="methods must be for mode swappable, got merged"):
         exported(mode="merged", methods=["lora"], adapter=_adapter("bitfit", {}, LINEAR))
-    with pytest.raises(UsageError, match="method head changes no layers, got targets query"):
+    with pytest.raises(
+        UsageError,
+        match=r"targets must be left out for methods head, .*changes no layers, got query",
+    ):
         exported(methods=["head"], targets=["query"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--for", "dora"], "--for must be one of nola, .*, got 'dora'"),
-        (["--mode", "seeded", "--adapter", "a", "--for", "lora"], "of its own method: no --for"),
+        (["--for", "dora"], "--for must be among nola, .*, got 'dora'"),
+        (
+            ["--mode", "seeded", "--adapter", "a", "--for", "lora"],
+            "--for must be for --mode swappable, got seeded",
+        ),
         (
             ["--mode", "merged", "--adapter", "a", "--fixed-rank", "4"],
-            "--fixed-rank is for --mode sw",
+            "--fixed-rank must be for --mode swappable, got merged",
         ),
         (
             ["--mode", "seeded", "--adapter", "a", "--slots", "weight"],
-            "--slots is for --mode swappa",
+            "--slots must be for --mode swappable, got seeded",
         ),
-        (["--mode", "seeded", "--adapter", "a", "--expander", "b"], "--expander is for --mode swa"),
-        (["--constants"], "--constants is for --mode seeded, got swappable"),
-        (["--fixed-rank", "0"], "0 is not in the range"),
-        (["--slots", "hidden"], "'hidden' is not one of 'low_rank'"),
+        (
+            ["--mode", "seeded", "--adapter", "a", "--expander", "b"],
+            "--expander must be for --mode swappable, got seeded",
+        ),
+        (["--mode", "seeded"], "--adapter must be given for --mode seeded, got none"),
+        (["--constants"], "--constants must be for --mode seeded, got swappable"),
+        (["--fixed-rank", "0"], "--fixed-rank must be from 1 to 4096, got 0"),
+        (["--slots", "hidden"], "--slots must be among low_rank, .*, got 'hidden'"),
     ],
 )
 def test_the_command_checks_its_methods(options: list[str], message: str, tmp_path: Path) -> None:
@@ -158,7 +179,7 @@ def test_the_command_checks_its_methods(options: list[str], message: str, tmp_pa
 
 
 def test_a_fixed_rank_above_a_width(exported: Any) -> None:
-    match = r"fixed rank must be at most 4, the width of layer.0.query, got 5: .*--for vera"
+    match = r"fixed_rank must be at most 4, the width of layer.0.query, got 5: .*methods vera"
     with pytest.raises(UsageError, match=match):
         exported(fixed_rank=5)
     assert exported(fixed_rank=4)[1] == ["low_rank"]

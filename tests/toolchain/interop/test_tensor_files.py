@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from regrow_export import ExportSource, export_bundle
+from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
 from regrow_format.errors import MismatchError, RegrowError, UsageError
 from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients, Head, HeadLayer, Manifest, Target
@@ -39,7 +39,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, vit_folder: Path) -> Path:
         backbone.model, backbone.task, backbone.backbone_id, head=backbone.head,
         labels=backbone.labels, files=backbone.files,
     )  # fmt: skip
-    export_bundle(source, folder, targets=LAYERS, kinds=("low_rank", "delta", "bias"))
+    export_bundle(
+        source,
+        folder,
+        ExportRequest(ExportConfig(targets=LAYERS, slots=("low_rank", "delta", "bias"))),
+    )
     return folder
 
 
@@ -193,7 +197,9 @@ def test_a_seeded_bundle_takes_no_dense_tensors(
     bundle: Path, vit_folder: Path, tmp_path: Path
 ) -> None:
     adapter = _adapter("nola", bundle)
-    export_backbone(load_backbone(vit_folder), tmp_path / "seeded", mode="seeded", adapter=adapter)
+    export_backbone(
+        load_backbone(vit_folder), tmp_path / "seeded", ExportConfig(mode="seeded"), adapter=adapter
+    )
     with pytest.raises(UsageError, match="bundle must be swappable to take dense tensors"):
         convert(adapter, tmp_path / "seeded", tmp_path / "a.npz", to="npz")
 

@@ -12,7 +12,7 @@ import pytest
 
 from regrow_format.manifest import Manifest
 from regrow_toolchain.adapters import adapt
-from regrow_toolchain.config import AdaptConfig
+from regrow_toolchain.config import AdaptConfig, ExportConfig
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import load_backbone
 
@@ -28,9 +28,9 @@ def room(
     user = adapt(backbone, dataset(40, 5), config).adapter
     user.save(room / "user.safetensors")
     export_backbone(backbone, room / "fp32")
-    export_backbone(backbone, room / "int8", precision="int8")
+    export_backbone(backbone, room / "int8", ExportConfig(precision="int8"))
     for mode in ("merged", "seeded"):
-        export_backbone(backbone, room / mode, mode=mode, adapter=user)
+        export_backbone(backbone, room / mode, ExportConfig(mode=mode), adapter=user)
     return room
 
 

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from regrow_export.quantization import rounded_weights
-from regrow_format.adapter import STORAGE, Target
+from regrow_format.adapter import Target
 from regrow_format.errors import RegrowError, UsageError
-from regrow_format.philox import check_seed
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone, find_targets
-from regrow_toolchain.tasks import Loss, Task, choose_task
+from regrow_toolchain.tasks import Loss, choose_task
 from regrow_toolchain.training import (
     Checkpoint,
+    StateFile,
     accelerated,
-    check_settings,
     deterministic,
     frozen,
     step_threads,
     torch_threads,
+    training_identity,
 )
 
-from .group import Adapted, GroupTraining
+from .group import Adapted, GroupTraining, Shared
 from .prober import Prober
 from .user_data import UserData, prepare
 
@@ -58,7 +55,6 @@ def adapt(
     data: Dataset,
     config: AdaptConfig | None = None,
     *,
-    targets: Sequence[str] = (),
     held: Dataset | None = None,
     loss: Loss | None = None,
     checkpoint: str | Path | None = None,
@@ -71,7 +67,6 @@ def adapt(
         data: the user's labelled samples. A share of them is held back to judge the adapter by; of
             few samples (fewer than 50 held back) each is held back in one of five folds, which
             trains six adapters in the place of one.
-        targets: names or patterns of the layers to adapt; every linear layer of the blocks if none.
         held: samples to score on, instead of a share of `data`.
         loss: `loss(outputs, labels)`, one per sample or one for all, instead of the task's.
         checkpoint: a file for the state of training, written every ten seconds and removed in the
@@ -83,10 +78,8 @@ def adapt(
     """
     data = replace(data, users=None)
     held = replace(held, users=None) if held is not None else None
-    ((_, done),) = adapt_each(
-        backbone, data, config, targets=targets, held=held, loss=loss, checkpoint=checkpoint,
-        resume=resume,
-    )  # fmt: skip
+    state = None if checkpoint is None else StateFile(Path(checkpoint), resume)
+    ((_, done),) = adapt_each(backbone, data, config, held=held, loss=loss, state=state)
     if done.stopped:
         kept = done if done.stopped.step else None
         raise TrainingStopped(str(done.stopped), kept)
@@ -98,7 +91,6 @@ def adapt_users(
     data: Dataset,
     config: AdaptConfig | None = None,
     *,
-    targets: Sequence[str] = (),
     held: Dataset | None = None,
     loss: Loss | None = None,
 ) -> dict[str, Adapted]:
@@ -109,7 +101,7 @@ def adapt_users(
     """
     if data.users is None:
         raise UsageError("data must say whose each sample is, got no users")
-    return dict(adapt_each(backbone, data, config, targets=targets, held=held, loss=loss))
+    return dict(adapt_each(backbone, data, config, held=held, loss=loss))
 
 
 def adapt_each(
@@ -117,22 +109,21 @@ def adapt_each(
     data: Dataset,
     config: AdaptConfig | None = None,
     *,
-    targets: Sequence[str] = (),
     held: Dataset | None = None,
     loss: Loss | None = None,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
-    began: Callable[[], object] = lambda: None,
+    state: StateFile | None = None,
 ) -> Iterator[tuple[str, Adapted]]:
     """As `adapt_users`, one after another as they are ready.
 
     Args:
-        began: called before a state is written: whatever can be wrong before the first step is not.
+        state: where the state of training is kept; of several users each group has a file, whose
+            name goes on with what it is of.
     """
     config = config or AdaptConfig()
-    _check(config, backbone)
+    if not backbone.backbone_id:
+        raise UsageError("backbone must be saved before adapters are trained for it: save_backbone")
     task = choose_task(config, data, backbone.task, loss)
-    layers = find_targets(backbone.model, targets, method=config.method)
+    layers = find_targets(backbone.model, config.targets, method=config.method)
     users = prepare(backbone, data, held, task, config)
     if any(user.result.head != "keep" for user in users):
         _check_head(layers, backbone)
@@ -144,13 +135,11 @@ def adapt_each(
         stack.enter_context(frozen(backbone.model))
         stack.enter_context(rounded_weights(backbone.model, config.precision))
         accelerator = stack.enter_context(accelerated(backbone.model, config))
+        shared = Shared(backbone, task, layers, config, accelerator, prober)
         for group, size in list(_groups(users, config, _parameters(backbone))):
-            several = data.users is not None
-            state = _checkpoint(
-                checkpoint, backbone, group, layers, task, config, several=several, began=began
-            )
-            job = GroupTraining(backbone, task, layers, group, size, config, accelerator, prober)
-            yield from job.run(state, resume=resume)
+            checkpoint = _checkpoint(state, shared, group, several=data.users is not None)
+            job = GroupTraining(shared, group, size)
+            yield from job.run(checkpoint, resume=state is not None and state.resume)
 
 
 def training_threads(backbone: Backbone, data: Dataset, config: AdaptConfig) -> int:
@@ -167,20 +156,6 @@ def training_threads(backbone: Backbone, data: Dataset, config: AdaptConfig) -> 
     pieces = min(config.accumulate, samples)
     at_once = math.ceil(min(samples, len(data)) / pieces)
     return step_threads(backbone.model, data, at_once, config.device)
-
-
-def _check(config: AdaptConfig, backbone: Backbone) -> None:
-    check_seed(config.seed)
-    check_settings(config)
-    if not backbone.backbone_id:
-        raise UsageError("backbone must be saved before adapters are trained for it: save_backbone")
-    if config.group and (config.group < 8 or STORAGE[config.storage] > 8):
-        raise UsageError(
-            "group must be 0, or 8 or more with a storage of 8 bits or fewer, "
-            f"got {config.group} with {config.storage}"
-        )
-    if config.method == "head" and config.head == "keep":
-        raise UsageError("head must be auto, new or tune for method head, got keep")
 
 
 def _check_head(layers: Sequence[Target], backbone: Backbone) -> None:
@@ -214,34 +189,24 @@ def _groups(
 
 
 def _checkpoint(
-    path: str | Path | None,
-    backbone: Backbone,
-    users: Sequence[UserData],
-    layers: Sequence[Target],
-    task: Task,
-    config: AdaptConfig,
-    *,
-    several: bool,
-    began: Callable[[], object],
+    state: StateFile | None, shared: Shared, users: Sequence[UserData], *, several: bool
 ) -> Checkpoint | None:
     """Where the state of a group is kept; of several, each has a file named by what it is of."""
-    if path is None:
+    if state is None:
         return None
-    digest = hashlib.sha256()
-    settings = {
-        k: v for k, v in asdict(config).items() if k not in ("device", "threads", "method_settings")
-    }
-    own = {name: str(value) for name, value in sorted(config.method_settings.items())}
-    names = [target.name for target in layers]
-    kind = [task.name, getattr(getattr(task, "loss", None), "__qualname__", "")]
-    digest.update(repr([settings, own, names, kind, backbone.backbone_id]).encode())
-    for user in users:
-        for training in user.trainings:
-            for part in (training.train, training.validation):
-                arrays = {} if part is None else {"": part.labels, **part.inputs}
-                for name, array in arrays.items():
-                    digest.update(f"{user.id} {training.head} {name} {array.shape}".encode())
-                    digest.update(np.ascontiguousarray(array).tobytes())
-    identity = digest.hexdigest()
-    place = Path(f"{path}.{identity[:16]}" if several else path)
-    return Checkpoint(place, identity, threads=config.threads, began=began)
+    task, config = shared.task, shared.config
+    identity = training_identity(
+        config,
+        shared.backbone.backbone_id,
+        [target.name for target in shared.layers],
+        [task.name, getattr(getattr(task, "loss", None), "__qualname__", "")],
+        samples=[
+            (f"{user.id} {training.head}", part)
+            for user in users
+            for training in user.trainings
+            for part in (training.train, training.validation)
+            if part is not None
+        ],
+    )
+    path = Path(f"{state.path}.{identity.digest[:16]}") if several else state.path
+    return Checkpoint(path, identity, began=state.began)

@@ -26,7 +26,7 @@ from .prober import Prober
 from .trainer import AdapterTrainer, Stopped
 from .user_data import Training, UserData
 
-__all__ = ["Adapted", "GroupTraining"]
+__all__ = ["Adapted", "GroupTraining", "Shared"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,18 @@ class _Outcome:
     stopped: Stopped | None
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all trainings of a call have in common."""
+
+    backbone: Backbone
+    task: Task
+    layers: tuple[Target, ...]
+    config: AdaptConfig
+    accelerator: Any
+    prober: Prober
+
+
 class GroupTraining:
     """Users that are trained together, in one pass or several, and what becomes of each.
 
@@ -79,19 +91,12 @@ class GroupTraining:
         size: how many adapters are trained in a pass.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        task: Task,
-        layers: tuple[Target, ...],
-        users: Sequence[UserData],
-        size: int,
-        config: AdaptConfig,
-        accelerator: Any,
-        prober: Prober,
-    ) -> None:
-        self.backbone, self.task, self.layers, self.prober = backbone, task, layers, prober
-        self.users, self.config, self.accelerator = users, config, accelerator
+    def __init__(self, shared: Shared, users: Sequence[UserData], size: int) -> None:
+        self.backbone, self.task, self.layers = shared.backbone, shared.task, shared.layers
+        self.config, self.accelerator, self.prober = (
+            shared.config, shared.accelerator, shared.prober
+        )  # fmt: skip
+        self.users = users
         trainings = [training for user in users for training in user.trainings]
         # Of several users, those who cannot share a pass are an error; one has nobody to blame.
         if len(users) == 1 and not self._can_share(trainings[:size]):

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from regrow_format.errors import FormatError, UsageError
 from regrow_format.fields import Fields, dump_json, parse_json
 from regrow_format.files import check_output, new_folder, read_bytes, write_bytes
-from regrow_toolchain.training import check_threads
+from regrow_toolchain.training import StateFile, TrainingIdentity
 
 from .group import Adapted
 
@@ -35,9 +35,8 @@ class UserFolder:
     `adapters.jsonl` has a line per user: id, file (null if it was not written), scores, bytes.
 
     Args:
-        run: text that says everything that decides the results, but the samples: what was begun
-            with other settings is not gone on with.
-        threads: torch's while it trains, the last of what decides them.
+        identity: everything that decides the results, but the samples: what was begun with other
+            settings is not gone on with.
         keep_anyway: also write adapters that improve nothing.
         resume: go on with what an interrupted run left.
 
@@ -50,37 +49,32 @@ class UserFolder:
     def __init__(
         self,
         out: Path,
-        run: str,
+        identity: TrainingIdentity,
         *,
-        threads: int,
         force: bool,
         keep_anyway: bool,
         resume: bool,
     ) -> None:
         self.out, self.force, self.keep_anyway = out, force, keep_anyway
-        self.run, self.threads = run, threads
+        self.identity, self.resume = identity, resume
         self.room = out.with_name(f"{out.name}.resume")
         check_output(out, force=force, marker=SUMMARY)
         if self.room.exists():
-            self._check(resume)
+            self._check()
         self.rows = self._read()
 
-    def _check(self, resume: bool) -> None:
-        if not resume:
+    def _check(self) -> None:
+        if not self.resume:
             raise UsageError(
                 f"an interrupted run left {self.room}: --resume goes on with it, or remove it"
             )
         path = self.room / _RUN
-        found = (
-            read_bytes(path, limit=_MAX_BYTES, what="a run's settings") if path.exists() else b""
-        )
-        run, _, threads = found.rpartition(b"\n")
-        if run != self.run.encode():
-            raise UsageError(
-                f"{self.room} must be of the same training (settings, targets, backbone) to be "
-                f"resumed, got another; remove {self.room} to start anew"
-            )
-        check_threads(self.room, threads.decode(errors="replace"), self.threads)
+        found = {}
+        if path.exists():
+            text = read_bytes(path, limit=_MAX_BYTES, what="a run's settings")
+            lines = text.decode(errors="replace").splitlines()
+            found = dict(line.split("\t", 1) for line in lines if "\t" in line)
+        self.identity.check(self.room, found, of="settings, targets, backbone")
 
     @property
     def done(self) -> set[str]:
@@ -105,15 +99,16 @@ class UserFolder:
         return rows
 
     @property
-    def state(self) -> Path:
+    def state(self) -> StateFile:
         """Where training keeps the state of what is not done, once the folder is there."""
-        return self.room / _STATE
+        return StateFile(self.room / _STATE, self.resume, self.begin)
 
     def begin(self) -> None:
         """Make the folder, if it is not there: training has begun."""
         if not (self.room / _RUN).exists():
             self.room.mkdir(exist_ok=True)
-            write_bytes(self.room / _RUN, f"{self.run}\n{self.threads}".encode())
+            lines = [f"{name}\t{value}\n" for name, value in self.identity.to_fields().items()]
+            write_bytes(self.room / _RUN, "".join(lines).encode())
 
     def add(self, user: str, done: Adapted) -> dict[str, Any]:
         """Write a user's adapter, if it improves or is kept anyway; returns the line about it."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from regrow_format.errors import UsageError
@@ -18,8 +16,8 @@ from regrow_toolchain.models import Backbone
 from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
     Checkpoint,
+    State,
     accelerated,
-    check_settings,
     compression_task,
     deterministic,
     evaluate,
@@ -27,6 +25,7 @@ from regrow_toolchain.training import (
     step_threads,
     teacher_labelled,
     torch_threads,
+    training_identity,
 )
 
 from .factorization import Factored, factor, restored
@@ -35,8 +34,6 @@ from .trainer import PLAN, DistillationTrainer, Epoch
 __all__ = ["Compressed", "compress"]
 
 _WAY_OUT = "compression keeps the model's own labels; without data it is the plain SVD"
-# What may be other where a training goes on.
-_WHERE = ("device", "threads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,6 @@ def compress(
         RegrowError: weights are not finite, there is nothing to factor, or the loss became NaN.
     """
     config = config or CompressConfig()
-    check_settings(config)
     if backbone.layers:
         raise UsageError("model must be a dense one, got a compressed one: compress its source")
     some = data if data is not None else held
@@ -96,20 +92,33 @@ def compress(
     train, held = _parts(backbone, data, held, task, config)
     trains = task is not None and train is not None and config.epochs > 0
     if trains and not config.threads:
-        assert train is not None
-        samples = math.ceil(min(config.batch_size, len(train)) / config.accumulate)
-        count = step_threads(backbone.model, train, samples, config.device)
-        config = replace(config, threads=count)
+        config = replace(config, threads=_threads(backbone, train, config))
     with torch_threads(config.threads), deterministic(config.seed), frozen(backbone.model):
         place = _place(checkpoint, backbone, train, config) if trains else None
         known = place.load() if place and resume else None
-        if known is None:
-            job = _Job(backbone, factor(backbone.model, train, config), task, held)
-        else:
-            job = _Job(backbone, restored(backbone.model, known[1][PLAN], config), task, held)
+        job = _Job(backbone, _factored(backbone, train, config, known), task, held)
         if trains:
             job.train(train, config, place, resume=known is not None)
     return job.result(config)
+
+
+def _factored(
+    backbone: Backbone,
+    train: Dataset | None,
+    config: CompressConfig,
+    known: tuple[int, State] | None,
+) -> Factored:
+    """The factors as they start, or in the shapes of those in a state."""
+    if known is not None:
+        return restored(backbone.model, known[1][PLAN], config)
+    return factor(backbone.model, train, config)
+
+
+def _threads(backbone: Backbone, train: Dataset | None, config: CompressConfig) -> int:
+    """What the work of a step makes of the threads."""
+    assert train is not None
+    samples = math.ceil(min(config.batch_size, len(train)) / config.accumulate)
+    return step_threads(backbone.model, train, samples, config.device)
 
 
 def _parts(
@@ -224,10 +233,5 @@ def _place(
 ) -> Checkpoint | None:
     if path is None or data is None:
         return None
-    digest = hashlib.sha256()
-    settings = {name: value for name, value in asdict(config).items() if name not in _WHERE}
-    digest.update(repr([settings, backbone.backbone_id]).encode())
-    for name, array in {"": data.labels, **data.inputs}.items():
-        digest.update(f"{name} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return Checkpoint(Path(path), digest.hexdigest(), threads=config.threads)
+    identity = training_identity(config, backbone.backbone_id, samples=[("", data)])
+    return Checkpoint(Path(path), identity)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from regrow_format.files import check_output, new_folder
 from regrow_format.philox import check_seed
 from regrow_toolchain.adapters import adapt, applied
 from regrow_toolchain.compress import compress
+from regrow_toolchain.config import ExportConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import Backbone, load_backbone, save_backbone
@@ -129,6 +131,7 @@ def _compress(made: Made) -> str:
 def _adapt(made: Made) -> str:
     backbone = _need(made.backbone)
     preprocess = backbone.preprocessor()
+    config = replace(made.settings.adapt, targets=_TARGETS)
     for folder in ("adapters", "users"):
         (made.folder / folder).mkdir()
     for index, user in enumerate(USERS):
@@ -136,7 +139,7 @@ def _adapt(made: Made) -> str:
         made.samples[user.id] = own
         _save_samples(made.folder / "users" / f"{user.id}.npz", user, own)
         data = _dataset(own, preprocess, user.labels)
-        adapter = adapt(backbone, data, made.settings.adapt, targets=_TARGETS).adapter
+        adapter = adapt(backbone, data, config).adapter
         adapter.save(made.folder / "adapters" / f"{user.id}.safetensors")
         made.adapters[user.id] = adapter
     return f"{len(USERS)} adapters trained"
@@ -156,7 +159,7 @@ def _export(made: Made) -> str:
         export_backbone(
             backbone,
             made.folder / mode,
-            mode="swappable" if mode == "bundle" else mode,
+            ExportConfig(mode="swappable" if mode == "bundle" else mode),
             adapter=None if mode == "bundle" else one,
         )
         made.seconds[f"export {mode}"] = time.perf_counter() - began

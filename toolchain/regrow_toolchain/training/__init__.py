@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from .batching import trimmed as trimmed
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import State as State
-    from .checkpoint import check_threads as check_threads
-    from .config_checks import check_settings as check_settings
+    from .checkpoint import StateFile as StateFile
     from .determinism import deterministic as deterministic
     from .determinism import frozen as frozen
     from .evaluation import accuracy as accuracy
     from .evaluation import evaluate as evaluate
     from .evaluation import predict as predict
+    from .identity import TrainingIdentity as TrainingIdentity
+    from .identity import training_identity as training_identity
     from .progress_bar import progress as progress
     from .schedule import check_loss as check_loss
     from .schedule import cosine as cosine
@@ -39,10 +40,10 @@ else:
         {
             ".accelerator": ("accelerated",),
             ".batching": ("augment", "batches", "shifted", "trimmed"),
-            ".checkpoint": ("Checkpoint", "State", "check_threads"),
-            ".config_checks": ("check_settings",),
+            ".checkpoint": ("Checkpoint", "State", "StateFile"),
             ".determinism": ("deterministic", "frozen"),
             ".evaluation": ("accuracy", "evaluate", "predict"),
+            ".identity": ("TrainingIdentity", "training_identity"),
             ".progress_bar": ("progress",),
             ".schedule": ("check_loss", "cosine", "cosine_factor"),
             ".self_distillation": (

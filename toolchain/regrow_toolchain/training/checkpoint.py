@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +16,27 @@ from torch import Tensor
 from regrow_format.errors import UsageError
 from regrow_format.files import write_bytes
 
-__all__ = ["Checkpoint", "check_threads"]
+from .identity import TrainingIdentity
+
+__all__ = ["Checkpoint", "StateFile"]
 
 State = dict[str, Tensor]
 
 _SHARE = 20.0  # of the time that writing takes, that passes until the next
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Where the state of a training is kept, and whether one that is there is gone on with.
+
+    Attributes:
+        began: called before the state is written for the first time: whatever can be wrong before
+            the first step is not.
+    """
+
+    path: Path
+    resume: bool = False
+    began: Callable[[], object] = lambda: None
 
 
 class Checkpoint:
@@ -30,8 +47,7 @@ class Checkpoint:
 
     Args:
         path: the file.
-        identity: digest of everything that decides the result: settings, samples, backbone.
-        threads: torch's while it trains; sums round otherwise with another number.
+        identity: everything that decides the result.
         began: called before the state is written for the first time.
         seconds: how often to write; the state is that after a whole step.
     """
@@ -39,14 +55,13 @@ class Checkpoint:
     def __init__(
         self,
         path: Path,
-        identity: str,
+        identity: TrainingIdentity,
         *,
-        threads: int,
         began: Callable[[], object] = lambda: None,
         seconds: float = 10.0,
     ) -> None:
         self.path, self.identity, self.seconds = path, identity, seconds
-        self.threads, self.began = threads, began
+        self.began = began
         self._last = time.monotonic()
         self._number = 0
         self._ended: dict[int, _Moment] = {}
@@ -74,7 +89,7 @@ class Checkpoint:
             for name, tensor in moment.state.items()
         }
         steps = json.dumps([moments[number].step for number in range(len(moments))])
-        about = {"steps": steps, "identity": self.identity, "threads": str(self.threads)}
+        about = {"steps": steps, **self.identity.to_fields()}
         self.began()
         write_bytes(self.path, save(tensors, about))
         self._last = time.monotonic()
@@ -85,7 +100,7 @@ class Checkpoint:
         """(steps done, state) of the training that was begun; None if the file has none.
 
         Raises:
-            UsageError: it is of another training, of another number of threads, or broken.
+            UsageError: it is of another training, or broken.
         """
         if self._number == 0 and self.path.is_file():
             self._ended = self._read()
@@ -102,17 +117,12 @@ class Checkpoint:
             raise UsageError(
                 f"{self.path} must be a whole checkpoint: {error}; {way_out}"
             ) from None
-        if metadata.get("identity") != self.identity:
-            raise UsageError(
-                f"{self.path} must be of the same training (samples, settings, backbone) to be "
-                f"resumed, got another; {way_out}"
-            )
         if "steps" not in metadata:
             raise UsageError(
                 f"{self.path} must be a checkpoint of this version of regrow, got an older one; "
                 f"{way_out}"
             )
-        check_threads(self.path, metadata.get("threads", ""), self.threads)
+        self.identity.check(self.path, metadata, of="samples, settings, backbone")
         moments = {n: _Moment(step, {}) for n, step in enumerate(json.loads(metadata["steps"]))}
         for name, tensor in tensors.items():
             number, _, key = name.partition(":")
@@ -122,16 +132,6 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget the state: the training is done."""
         self.path.unlink(missing_ok=True)
-
-
-def check_threads(state: Path, before: str, now: int) -> None:
-    """Raise `UsageError` if a training is to go on with another number of threads."""
-    if before != str(now):
-        raise UsageError(
-            f"{state} must be resumed with as many threads as it was begun with, as sums round "
-            f"otherwise with others, got {now} for {before}: give --threads {before}, or remove "
-            f"{state} to start anew"
-        )
 
 
 class _Moment(NamedTuple):

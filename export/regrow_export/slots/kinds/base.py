@@ -70,9 +70,6 @@ class TorchKind(ABC):
             "of another kind"
         )
 
-    def check(self, precision: str, like: Adapter | None) -> None:  # noqa: B027 - most have none
-        """Raise `UsageError` for a bundle that cannot have such slots."""
-
     def slot(self, target: Target, rank: int | None = None, like: Adapter | None = None) -> Slot:
         """A slot of a target.
 

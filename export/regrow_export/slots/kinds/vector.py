@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regrow_export.graph import share_constants
-from regrow_format.basis import PHILOX_SIGN, Role, sign_bits
-from regrow_format.errors import UsageError
+from regrow_format.basis import Role, sign_bits
 from regrow_format.manifest import Slot
 
 from .base import TRACE_RANK, Tensors, TorchKind
@@ -37,20 +36,6 @@ class VectorSlot(TorchKind):
     name = "vector"
     steps = ("added",)
     constant_names = ("A", "B")
-
-    def check(self, precision: str, like: Adapter | None) -> None:
-        """They are made for the seed and the rank of one VeRA adapter."""
-        if like is None or like.method != "vera":
-            got = "none" if like is None else f"one of {like.method}"
-            raise UsageError(
-                f"vector slots must have a VeRA adapter, whose seed and rank they take, got {got}: "
-                "give one (--adapter FILE on the command line)"
-            )
-        if like.basis.kind != PHILOX_SIGN.kind:
-            raise UsageError(
-                f"basis must be {PHILOX_SIGN.kind} for vector slots, got {like.basis.kind}: use "
-                "low_rank slots"
-            )
 
     def slot(self, target: Target, rank: int | None = None, like: Adapter | None = None) -> Slot:
         """With the rank and the seed of `like`."""

@@ -13,7 +13,7 @@ from regrow_format.manifest import Slot
 from .base import Tensors, TorchKind
 
 if TYPE_CHECKING:
-    from regrow_format.adapter import Adapter
+    pass
 
 __all__ = ["WeightSlot"]
 
@@ -36,14 +36,6 @@ class WeightSlot(TorchKind):
             f"target must have one float weight for a weight slot, got {target}, "
             f"{type(module).__name__}: use slots of another kind"
         )
-
-    def check(self, precision: str, like: Adapter | None) -> None:
-        """They are float32."""
-        if precision != "fp32":
-            raise UsageError(
-                f"precision must be fp32 for weight slots, which are float32, got {precision}: "
-                "use slots of another kind"
-            )
 
     def added(self, x: Tensor, tensors: Tensors) -> Tensor:
         """All but the bias."""

@@ -12,6 +12,7 @@ import torch
 
 from regrow_format.adapter import Adapter
 from regrow_runtime import Bundle, Coefficients, MismatchError
+from regrow_toolchain.config import ExportConfig
 from regrow_toolchain.interop import export_backbone, import_peft
 from regrow_toolchain.models import load_backbone, quiet_transformers, save_backbone
 
@@ -31,7 +32,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BertForSequenceClassification(config).eval().save_pretrained(room / "model")
     backbone = load_backbone(room / "model")
     export_backbone(backbone, room / "bundle")
-    export_backbone(backbone, room / "int8", precision="int8")
+    export_backbone(backbone, room / "int8", ExportConfig(precision="int8"))
     save_backbone(backbone, room / "backbone")
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
     wrapped = peft.get_peft_model(load_backbone(room / "model").model, settings)

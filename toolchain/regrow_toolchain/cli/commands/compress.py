@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,50 +13,50 @@ from click.core import ParameterSource
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.pages import table
 
+from ..config_options import config_options
+from ..model_options import AssetFiles, Samples, asset_options, data_options
 from ..options import (
-    carried_options,
-    check_data,
-    config_options,
-    data_options,
+    check_state,
     emit,
     force_option,
     json_option,
-    layers_options,
     out_option,
     path_argument,
     resumable,
+    resume_option,
 )
 from ..tables import giga, score
 
-_WITHOUT_DATA = {"ratio", "start", "ranks", "multiple", "slow_layers", "precision", "threads"}
-_WITH_DATA = {item.name for item in fields(CompressConfig) if item.metadata} - _WITHOUT_DATA
+if TYPE_CHECKING:
+    from regrow_toolchain.compress import Compressed
+    from regrow_toolchain.data import Dataset
+    from regrow_toolchain.models import Backbone
+
+_WITHOUT_DATA = {
+    "ratio", "start", "ranks", "multiple", "slow_layers", "precision", "threads", "only",
+    "keep_dense",
+}  # fmt: skip
+_WITH_DATA = {item.name for item in fields(CompressConfig)} - _WITHOUT_DATA
 
 
 @click.command("compress")
 @path_argument("model")
 @out_option("Folder for the compressed backbone.")
 @data_options("Training data, with the model's own labels or without labels (no data: plain SVD)")
-@layers_options
 @config_options(CompressConfig)
-@carried_options
-@click.option(
-    "--resume", is_flag=True, help="Go on with a training that was interrupted (OUT.resume)."
-)
+@asset_options
+@resume_option
 @force_option
 @json_option
 def compress_command(
     model: Path,
     out: Path,
-    data: Path | None,
-    text: str | None,
-    label: str | None,
-    max_length: int,
+    config: CompressConfig,
+    samples: Samples,
+    assets: AssetFiles,
     resume: bool,
-    preprocessor: Path | None,
-    label_file: Path | None,
     force: bool,
     as_json: bool,
-    **settings: Any,
 ) -> None:
     """Turn MODEL into a low-rank backbone (PELA): a Hugging Face directory or hub name, or
     package.module:function that returns an nn.Module.
@@ -69,44 +69,62 @@ def compress_command(
     from regrow_toolchain.extras import require_extra
 
     require_extra("export", "regrow compress")
-    from regrow_format.files import check_output
-
-    check_output(out, force=force, marker="regrow.json")
     state = out.with_name(f"{out.name}.resume")
-    check_state(state, resume)
-    if data is not None:
-        check_data(data)
-    elif unused := _given(_WITH_DATA):
-        click.echo(f"regrow: without --data nothing is trained: no effect of {unused}", err=True)
+    _check(out, samples, state, resume=resume, force=force)
     from regrow_toolchain.compress import build_report, compress, write_report
-    from regrow_toolchain.data import attach_assets, is_saved, load_data
-    from regrow_toolchain.models import load_backbone, save_backbone
+    from regrow_toolchain.models import save_backbone
 
-    source = attach_assets(load_backbone(model), preprocessor=preprocessor, labels=label_file)
-    samples = None
-    if data is not None:
-        samples = load_data(
-            data, source, text=text, label=label, max_length=max_length,
-            labels="none" if settings["task"] == "imitation" else "optional",
-        )  # fmt: skip
-    config = CompressConfig(**settings)
-    asked = config.task != "auto" or source.task == "feature-extraction" or not source.labels
-    if data is not None and samples is not None and samples.unlabelled and not asked:
-        folder = data.is_dir() and not is_saved(data)
-        way = "give a folder per class" if folder else "name a column or an array with --label"
-        click.echo(
-            f"regrow: no labels found in {data}: it learns by imitation of the dense model "
-            f"({way} for labels, or --task imitation to say that none are meant)",
-            err=True,
-        )
+    source = assets.load(model)
+    data = samples.load(source, labels="none" if config.task == "imitation" else "optional")
+    _tell_imitation(samples.path, data, source, config)
     with resumable(state):
-        done = compress(source, samples, config, checkpoint=state, resume=resume)
-        report = build_report(done, source, samples)
+        done = compress(source, data, config, checkpoint=state, resume=resume)
+        report = build_report(done, source, data)
         backbone = save_backbone(
             done.backbone, out, force=force, beside=lambda folder: write_report(folder, report)
         )
     state.unlink(missing_ok=True)
-    result = {
+    result = _result(out, config, done, backbone, report)
+    emit(result, _lines(result, samples.path), as_json=as_json)
+
+
+def _check(out: Path, samples: Samples, state: Path, *, resume: bool, force: bool) -> None:
+    """What can be said before packages take seconds to load."""
+    from regrow_format.files import check_output
+
+    check_output(out, force=force, marker="regrow.json")
+    check_state(state, resume)
+    samples.check()
+    if samples.path is None and (unused := _given(_WITH_DATA)):
+        click.echo(f"regrow: without --data nothing is trained: no effect of {unused}", err=True)
+
+
+def _tell_imitation(
+    path: Path | None, data: Dataset | None, source: Backbone, config: CompressConfig
+) -> None:
+    """Say that there are no labels, where some were to be expected."""
+    from regrow_toolchain.data import is_saved
+
+    asked = config.task != "auto" or source.task == "feature-extraction" or not source.labels
+    if path is None or data is None or not data.unlabelled or asked:
+        return
+    folder = path.is_dir() and not is_saved(path)
+    way = "give a folder per class" if folder else "name a column or an array with --label"
+    click.echo(
+        f"regrow: no labels found in {path}: it learns by imitation of the dense model "
+        f"({way} for labels, or --task imitation to say that none are meant)",
+        err=True,
+    )
+
+
+def _result(
+    out: Path,
+    config: CompressConfig,
+    done: Compressed,
+    backbone: Backbone,
+    report: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
         "out": str(out),
         "backbone_id": backbone.backbone_id,
         "ratio": config.ratio,
@@ -119,7 +137,6 @@ def compress_command(
         "epochs": max(len(done.history) - 1, 0),
         "kept_epoch": done.kept,
     }
-    emit(result, _lines(result, data), as_json=as_json)
 
 
 def _given(names: Collection[str]) -> str:
@@ -131,18 +148,6 @@ def _given(names: Collection[str]) -> str:
         if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(found))
-
-
-def check_state(state: Path, resume: bool) -> None:
-    """Raise `UsageError` if a state lies there that nobody asked to go on with."""
-    from regrow_format.errors import UsageError
-
-    if state.exists() and not resume:
-        raise UsageError(
-            f"an interrupted training left {state}: --resume goes on with it, or remove it"
-        )
-    if resume and not state.exists():
-        click.echo(f"regrow: nothing to resume at {state}: it starts anew", err=True)
 
 
 def _lines(result: dict[str, Any], data: Path | None) -> list[str]:

@@ -4,49 +4,29 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import (
-    carried_options,
-    check_data,
-    data_options,
-    emit,
-    force_option,
-    json_option,
-    out_option,
-    path_argument,
-    targets_option,
-)
+from regrow_toolchain.config import ExportConfig
+
+from ..config_options import config_options
+from ..model_options import AssetFiles, Samples, asset_options, data_options
+from ..options import emit, force_option, json_option, out_option, path_argument
 from ..tables import cost, size
+
+if TYPE_CHECKING:
+    from regrow_format.manifest import Manifest
 
 
 @click.command("export")
 @path_argument("backbone")
 @out_option("Folder for the bundle.")
 @click.option(
-    "--mode",
-    type=click.Choice(["swappable", "merged", "seeded"]),
-    default="swappable",
-    show_default=True,
-    help="swappable: adapters come and go. merged: a plain model without slots, one adapter (or "
-    "none) folded into its weights; an adapter makes factored layers larger by its rank. seeded: "
-    "one graph that rebuilds an adapter's basis from its seed at every run.",
-)
-@click.option(
     "--adapter",
     type=click.Path(path_type=Path),
     help="Adapter file: what merged and seeded build in. A swappable bundle gets slots for its "
     "layers only.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    default="fp32",
-    show_default=True,
-    help="Of the weights of the blocks' linear layers; adapters and the head stay fp32. int8 also "
-    "rounds those layers' inputs as it runs.",
 )
 @data_options(
     "Samples to measure what --precision costs, in the score of their task: with the model's own "
@@ -59,30 +39,6 @@ from ..tables import cost, size
     "for a plain module without --preprocessor; others need none.",
 )
 @click.option(
-    "--for",
-    "methods",
-    multiple=True,
-    metavar="METHOD",
-    help="Method whose adapters a swappable bundle takes, such as fourierft or bitfit, beside that "
-    "of --adapter; repeatable. By default nola, lora and vera, whose slots are the same.",
-)
-@click.option(
-    "--slots",
-    multiple=True,
-    type=click.Choice(["low_rank", "delta", "bias", "weight", "vector"]),
-    help="Kind of slot, instead of what --for asks for; repeatable. weight: a layer's whole "
-    "weight, for any method but bitfit, one adapter a batch. vector: two vectors a layer, for VeRA "
-    "adapters of the seed and rank of --adapter.",
-)
-@click.option(
-    "--fixed-rank",
-    type=click.IntRange(min=1),
-    metavar="R",
-    help="Give all slots fixed shapes, for accelerators that need them: adapters of rank R or "
-    "less, one adapter a batch, classes no more than the backbone's. No more than the narrowest "
-    "layer's width, but for VeRA.",
-)
-@click.option(
     "--expander",
     "expanders",
     multiple=True,
@@ -91,40 +47,19 @@ from ..tables import cost, size
     help="Write expand-<method>.onnx too, for apps without regrow: seed and numbers of adapters "
     "like this file (its method, settings and layers) in, what slots take out; repeatable.",
 )
-@click.option(
-    "--constants",
-    is_flag=True,
-    help="With --mode seeded: the adapter is part of the file, which takes no other.",
-)
-@click.option(
-    "--no-cache",
-    is_flag=True,
-    help="Leave out the key-value cache of a causal language model; without it, it makes no text.",
-)
-@targets_option
-@carried_options
+@config_options(ExportConfig)
+@asset_options
 @force_option
 @json_option
 def export_command(
     backbone: Path,
     out: Path,
-    mode: str,
+    config: ExportConfig,
     adapter: Path | None,
-    precision: str,
-    data: Path | None,
-    text: str | None,
-    label: str | None,
-    max_length: int,
-    preprocessor: Path | None,
-    label_file: Path | None,
-    inputs: Path | None,
-    methods: tuple[str, ...],
-    no_cache: bool,
-    slots: tuple[str, ...],
-    fixed_rank: int | None,
     expanders: tuple[Path, ...],
-    constants: bool,
-    targets: tuple[str, ...],
+    samples: Samples,
+    inputs: Path | None,
+    assets: AssetFiles,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -136,37 +71,36 @@ def export_command(
     from regrow_toolchain.extras import require_extra
 
     require_extra("export", "regrow export")
-    from regrow_format.adapter import Adapter
+    from regrow_export import check_objects
+    from regrow_format import Adapter
+
+    check_objects(config, adapter, expanders)
+    samples.check()
+    _check_output(out, force=force)
+    built_in = Adapter.load(adapter) if adapter else None
+    like = [Adapter.load(path) for path in expanders]
+    from regrow_toolchain.data import load_inputs
+    from regrow_toolchain.interop import export_backbone
+
+    model = assets.load(backbone)
+    manifest = export_backbone(
+        model, out, config, adapter=built_in, expanders=like, force=force,
+        inputs=load_inputs(inputs, model) if inputs else None,
+        data=samples.load(model, labels="optional"),
+    )  # fmt: skip
+    result = _result(out, manifest)
+    emit(result, _lines(result), as_json=as_json)
+
+
+def _check_output(out: Path, *, force: bool) -> None:
     from regrow_format.files import check_output
     from regrow_format.manifest import MANIFEST
-    from regrow_format.methods import METHODS
 
-    if mode == "seeded" and adapter is None:
-        raise click.UsageError("--mode seeded builds one adapter in: give it with --adapter")
-    if mode != "swappable" and methods:
-        raise click.UsageError(f"--mode {mode} builds one adapter in, of its own method: no --for")
-    _check_options(mode, slots, fixed_rank, expanders, constants)
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise click.UsageError(f"--for must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
-    if data is not None:
-        check_data(data)
     check_output(out, force=force, marker=MANIFEST)
-    loaded = Adapter.load(adapter) if adapter else None
-    like = [Adapter.load(path) for path in expanders]
-    from regrow_toolchain.data import attach_assets, dummy_inputs, load_data, load_inputs
-    from regrow_toolchain.interop import export_backbone
-    from regrow_toolchain.models import load_backbone
 
-    model = attach_assets(load_backbone(backbone), preprocessor=preprocessor, labels=label_file)
-    manifest = export_backbone(
-        model, out, mode=mode, targets=targets, methods=methods, adapter=loaded,
-        slots=slots, fixed_rank=fixed_rank, expanders=like, constants=constants,
-        precision=precision, inputs=load_inputs(inputs, model) if inputs else dummy_inputs(model),
-        data=load_data(data, model, text=text, label=label, max_length=max_length,
-                       labels="optional") if data else None,
-        cache=not no_cache, force=force,
-    )  # fmt: skip
-    result = {
+
+def _result(out: Path, manifest: Manifest) -> dict[str, Any]:
+    return {
         "out": str(out),
         "mode": manifest.mode,
         "variant": manifest.variant,
@@ -179,23 +113,6 @@ def export_command(
         "parity": dict(manifest.parity),
         "score": asdict(manifest.score) if manifest.score else None,
     }
-    emit(result, _lines(result), as_json=as_json)
-
-
-def _check_options(
-    mode: str,
-    slots: tuple[str, ...],
-    fixed_rank: int | None,
-    expanders: tuple[Path, ...],
-    constants: bool,
-) -> None:
-    """Options that belong to another mode."""
-    swappable = {"--slots": slots, "--fixed-rank": fixed_rank, "--expander": expanders}
-    for name, given in swappable.items():
-        if mode != "swappable" and given:
-            raise click.UsageError(f"{name} is for --mode swappable, got {mode}")
-    if constants and mode != "seeded":
-        raise click.UsageError(f"--constants is for --mode seeded, got {mode}")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@ import click
 
 from regrow_toolchain.config import ImportConfig
 
-from ..options import config_options, emit, force_option, json_option, out_option, path_argument
+from ..config_options import config_options
+from ..options import emit, force_option, json_option, out_option, path_argument
 from ..tables import size
 
 
@@ -27,7 +28,7 @@ from ..tables import size
 @force_option
 @json_option
 def import_command(
-    peft_dir: Path, out: Path, backbone: Path, force: bool, as_json: bool, **settings: Any
+    peft_dir: Path, out: Path, config: ImportConfig, backbone: Path, force: bool, as_json: bool
 ) -> None:
     """Make an adapter of PEFT_DIR, which PEFT's save_pretrained wrote: LoRA, VeRA or FourierFT.
 
@@ -38,7 +39,7 @@ def import_command(
     from regrow_toolchain.interop import factored, import_peft
 
     check_output(out, force=force)
-    adapter = import_peft(peft_dir, backbone, **asdict(ImportConfig(**settings)))
+    adapter = import_peft(peft_dir, backbone, **asdict(config))
     written = adapter.save(out)
     result = {
         "out": str(out),

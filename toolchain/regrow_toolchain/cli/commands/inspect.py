@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.pages import table
 
-from ..options import emit, json_option, layers_options, path_argument
+from ..config_options import setting_options
+from ..options import emit, json_option, path_argument
 from ..tables import cost, score, size
 from .store import listing
 
@@ -32,7 +34,7 @@ _OTHERS = {
     "--ratio", type=click.FloatRange(1), default=2.0, show_default=True,
     help="Of a dense model: what compression would factor, and to which ranks.",
 )  # fmt: skip
-@layers_options
+@setting_options(CompressConfig, ("only", "keep_dense"))
 @click.option(
     "--tokens", type=click.IntRange(1), default=128, show_default=True,
     help="Of a text, to count multiplications by.",

@@ -12,7 +12,8 @@ import click
 
 from regrow_toolchain.config import ProfileConfig
 
-from ..options import config_options, emit, force_option, json_option
+from ..config_options import config_options
+from ..options import emit, force_option, json_option
 
 if TYPE_CHECKING:
     from regrow_toolchain.profiling import Settings
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 @json_option
 def profile_command(
     bundle: Path | None,
+    config: ProfileConfig,
     adapters: tuple[Path, ...],
     out: Path | None,
     compare: tuple[Path, Path] | None,
     quick: bool,
     force: bool,
     as_json: bool,
-    **settings: Any,
 ) -> None:
     """Measure what BUNDLE costs on this machine: latency, RAM, swaps; torch is not needed.
 
@@ -64,7 +65,7 @@ def profile_command(
     elif out is None:
         raise click.UsageError("give a folder to write with -o")
     else:
-        parsed = _settings(ProfileConfig(**settings), quick)
+        parsed = _settings(config, quick)
         _profile(bundle, adapters, out, parsed, force, as_json)
 
 
