@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 MAIN = "from regrow_toolchain.cli import main; main()"
 EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "sklearn",
-          "matplotlib", "jinja2")  # fmt: skip
+          "matplotlib")  # fmt: skip
 SHORT = ("--runs", "4", "--seconds", "0", "--rounds", "2", "--residents", "1,3", "--threads", "1")
 STAGES = ["interpreter", "numpy", "onnxruntime", "regrow", "open", "first run", "10 more runs"]
 
