@@ -1,7 +1,7 @@
 """One chart as inline SVG, in points from its upper left corner; colours are the page's variables.
 
-No plotting library: matplotlib is 30 MB, too much for a device, and its SVG neither takes the
-page's colours (light, dark, print) nor is the same twice without salt.
+No plotting library: pages are also made on devices, and matplotlib's SVG does not take the page's
+colours (light, dark, print) and is the same twice only with a salt.
 """
 
 from __future__ import annotations
