@@ -14,7 +14,7 @@ import pytest
 
 MAIN = "from regrow_toolchain.cli import main; main()"
 EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "tokenizers",
-          "sklearn", "matplotlib", "jinja2")  # fmt: skip
+          "sklearn", "matplotlib")  # fmt: skip
 COMMANDS = ["demo", "compress", "adapt", "export", "import", "run", "profile", "inspect"]
 
 

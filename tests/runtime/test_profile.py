@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 MAIN = "from regrow_toolchain.cli import main; main()"
 EXTRAS = ("torch", "onnx", "optimum", "transformers", "accelerate", "rich", "PIL", "sklearn",
-          "matplotlib", "jinja2")  # fmt: skip
+          "matplotlib")  # fmt: skip
 SHORT = ("--runs", "4", "--seconds", "0", "--rounds", "2", "--residents", "1,3", "--threads", "1")
 STAGES = ["interpreter", "numpy", "onnxruntime", "regrow", "open", "first run", "10 more runs"]
 
@@ -238,7 +239,7 @@ def test_a_language_model_and_many_cases_are_drawn(record):
     from regrow_toolchain.pages import GAP
     from regrow_toolchain.profiling.page import profile_page
 
-    changed = json.loads(json.dumps(record).replace('"user"', '"a-user-with-a-long-name"'))
+    changed = json.loads(json.dumps(record).replace('"user"', f'"{"a-user" * 9}"'))
     times = {"ms": record["latency"][0]["ms"] | {"p50": 2.0}, "rounds": [2.0]}
     changed["language"] = {
         "cache": True, "prompt": 16, "tokens": 4, "tokens_per_second": 500.0,
@@ -248,9 +249,25 @@ def test_a_language_model_and_many_cases_are_drawn(record):
     page = profile_page(changed).replace(GAP, " ")
     assert "The first token comes after 2 ms, then 500 come in a second." in page
     assert "Prefill, 16 tokens" in page
-    assert ">batch 1 × 16, 1 thread, a-user-with-a…<" in page
+    assert re.search(r">batch 1 × 16, 1 thread, (a-user)+[a-z-]*…<", page)
     assert ">batch 3 × 16, 1 thread, no adapter<" in page
     assert "4 more cases are in the table below." in page
+
+
+def test_private_memory_that_is_not_told(record):
+    from regrow_toolchain.profiling.page import profile_page
+
+    changed = json.loads(json.dumps(record))
+    memory = changed["memory"]
+    memory["platform"] = None
+    for row in memory["stages"]:
+        row["rss_anon"] = None
+    for row in changed["residents"]:
+        row["each"] = None
+    page = profile_page(changed)
+    assert "Private memory was not told by this system" in page
+    assert "On top of" not in page
+    assert "Many users" not in page
 
 
 # -- comparing -------------------------------------------------------------------------------------

@@ -9,13 +9,22 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
 
 from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
 from regrow_runtime import UsageError
 from regrow_toolchain.config import ProfileConfig
-from regrow_toolchain.measurement import CoreWait, EnergyMeter, Reading, read_governor, read_load
+from regrow_toolchain.measurement import (
+    CoreWait,
+    EnergyMeter,
+    Reading,
+    available_bytes,
+    read_clock,
+    read_governor,
+    read_load,
+)
 from regrow_toolchain.profiling import parse_settings
 from regrow_toolchain.profiling.cases.operators import group, module_of
 from regrow_toolchain.profiling.environment import NoiseMeter
@@ -278,15 +287,18 @@ def test_energy_that_is_not_told(tmp_path: Path) -> None:
     assert meter.reason == "this machine has no RAPL counters that can be read"
 
 
-def test_governor_and_load(tmp_path: Path) -> None:
+def test_governor_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "governor").write_text("powersave\n")
     assert read_governor(tmp_path / "governor") == "powersave"
     assert read_governor(tmp_path / "missing") is None
-    (tmp_path / "stat").write_text("cpu  100 0 100 5000 0 0 0 50 0 0\nintr 5 0\n")
+    stat = "cpu  100 0 100 5000 0 0 0 50 0 0\ncpu0 100 0 100 5000 0 0 0 50 0 0\nintr 5 0\n"
+    (tmp_path / "stat").write_text(stat)
     if sys.platform == "linux":
-        load = read_load(tmp_path / "stat")
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+        load = read_load()
         assert load.busy == pytest.approx(4 * load.stolen)  # type: ignore[operator]
-    assert read_load(tmp_path / "missing").busy is None
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "missing"))
+        assert read_load().busy is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
@@ -298,10 +310,11 @@ def test_only_cores_that_may_be_used_count(tmp_path: Path, monkeypatch: pytest.M
         "cpu1 50 10 20 4000 9 10 10 5 0 0\ncpu2 150 0 0 0 0 0 0 0 0 0\n"
     )
     tick = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     for cores, busy, stolen in (({1}, 100, 5), ({0, 1}, 800, 5), ({7}, 900, 0)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, found=cores: found)
-        load = read_load(stat)
-        assert (load.busy, load.stolen) == (busy / tick, stolen / tick)
+        load = read_load()
+        assert (load.busy, load.stolen) == pytest.approx((busy / tick, stolen / tick))
 
 
 def test_noise_of_others_is_noted() -> None:
@@ -314,17 +327,40 @@ def test_noise_of_others_is_noted() -> None:
 
 
 def test_memory_on_other_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from regrow_toolchain.measurement import memory, memory_other_systems
+    from regrow_toolchain.measurement import memory
 
+    missing = tmp_path / "missing"
     monkeypatch.setattr(memory.sys, "platform", "freebsd14")
-    found = memory.read_memory(tmp_path / "missing")
+    found = memory.read_memory(missing)
     assert found.rss_anon is None
     assert found.peak is None or found.peak > 1e6
     assert "cannot be read" in found.source
+    for system in ("darwin", "win32"):
+        monkeypatch.setattr(memory.sys, "platform", system)
+        found = memory.read_memory(missing)
+        info = psutil.Process().memory_full_info()
+        assert found.source.startswith("psutil: USS")
+        assert found.rss_anon == pytest.approx(info.uss, rel=0.05)
+        assert found.rss_anon + found.rss_file == pytest.approx(info.rss, rel=0.05)
+        assert found.peak  # in the unit that getrusage has on macOS
+
+
+def test_memory_that_psutil_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from regrow_toolchain.measurement import memory
+
+    def denied(self: psutil.Process) -> None:
+        raise psutil.AccessDenied(self.pid)
+
+    monkeypatch.setattr(psutil.Process, "memory_full_info", denied)
     monkeypatch.setattr(memory.sys, "platform", "darwin")
-    # No libproc here: the peak is what is left, and the figure is named.
-    assert memory.read_memory(tmp_path / "missing").source.startswith("getrusage")
-    named = memory.Memory(1, 2, 3, source="Windows")
-    monkeypatch.setattr(memory_other_systems, "windows", lambda: named)
-    monkeypatch.setattr(memory.sys, "platform", "win32")
-    assert memory.read_memory(tmp_path / "missing") is named
+    found = memory.read_memory(tmp_path / "missing")
+    assert found.source.startswith("getrusage: the peak only; psutil tells no private memory")
+    assert (found.rss_anon, found.pss) == (None, None)
+
+
+def test_free_memory_and_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < available_bytes() <= psutil.virtual_memory().total
+    clock = read_clock()
+    assert clock is None or clock > 0
+    monkeypatch.delattr(psutil, "cpu_freq", raising=False)  # psutil has none on some systems
+    assert read_clock() is None

@@ -13,7 +13,7 @@ __all__ = ["MissingExtra", "require_extra"]
 _SIGNS = {
     "run": ("PIL", "tokenizers"),
     "export": ("torch", "onnx", "optimum", "transformers", "accelerate", "rich"),
-    "train": ("torch", "transformers", "accelerate", "rich", "sklearn", "jinja2"),
+    "train": ("torch", "transformers", "accelerate", "rich", "sklearn"),
 }
 
 

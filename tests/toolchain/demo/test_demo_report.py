@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jinja2")
-
 from regrow_toolchain.demo import wording
 from regrow_toolchain.demo.images import data_uri
 from regrow_toolchain.demo.report import render_html

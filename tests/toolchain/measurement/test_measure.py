@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +84,28 @@ def test_memory_of_this_process() -> None:
     assert after.rss_anon - before > 24 << 20
     assert after.peak is not None
     assert after.peak >= len(held)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_psutil_agrees_where_it_tells_the_same() -> None:
+    """On one process: statm's shared pages are RssFile, the rest of the resident ones RssAnon."""
+    psutil.Process().memory_full_info()  # what it allocates the first time
+    found, info = read_memory(), psutil.Process().memory_full_info()
+    assert found.rss_anon == pytest.approx(info.rss - info.shared, abs=256 << 10)
+    assert found.rss_file == pytest.approx(info.shared, abs=256 << 10)
+    assert found.pss == pytest.approx(info.pss, abs=512 << 10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere psutil is the source")
+def test_what_is_measured_does_not_carry_psutil() -> None:
+    code = (
+        "import sys; from regrow_toolchain.measurement import CoreWait, Times, read_memory\n"
+        "import regrow_toolchain.profiling.worker, regrow_toolchain.profiling.cases.residents\n"
+        "import regrow_toolchain.profiling.cases.stages, regrow_toolchain.profiling.cases.swaps\n"
+        "read_memory(); print('psutil' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_processor(tmp_path: Path) -> None:

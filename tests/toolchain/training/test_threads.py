@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if hasattr(os, "sched_getaffinity"):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     else:
-        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -6,14 +6,13 @@ and five figures; each chart's heading says what the chart shows; every figure s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from regrow_toolchain.pages import count, duration, percent, ratio, size, style
+from regrow_toolchain.pages import Panel, Tile, count, duration, percent, ratio, render_page, size
 
 from . import charts, wording
 from .images import data_uri
@@ -29,18 +28,17 @@ _PRETTY = {"torch": "PyTorch", "onnx": "the onnx package", "transformers": "Tran
 
 def render_html(report: Numbers) -> str:
     """The page for a report (accuracies 0..1, bytes, milliseconds; `report.json` of the demo)."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_text("report.html.jinja"))
-    return template.render(
+    device = report["device"]
+    platform = wording.platform_bytes(device["memory"])
+    return render_page(
+        __package__,
+        "report.html.jinja",
         r=report,
-        css=Markup(style()),
         title=_title(report),
         summary=_summary(report),
         tiles=_tiles(report),
         cards=[_card(user) for user in report["users"]],
-        sections=_sections(report),
+        panels=_panels(report),
         plain={
             name: plus_minus(report["backbone"][name]["accuracy"], report["backbone"][name]["se"])
             for name in ("dense", "compressed")
@@ -48,14 +46,12 @@ def render_html(report: Numbers) -> str:
         tables=all_tables(report),
         checks_title=wording.checks_summary(report["checks"]),
         checks_ok=all(check["ok"] for check in report["checks"]),
-        blocked=_blocked(report["device"]),
+        blocked=_blocked(device),
+        platform=None if platform is None else size(platform),
+        peak=size(device["peak_bytes"]),
         seconds=duration(1000 * report["seconds"]),
         thousand=size(_thousand(report)),
     )
-
-
-def _text(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _title(report: Numbers) -> str:
@@ -91,8 +87,8 @@ def _summary(report: Numbers) -> list[tuple[str, str]]:
     return [("Compress", compress), ("Adapt", adapt), ("Swap", swap)]
 
 
-def _tiles(report: Numbers) -> list[dict[str, Any]]:
-    """The headline figures: a name, a figure, and what to hold it against."""
+def _tiles(report: Numbers) -> list[Tile]:
+    """The headline figures."""
     dense, small = report["backbone"]["dense"], report["backbone"]["compressed"]
     kept, where = wording.same_labels(report["users"])
     gains, sizes = [user["gain"] for user in kept], report["bytes"]
@@ -101,31 +97,24 @@ def _tiles(report: Numbers) -> list[dict[str, Any]]:
     full = f"a full model is {ratio(sizes['adapter'], sizes['dense_model'])} times that"
     spread = f"{where}from {points(min(gains))} to {points(max(gains))}"
     return [
-        _tile("Accuracy, compressed", percent(small["accuracy"]), accuracy),
-        _tile("One user’s adapter", size(sizes["adapter"]), full),
-        _tile("Mean gain per user", points(wording.mean(gains)), spread),
+        Tile("Accuracy, compressed", percent(small["accuracy"]), accuracy),
+        Tile("One user’s adapter", size(sizes["adapter"]), full),
+        Tile("Mean gain per user", points(wording.mean(gains)), spread),
         *_device_tiles(report["device"]),
     ]
 
 
-def _device_tiles(device: Numbers) -> list[dict[str, Any]]:
+def _device_tiles(device: Numbers) -> list[Tile]:
     swap, added = device["swap_ms"], wording.added_bytes(device["memory"])
     resident = f"to an adapter that is in RAM: {duration(swap['resident']['p50'])}"
     return [
-        _tile("Swap, from disk", duration(swap["cold"]["p50"]), resident),
-        _tile(
+        Tile("Swap, from disk", duration(swap["cold"]["p50"]), resident),
+        Tile(
             "Private RAM that it adds",
             size(added),
             f"bundle and adapters; whole process, mapped files too: {size(device['peak_bytes'])}",
         ),
     ]
-
-
-def _tile(name: str, figure: str, note: str) -> dict[str, Any]:
-    """A tile whose unit can be set smaller than its number; `words`: it has no number."""
-    value, _, unit = figure.partition("\N{NO-BREAK SPACE}")
-    words = not any(letter.isdigit() for letter in value)
-    return {"name": name, "value": value, "unit": unit, "note": note, "words": words}
 
 
 def _card(user: Numbers) -> dict[str, Any]:
@@ -145,24 +134,22 @@ def _card(user: Numbers) -> dict[str, Any]:
     }
 
 
-def _sections(report: Numbers) -> dict[str, dict[str, str]]:
+def _panels(report: Numbers) -> dict[str, Panel]:
     """Each chart with its takeaway."""
-    device, users = report["device"], report["users"]
-    titles = {
-        "accuracy": wording.accuracy_takeaway(users),
-        "bytes": wording.bytes_takeaway(report["bytes"]),
-        "swap": wording.swap_takeaway(device["swap_ms"]),
-        "latency": wording.latency_takeaway(device["latency_ms"]),
-        "memory": wording.memory_takeaway(device["memory"]),
+    device, plain = report["device"], report["backbone"]["compressed"]["accuracy"]
+    accuracy = partial(charts.accuracy_chart, plain=plain)
+    return {
+        "accuracy": _panel(wording.accuracy_takeaway, accuracy, report["users"]),
+        "bytes": _panel(wording.bytes_takeaway, charts.bytes_chart, report["bytes"]),
+        "swap": _panel(wording.swap_takeaway, charts.swap_chart, device["swap_ms"]),
+        "latency": _panel(wording.latency_takeaway, charts.latency_chart, device["latency_ms"]),
+        "memory": _panel(wording.memory_takeaway, charts.memory_chart, device["memory"]),
     }
-    drawn = {
-        "accuracy": charts.accuracy_chart(users, report["backbone"], titles["accuracy"]),
-        "bytes": charts.bytes_chart(report["bytes"], titles["bytes"]),
-        "swap": charts.swap_chart(device["swap_ms"], titles["swap"]),
-        "latency": charts.latency_chart(device["latency_ms"], titles["latency"]),
-        "memory": charts.memory_chart(device["memory"], device["peak_bytes"], titles["memory"]),
-    }
-    return {name: {"title": titles[name], "svg": Markup(drawn[name])} for name in titles}
+
+
+def _panel(takeaway: Callable[[Any], str], chart: Callable[[Any, str], Markup], of: Any) -> Panel:
+    title = takeaway(of)
+    return Panel(title, chart(of, title))
 
 
 def _blocked(device: Numbers) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrow_toolchain.pages import count, duration, percent, size
+from regrow_toolchain.pages import Table, count, duration, percent, size
 
 from .wording import platform_bytes, plus_minus, points
 
 __all__ = ["all_tables"]
 
 Numbers = Mapping[str, Any]
-Table = dict[str, Any]
 _SHARES = ["p50", "p90", "p99"]
 _LATENCY = {
     "base": "no adapter",
@@ -45,10 +44,6 @@ def all_tables(report: Numbers) -> list[Table]:
     ]
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    return {"caption": caption, "head": head, "rows": rows}
-
-
 def _users(users: Sequence[Numbers]) -> Table:
     head = [
         "user",
@@ -61,7 +56,7 @@ def _users(users: Sequence[Numbers]) -> Table:
         "stored as",
     ]
     head += ["largest difference from PyTorch", "same answers", "cold", "cached", "resident"]
-    return _table("Users (± one standard error; swap times)", head, [_user(u) for u in users])
+    return Table("Users (± one standard error; swap times)", head, [_user(u) for u in users])
 
 
 def _user(user: Numbers) -> list[str]:
@@ -99,7 +94,7 @@ def _models(backbone: Numbers) -> Table:
                 plus_minus(model["accuracy"], model["se"]),
             ]
         )
-    return _table("Backbone, on plain digits", ["model", "parameters", "weights", "accuracy"], rows)
+    return Table("Backbone, on plain digits", ["model", "parameters", "weights", "accuracy"], rows)
 
 
 def _sizes(sizes: Numbers) -> Table:
@@ -111,7 +106,7 @@ def _sizes(sizes: Numbers) -> Table:
         [f"LoRA, rank {sizes['lora_rank']}, int4", size(sizes["lora_int4"])],
         [adapter, size(sizes["adapter"])],
     ]
-    return _table("Sizes on disk", ["what", "size"], rows)
+    return Table("Sizes on disk", ["what", "size"], rows)
 
 
 def _bundles(bundles: Numbers) -> Table:
@@ -119,7 +114,7 @@ def _bundles(bundles: Numbers) -> Table:
         [_BUNDLES.get(name, name), size(one["bytes"]), duration(1000 * one["seconds"])]
         for name, one in bundles.items()
     ]
-    return _table("Exported bundles", ["mode", "size", "export took"], rows)
+    return Table("Exported bundles", ["mode", "size", "export took"], rows)
 
 
 def _times(caption: str, names: Mapping[str, str], times: Numbers) -> Table:
@@ -129,7 +124,7 @@ def _times(caption: str, names: Mapping[str, str], times: Numbers) -> Table:
         for key, name in names.items()
     ]
     head = ["what", "runs", *shown]
-    return _table(caption, head, rows)
+    return Table(caption, head, rows)
 
 
 def _memory(device: Numbers) -> Table:
@@ -142,4 +137,4 @@ def _memory(device: Numbers) -> Table:
         rows.append([stage["stage"], size(value), "–" if unknown else size(value - platform)])
     rows.append(["peak of the whole process", size(device["peak_bytes"]), "–"])
     head = ["stage", "memory", "added by regrow"]
-    return _table("Memory of the device process", head, rows)
+    return Table("Memory of the device process", head, rows)

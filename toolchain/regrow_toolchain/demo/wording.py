@@ -26,6 +26,7 @@ __all__ = [
     "points",
     "ratio",
     "same_labels",
+    "signed_size",
     "size",
     "size_range",
     "swap_takeaway",
@@ -56,6 +57,13 @@ def size_range(values: Sequence[float]) -> str:
         return low
     number, unit = low.split()
     return f"{number if high.endswith(unit) else low} to {high}".replace(" ", GAP)
+
+
+def signed_size(value: int | None) -> str:
+    """A difference of bytes: +12 MB, −1.0 MB, not measured."""
+    if value is None or value == 0:
+        return size(value)
+    return f"{'+' if value > 0 else '−'}{size(abs(value))}"
 
 
 def users_words(number: int) -> str:

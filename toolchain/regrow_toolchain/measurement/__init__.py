@@ -1,4 +1,4 @@
-"""Memory of this process, distributions of times, the machine. Needs only Python."""
+"""Memory of this process, distributions of times, the machine."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .core_wait import Reading as Reading
     from .core_wait import own_ms as own_ms
     from .energy import EnergyMeter as EnergyMeter
+    from .machine import available_bytes as available_bytes
+    from .machine import read_clock as read_clock
     from .machine import read_cpu as read_cpu
     from .machine import read_governor as read_governor
     from .machine import read_load as read_load
@@ -21,7 +23,13 @@ else:
         {
             ".core_wait": ("CoreWait", "Reading", "own_ms"),
             ".energy": ("EnergyMeter",),
-            ".machine": ("read_cpu", "read_governor", "read_load"),
+            ".machine": (
+                "available_bytes",
+                "read_clock",
+                "read_cpu",
+                "read_governor",
+                "read_load",
+            ),
             ".memory": ("read_memory",),
             ".times": ("Times", "measure_in_turns"),
         },

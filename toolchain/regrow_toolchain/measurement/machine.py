@@ -1,23 +1,28 @@
-"""What machine this is, and what else it is doing."""
+"""What machine this is, and what else it is doing: psutil, and what it does not tell."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Cpu", "Load", "read_cpu", "read_governor", "read_load"]
+import psutil
 
+__all__ = ["Cpu", "Load", "available_bytes", "read_clock", "read_cpu", "read_governor", "read_load"]
+
+# psutil tells neither the processor's name, nor its instruction sets, nor the governor.
 _CPUINFO = Path("/proc/cpuinfo")
-_STAT = Path("/proc/stat")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 # They decide which kernels ONNX Runtime and torch take: x86-64's, then Arm's, as Linux has them.
 _DECIDING = (
     "sse4_1", "avx", "avx2", "fma", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw",
     "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
-_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_BUSY = ("user", "nice", "system", "irq", "softirq")  # of psutil.cpu_times; Windows has two of them
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,29 @@ def _first(lines: list[str], field: str) -> str:
 
 
 def _cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+    """Numbers of the cores that this process may use; all of them where none can be chosen."""
+    if hasattr(os, "sched_getaffinity"):  # psutil asks the same, but not without /proc
+        return sorted(os.sched_getaffinity(0))
+    if hasattr(psutil.Process, "cpu_affinity"):  # Windows
+        return sorted(psutil.Process().cpu_affinity())
+    return list(range(psutil.cpu_count() or 1))
+
+
+def available_bytes() -> int:
+    """RAM that can be had without swapping; 0 where the system does not tell."""
+    try:
+        return int(psutil.virtual_memory().available)
+    except (OSError, KeyError):
+        return 0
+
+
+def read_clock() -> float | None:
+    """MHz of the first core, as the system tells it; None if it does not."""
+    try:
+        clocks = psutil.cpu_freq(percpu=True)
+    except (AttributeError, OSError, NotImplementedError, RuntimeError):
+        return None
+    return float(clocks[0].current) if clocks else None
 
 
 def read_governor(path: Path = _GOVERNOR) -> str | None:
@@ -78,21 +103,26 @@ def read_governor(path: Path = _GOVERNOR) -> str | None:
         return None
 
 
-def read_load(stat: Path = _STAT) -> Load:
-    """What the machine is doing now, from getloadavg and /proc/stat."""
+def read_load() -> Load:
+    """What the machine is doing now."""
     try:
-        average: float | None = os.getloadavg()[0]
+        average: float | None = os.getloadavg()[0]  # psutil's is a guess on Windows, 0 at first
     except (OSError, AttributeError):
         average = None
     try:
-        lines = stat.read_text(encoding="ascii", errors="replace").splitlines()
-        rows = {name: parts for name, *parts in map(str.split, lines) if name.startswith("cpu")}
-        ours = [rows[f"cpu{core}"] for core in _cores() if f"cpu{core}" in rows] or [rows["cpu"]]
-        # user, nice, system, idle, iowait, irq, softirq, steal: what others do elsewhere costs none
-        user, nice, system, _, _, irq, soft, steal = (
-            sum(map(int, column)) for column in zip(*(row[:8] for row in ours), strict=True)
-        )
-        tick = os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, KeyError, AttributeError):
+        times = _our_times(psutil.cpu_times(percpu=True))
+    except OSError:
         return Load(average, None, None)
-    return Load(average, (user + nice + system + irq + soft) / tick, steal / tick)
+    busy = sum(getattr(core, name, 0.0) for core in times for name in _BUSY)
+    told = all(hasattr(core, "steal") for core in times)
+    return Load(average, busy, sum(core.steal for core in times) if told else None)
+
+
+def _our_times(every: Sequence[Any]) -> Sequence[Any]:
+    """Those of the cores that may be used: what others do elsewhere costs nothing.
+
+    psutil counts the cores that are switched on, the system numbers all of them: a number that is
+    too high tells that some are off, and then the whole machine counts.
+    """
+    cores = _cores()
+    return [every[core] for core in cores] if max(cores) < len(every) else [psutil.cpu_times()]

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from regrow_toolchain.measurement import available_bytes
+
 from .environment import NoiseMeter, read_environment
 from .fit import measure_fit
 from .processes import Outcome, run_case
@@ -50,7 +52,9 @@ class _Run:
         """A case that the report can do without; None, and why in `failed`, if it fails."""
         if name in self.failed:
             return None
-        outcome = self.case(name, self.settings.first, adapters[:1], **more)
+        # Asked here, not in the worker: psutil would be in its memory.
+        about = {"available": available_bytes(), **more}
+        outcome = self.case(name, self.settings.first, adapters[:1], **about)
         if outcome.result is None:
             told = str((outcome.failed or {}).get("message", "it ended early"))
             self.failed[name] = " ".join(told.split())

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from regrow_toolchain.pages import GAP, NOT_MEASURED, count, duration, ram, size
+from regrow_toolchain.pages import GAP, NOT_MEASURED, Table, count, duration, ram, size
 
 from .wording import KINDS, STAGES, case_label, language_parts
 
-__all__ = ["Table", "all_tables", "comparison_tables"]
+__all__ = ["all_tables", "comparison_tables"]
 
 Record = Mapping[str, Any]
 _MOST_MODULES = 15
-
-
-@dataclass(frozen=True)
-class Table:
-    """Its caption, the column heads, the rows."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def all_tables(record: Record) -> list[Table]:
@@ -35,14 +25,14 @@ def all_tables(record: Record) -> list[Table]:
 
 
 def _latency(record: Record) -> Table:
-    head = ["case", "p50", "p90", "p95", "p99", "mean", "min", "max", "spread", "CPU", "runs"]
+    head = ["case", "p50", "p90", "p95", "p99", "mean", "min", "max", "p90 − p10", "CPU", "runs"]
     lengths = any(row["length"] for row in record["latency"])
     rows = []
     for row in record["latency"]:
         ms = row["ms"]
         figures = [duration(ms[key]) for key in ("p50", "p90", "p95", "p99", "mean", "min", "max")]
         rows.append([
-            case_label(row, lengths=lengths), *figures, f"{ms['spread']:.0%}",
+            case_label(row, lengths=lengths), *figures, duration(ms["spread"] * ms["p50"]),
             duration(row["cpu_ms"]), count(ms["n"]),
         ])  # fmt: skip
     return Table("Time of one run", head, rows)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrow_toolchain.pages import GAP, duration, size, table
+from regrow_toolchain.pages import GAP, Table, duration, size, table
 
-from .tables import Table, all_tables, comparison_tables
+from .tables import all_tables, comparison_tables
 from .wording import energy_words, failed, left_out
 
 __all__ = ["comparison_lines", "comparison_markdown", "record_lines", "record_markdown"]

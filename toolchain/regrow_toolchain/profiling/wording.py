@@ -9,10 +9,12 @@ from regrow_toolchain.pages import NOT_MEASURED, count, duration, size
 
 __all__ = [
     "KINDS",
+    "PLATFORM",
     "STAGES",
     "case_label",
     "case_words",
     "cold_takeaway",
+    "common_path",
     "energy_words",
     "failed",
     "grid_takeaway",
@@ -23,6 +25,7 @@ __all__ = [
     "memory_takeaway",
     "operators_takeaway",
     "residents_takeaway",
+    "stages_above",
     "sustained_takeaway",
     "swap_takeaway",
 ]
@@ -40,6 +43,7 @@ STAGES = {
     "swap": "adapter swapped in",
     "run with adapter": "run with it",
 }
+PLATFORM = "onnxruntime"  # the last stage that any program pays for which uses ONNX Runtime
 KINDS = {
     "cold": "From disk, basis rebuilt",
     "cached": "From disk, basis cached",
@@ -150,6 +154,28 @@ def memory_takeaway(record: Record) -> str:
     )
 
 
+def stages_above(memory: Record) -> dict[str, tuple[int, int | None]]:
+    """By stage in words, bytes of private memory and of mapped files on top of the platform's.
+
+    Empty where the system does not tell; the platform's own stages are left out.
+    """
+    rows = memory["stages"]
+    last = next(place for place, row in enumerate(rows) if row["stage"] == PLATFORM)
+    before, told = rows[last], [row for row in rows[last + 1 :] if row["rss_anon"] is not None]
+    if before["rss_anon"] is None:
+        return {}
+    return {
+        STAGES.get(row["stage"], row["stage"]): (
+            row["rss_anon"] - before["rss_anon"], _less(row["rss_file"], before["rss_file"]),
+        )
+        for row in told
+    }  # fmt: skip
+
+
+def _less(value: int | None, before: int | None) -> int | None:
+    return None if value is None or before is None else value - before
+
+
 def swap_takeaway(record: Record) -> str:
     """The quickest and the slowest way to another user."""
     rows = {row["kind"]: row for row in record["swap"] if row["installed"] == _least(record)}
@@ -171,6 +197,14 @@ def operators_takeaway(record: Record) -> str:
     name, spent, _ = operators["modules"][0]
     share = spent / operators["kernels_us"] if operators["kernels_us"] else 0
     return f"{share:.0%} of the time in kernels goes to {name}, the most of any module."
+
+
+def common_path(record: Record) -> str:
+    """What all module paths of a model begin with, such as "vit."; "" if there is no such thing."""
+    firsts = {
+        name.partition(".")[0] for name, _, _ in record["operators"]["modules"] if "." in name
+    }
+    return f"{firsts.pop()}." if len(firsts) == 1 else ""
 
 
 def residents_takeaway(record: Record) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regrow_runtime.sessions import PROFILES
-
 from ..worker import Reporter
 from .common import Case, feeds_of, open_bundle
 from .swaps import install, roomy
@@ -19,7 +17,7 @@ def run(case: Case, report: Reporter) -> dict[str, Any]:
     most = max(case["residents"])
     files = install(Path(case["adapters"][0][1]), Path(case["room"]), most)
     report.stage = "open"
-    bundle = open_bundle(case, roomy(PROFILES[case["profile"]], most * case["each"]))
+    bundle = open_bundle(case, roomy(case, most * case["each"]))
     bundle.run(feeds_of(case, bundle.manifest))
     report.begin("first run")
     report.reached(held=0)

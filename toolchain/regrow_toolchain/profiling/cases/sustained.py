@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regrow_toolchain.measurement import Times
+from regrow_toolchain.measurement import Times, read_clock
 
 from ..worker import Reporter
 from .common import Case, feeds_of, open_bundle, timed, warm_up
@@ -15,8 +15,7 @@ __all__ = ["run"]
 
 _WINDOWS = 60
 _SHORTEST = 1.0  # seconds of a window
-_FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-_ZONES = Path("/sys/class/thermal")
+_ZONES = Path("/sys/class/thermal")  # psutil tells of disks and radios instead, where it can
 
 
 def run(case: Case, report: Reporter) -> dict[str, Any]:
@@ -52,18 +51,19 @@ def _window(end: float, times: list[float]) -> dict[str, Any]:
         "p50": found.p50,
         "p99": found.p99,
         "max": found.max,
-        "mhz": _number(_FREQUENCY, 1e3),
+        "mhz": read_clock(),
         "celsius": _hottest(),
     }
 
 
-def _number(path: Path, unit: float) -> float | None:
+def _hottest() -> float | None:
+    zones = [_celsius(path) for path in _ZONES.glob("thermal_zone*/temp")]
+    return max((zone for zone in zones if zone is not None), default=None)
+
+
+def _celsius(path: Path) -> float | None:
+    """Of a file such as "47500": thousandths of a degree."""
     try:
-        return int(path.read_text()) / unit
+        return int(path.read_text()) / 1e3
     except (OSError, ValueError):
         return None
-
-
-def _hottest() -> float | None:
-    zones = [_number(path, 1e3) for path in _ZONES.glob("thermal_zone*/temp")]
-    return max((zone for zone in zones if zone is not None), default=None)

@@ -46,7 +46,7 @@ def install(path: Path, room: Path, count: int) -> list[Path]:
 
 def _count(case: Case, report: Reporter, files: Sequence[Path]) -> dict[str, Any]:
     report.stage = f"{len(files)} adapters"
-    bundle = open_bundle(case, roomy(PROFILES[case["profile"]], case["each"] * len(files)))
+    bundle = open_bundle(case, roomy(case, case["each"] * len(files)))
     feeds = feeds_of(case, bundle.manifest)
     bundle.run(feeds)
     draw = random.Random(0)
@@ -60,18 +60,11 @@ def _count(case: Case, report: Reporter, files: Sequence[Path]) -> dict[str, Any
     return {"installed": len(files), "cold": cold, "cached": cached, **resident}
 
 
-def roomy(profile: Profile, wanted: int) -> Profile:
-    """The profile, with room for all of them if the machine has it."""
-    room = max(profile.resident_bytes, min(2 * wanted, int(_RAM_SHARE * _free_bytes())))
+def roomy(case: Case, wanted: int) -> Profile:
+    """The case's profile, with room for `wanted` bytes of residents if the machine has it."""
+    profile = PROFILES[case["profile"]]
+    room = max(profile.resident_bytes, min(2 * wanted, int(_RAM_SHARE * case["available"])))
     return replace(profile, resident_bytes=room)
-
-
-def _free_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(s.split()[1]) for s in lines if s.startswith("MemAvailable"))
-    except (OSError, ValueError, StopIteration):
-        return 0
 
 
 def _from_disk(
