@@ -15,7 +15,7 @@ import numpy as np
 
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.manifest import Manifest, Slot
-from regrow_format.slot_kinds import SLOT_KINDS, Feed
+from regrow_format.slot_kinds import SLOT_KINDS, Feed, SlotKind
 
 from .slots import Feeds, LoadedAdapter
 
@@ -52,6 +52,7 @@ def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> Load
         )
         raise UsageError(f"adapters of a blend must have the same labels, got {found:.400}")
     used = {key for resident, _ in parts for key in resident.feeds}
+    _check_linear([slot for slot in manifest.slots if not used.isdisjoint(slot.inputs.values())])
     feeds: Feeds = {}
     with np.errstate(over="ignore", invalid="ignore"):  # found below, by name
         for slot in manifest.slots:
@@ -63,6 +64,20 @@ def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> Load
         if not (np.isfinite(array) | (array == -np.inf if key in heads else False)).all():
             raise RegrowError(f"blend: {key} must be finite, got weights that are too large")
     return LoadedAdapter(name, feeds, parts[0][0].labels)
+
+
+def _check_linear(used: Sequence[Slot]) -> None:
+    """Raise `UsageError` for a target whose changes multiply each other."""
+    by_target: dict[str, list[SlotKind]] = {}
+    for slot in used:
+        by_target.setdefault(slot.target, []).append(SLOT_KINDS[slot.kind])
+    for target, kinds in by_target.items():
+        weighing = [kind for kind in kinds if kind.multiplies or kind.adds_to_weight]
+        if len(weighing) > 1 and any(kind.multiplies for kind in weighing):
+            raise UsageError(
+                f"changes to blend or scale must add up, got {' and '.join(k.name for k in kinds)} "
+                f"of {target}, which multiply each other: merge them, or swap"
+            )
 
 
 def _blended(slot: Slot, parts: Parts, base_head: Feeds) -> Feeds:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from regrow_export import ExportConfig, ExportRequest, check_settings, setting
-from regrow_export.layers import TARGET_KINDS
 from regrow_export.modes import MODES
 from regrow_export.quantization.schemes import PRECISIONS
 from regrow_format.errors import SettingError, UsageError
@@ -23,7 +22,6 @@ def _choices(name: str) -> tuple[str, ...]:
 def test_choices_are_what_there_is():
     assert _choices("mode") == tuple(MODES) == MANIFEST_MODES
     assert _choices("precision") == PRECISIONS
-    assert _choices("slots") == TARGET_KINDS
 
 
 def test_a_config_cannot_change_after_it_was_checked():

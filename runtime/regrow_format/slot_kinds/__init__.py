@@ -10,12 +10,14 @@ from .base import Changes, Feed, Parts, SlotKind
 from .bias import BIAS
 from .delta import DELTA
 from .head import HEAD
+from .input_scale import INPUT_SCALE
 from .low_rank import LOW_RANK
+from .scale import SCALE
 from .vector import VECTOR
 from .weight import WEIGHT
 
 __all__ = ["HEAD", "SLOT_KINDS", "Changes", "Feed", "Parts", "SlotKind"]
 
 SLOT_KINDS: dict[str, SlotKind] = {
-    kind.name: kind for kind in (WEIGHT, LOW_RANK, DELTA, VECTOR, BIAS, HEAD)
+    kind.name: kind for kind in (INPUT_SCALE, WEIGHT, LOW_RANK, DELTA, VECTOR, SCALE, BIAS, HEAD)
 }

@@ -42,6 +42,9 @@ class SlotKind(ABC):
             adapter has none; other kinds stand around targets.
         takes_dense: it takes what other kinds change as one matrix; see `dense`.
         only_fp32: it stands in for what bundles below fp32 round.
+        multiplies: it multiplies what a layer computes, so that changes of it and of kinds that add
+            to the weight are not linear together.
+        adds_to_weight: its change is a sum with the layer's weight.
         may_cancel: a change may have no effect on the output, as a key's bias in a softmax.
     """
 
@@ -52,6 +55,8 @@ class SlotKind(ABC):
     is_head: ClassVar[bool] = False
     takes_dense: ClassVar[bool] = False
     only_fp32: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
+    adds_to_weight: ClassVar[bool] = False
     may_cancel: ClassVar[bool] = False
 
     @property

@@ -20,6 +20,7 @@ class Delta(SlotKind):
     """The whole change of a weight, in the order of a MatMul."""
 
     name = "delta"
+    adds_to_weight = True
     dims: ClassVar[Dims] = {"D": ("rows", "out")}
 
     def dense(self, parts: Parts) -> NDArray[np.float32]:

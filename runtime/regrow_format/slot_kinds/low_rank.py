@@ -23,6 +23,7 @@ class LowRank(SlotKind):
     """Ranks of adapters may differ, unless the slot's is fixed: then zeros fill them up."""
 
     name = "low_rank"
+    adds_to_weight = True
     dims: ClassVar[Dims] = {"A": ("in", "rank"), "B": ("rank", "out")}
 
     def feed(self, slot: Slot, parts: Parts, folder: Path) -> Parts:

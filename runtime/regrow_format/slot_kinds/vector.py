@@ -24,6 +24,7 @@ class Vector(SlotKind):
     name = "vector"
     dims: ClassVar[Dims] = {"d": (1, "rank"), "b": (1, "out")}
     stem = "lambda_"
+    adds_to_weight = True
 
     def is_change(self, parts: Mapping[str, NDArray[np.float32]]) -> bool:
         """Not where b is 0, as at the start of training."""

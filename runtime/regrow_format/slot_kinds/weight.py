@@ -21,6 +21,7 @@ class Weight(SlotKind):
     """Its default is the weight itself, which stands in the bundle's file and is mapped."""
 
     name = "weight"
+    adds_to_weight = True
     dims: ClassVar[Dims] = {"W": ("in", "out")}
     for_batch = True
     takes_dense = True

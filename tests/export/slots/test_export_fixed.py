@@ -322,7 +322,7 @@ def test_requests_that_make_no_sense(vit, plain, plain_inputs, adapter_for, tmp_
     )
     fields = {"in": 128, "out": 128, "dtype": "float32"}
     peft = replace(adapter_for(vit, VIT, method="vera"), basis=BasisSpec("peft-mt19937", 1, fields))
-    refused("basis of the adapter must be philox-sign for vector slots, got peft",
+    refused("adapter must have the basis philox-sign for vector slots, got peft",
             slots=["vector"], adapter=peft)  # fmt: skip
     refused("constants must be for mode seeded, got swappable", constants=True)
     refused("fixed_rank must be for mode swappable, got seeded",

@@ -75,6 +75,21 @@ class LayerType(ABC):
         weight = self.weight(module)
         return None if weight is None else self.with_weight(module, weight.double() + delta.T)
 
+    def with_output_scale(self, module: nn.Module, factor: Tensor) -> nn.Module | None:
+        """With every output multiplied, its bias's part too; float64 [out]."""
+        weight, bias = self.weight(module), self.bias(module)
+        if weight is None:
+            return None
+        found = self.with_weight(module, weight.double() * factor[:, None])
+        if found is not None and bias is not None:
+            replace_parameter(found, "bias", bias.double() * factor)
+        return found
+
+    def with_input_scale(self, module: nn.Module, factor: Tensor) -> nn.Module | None:
+        """With every input multiplied; float64 [in]."""
+        weight = self.weight(module)
+        return None if weight is None else self.with_weight(module, weight.double() * factor)
+
     # -- PELA -------------------------------------------------------------------------------------
 
     def pair(self, module: nn.Module, rank: int, device: str = "cpu") -> LowRankLinear | None:

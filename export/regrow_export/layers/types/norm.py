@@ -33,6 +33,21 @@ class NormType(LayerType):
         replace_parameter(module, "bias", bias)
         return module
 
+    def with_output_scale(self, module: nn.Module, factor: Tensor) -> nn.Module | None:
+        """In the weight and the bias of its own."""
+        weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+        if weight is None:
+            return None
+        replace_parameter(module, "weight", weight * factor)
+        if bias is not None:
+            replace_parameter(module, "bias", bias * factor)
+        return module
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    found = getattr(module, name, None)
+    return found.detach().double() if isinstance(found, Tensor) else None
+
 
 def _width(module: nn.Module) -> int | None:
     first = getattr(module, "data_format", None) == "channels_first"  # ConvNeXt's

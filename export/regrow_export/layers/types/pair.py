@@ -51,6 +51,20 @@ class PairType(LayerType):
         replace_parameter(_factors(module)[1], "bias", bias)
         return module
 
+    def with_output_scale(self, module: nn.Module, factor: Tensor) -> nn.Module:
+        """In the second factor."""
+        _, up = _factors(module)
+        replace_parameter(up, "weight", up.weight.double() * factor[:, None])
+        if up.bias is not None:
+            replace_parameter(up, "bias", up.bias.double() * factor)
+        return module
+
+    def with_input_scale(self, module: nn.Module, factor: Tensor) -> nn.Module:
+        """In the first factor."""
+        down, _ = _factors(module)
+        replace_parameter(down, "weight", down.weight.double() * factor)
+        return module
+
     def with_low_rank(self, module: nn.Module, a: Tensor, b: Tensor) -> nn.Module:
         """The pair of rank + r, exactly."""
         down, up = _factors(module)
