@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .config import ExportConfig as ExportConfig
     from .config import ExportRequest as ExportRequest
     from .config import check_objects as check_objects
+    from .config import targets_setting as targets_setting
     from .layers import find_biased as find_biased
     from .layers import find_linears as find_linears
     from .methods import build_expander as build_expander
@@ -32,7 +33,7 @@ else:
         __name__,
         {
             ".bundle": ("export_bundle",),
-            ".config": ("ExportConfig", "ExportRequest", "check_objects"),
+            ".config": ("ExportConfig", "ExportRequest", "check_objects", "targets_setting"),
             ".layers": ("find_biased", "find_linears"),
             ".methods": ("build_expander",),
             ".settings": ("check_settings", "default_of", "setting"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regrow_export.validation import Measure
     from regrow_format.adapter import Adapter
 
-__all__ = ["ExportConfig", "ExportRequest", "check_objects"]
+__all__ = ["ExportConfig", "ExportRequest", "check_objects", "targets_setting"]
 
 # By setting, or object that goes with them: the only mode that it is for.
 _MODE_OF = {
@@ -28,6 +28,19 @@ _MODE_OF = {
     "expanders": "swappable",
     "constants": "seeded",
 }
+
+
+def targets_setting() -> Any:
+    """Which layers adapters change; the same for their training."""
+    return setting(
+        (),
+        "Layer to adapt: an ending such as `query`, a shell pattern such as `*.layer.0.*`, or a "
+        "set: `@qv` (query and value, or the layer that fuses them), `@attention`, `@mlp`, `@all` "
+        "(every linear layer of the blocks, the default), `all-linear` (those outside of the "
+        "blocks too, but not the head); repeatable.",
+        option="--target",
+        metavar="NAME",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,15 +94,7 @@ class ExportConfig:
         "Leave out the key-value cache of a causal language model; without it, it makes no text.",
         option="--no-cache",
     )
-    targets: Sequence[str] = setting(
-        (),
-        "Layer to adapt: an ending such as `query`, a shell pattern such as `*.layer.0.*`, or a "
-        "set: `@qv` (query and value, or the layer that fuses them), `@attention`, `@mlp`, `@all` "
-        "(every linear layer of the blocks, the default), `all-linear` (those outside of the "
-        "blocks too, but not the head); repeatable.",
-        option="--target",
-        metavar="NAME",
-    )
+    targets: Sequence[str] = targets_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

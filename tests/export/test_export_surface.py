@@ -14,7 +14,7 @@ def test_all_is_the_table_of_contents():
     assert regrow_export.__all__ == [
         "ExportConfig", "ExportRequest", "ExportSource", "Measure", "build_expander",
         "check_objects", "check_settings", "default_of", "export_bundle", "find_biased",
-        "find_linears", "kinds_for", "setting", "slot_targets",
+        "find_linears", "kinds_for", "setting", "slot_targets", "targets_setting",
     ]  # fmt: skip
     assert all(hasattr(regrow_export, name) for name in regrow_export.__all__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow_export import ExportConfig as ExportConfig
-from regrow_export import check_settings, setting
+from regrow_export import check_settings, setting, targets_setting
 
 __all__ = ["AdaptConfig", "CompressConfig", "ExportConfig", "ImportConfig", "ProfileConfig"]
 
@@ -19,6 +19,31 @@ _METHOD_SETTINGS = (
     "fourierft: n=128, alpha=64.0, init=zero, bias_frequency=0, bias_width=0; "
     "lora: rank=4, alpha=4.0, rslora=false"
 )
+
+
+# Settings of all training.
+
+
+def _accumulate() -> Any:
+    return setting(1, "Pieces that a step's samples are cut into, to save memory.", low=1)
+
+
+def _device() -> Any:
+    return setting("auto", "Where to train.", choices=("auto", "cpu"), decides=False)
+
+
+def _mixed_precision() -> Any:
+    return setting("no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16"))
+
+
+def _threads() -> Any:
+    return setting(
+        0,
+        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
+        "one per core: small models train as fast with 1, and leave the machine to others.",
+        shown="by a step's work",
+        decides=False,
+    )
 
 
 class _Checked:
@@ -81,9 +106,7 @@ class CompressConfig(_Checked):
     warmup: float = setting(0.1, "Share of the steps in which the learning rate rises.", high=1.0)
     weight_decay: float = setting(0.01, "AdamW's weight decay.")
     batch_size: int = setting(64, "Samples a step.", low=1)
-    accumulate: int = setting(
-        1, "Pieces that a step's samples are cut into, to save memory.", low=1
-    )
+    accumulate: int = _accumulate()
     ema: float = setting(
         0.0, "Decay of a moving average of the weights, which is what is kept; 0: none.", high=1.0
     )
@@ -112,17 +135,9 @@ class CompressConfig(_Checked):
         "a little), or the last.",
         choices=("best", "last"),
     )
-    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"), decides=False)
-    mixed_precision: str = setting(
-        "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
-    )
-    threads: int = setting(
-        0,
-        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
-        "one per core: small models train as fast with 1, and leave the machine to others.",
-        shown="by a step's work",
-        decides=False,
-    )
+    device: str = _device()
+    mixed_precision: str = _mixed_precision()
+    threads: int = _threads()
     seed: int = setting(0, "Seed of everything random.")
     only: Sequence[str] = setting(
         (),
@@ -139,15 +154,7 @@ class CompressConfig(_Checked):
 class AdaptConfig(_Checked):
     """Training of adapters. What belongs to a method alone is in `method_settings`."""
 
-    targets: Sequence[str] = setting(
-        (),
-        "Layer to adapt: an ending such as `query`, a shell pattern such as `*.layer.0.*`, or a "
-        "set: `@qv` (query and value, or the layer that fuses them), `@attention`, `@mlp`, `@all` "
-        "(every linear layer of the blocks, the default), `all-linear` (those outside of the "
-        "blocks too, but not the head); repeatable.",
-        option="--target",
-        metavar="NAME",
-    )
+    targets: Sequence[str] = targets_setting()
     method: str = setting(
         "nola",
         "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
@@ -178,9 +185,7 @@ class AdaptConfig(_Checked):
     )
     head_lr: float = setting(0.005, "Peak learning rate of a head.")
     batch_size: int = setting(64, "Samples a step.", low=1)
-    accumulate: int = setting(
-        1, "Pieces that a step's samples are cut into, to save memory.", low=1
-    )
+    accumulate: int = _accumulate()
     label_smoothing: float = setting(0.05, "Label smoothing.", high=1.0)
     shift: float = setting(0.6, "Augmentation: shift images by up to this many pixels.")
     noise: float = setting(0.15, "Augmentation: standard deviation of noise on images.")
@@ -201,17 +206,9 @@ class AdaptConfig(_Checked):
         "Train on the backbone as it will be deployed: weights rounded as export rounds them.",
         choices=("fp32", "fp16", "int8", "int4"),
     )
-    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"), decides=False)
-    mixed_precision: str = setting(
-        "no", "Compute in half precision (accelerate).", choices=("no", "bf16", "fp16")
-    )
-    threads: int = setting(
-        0,
-        "CPU threads. By default one for every 1e9 multiply-adds of a step's forward pass, up to "
-        "one per core: small models train as fast with 1, and leave the machine to others.",
-        shown="by a step's work",
-        decides=False,
-    )
+    device: str = _device()
+    mixed_precision: str = _mixed_precision()
+    threads: int = _threads()
     users_at_once: int = setting(
         0, "With --users: users trained in one pass.", shown="as many as suit the machine"
     )

@@ -310,7 +310,7 @@ def test_labels_and_model_say_what_is_learnt(data: Dataset, model_task: str, nam
         ("regression", _CLASSES, "labels must be numbers for task regression, got integer labels"),
         ("distillation", _CLASSES, "labels must be a teacher's features .*, got integer labels"),
         ("causal-lm", _CLASSES, "labels must be tokens for task causal-lm, got integer labels"),
-        ("sorting", _CLASSES, f"task must be one of auto, {', '.join(_ALL)}, got 'sorting'"),
+        ("sorting", _CLASSES, "task must be one of auto, .*, got 'sorting'"),
     ],
 )
 def test_labels_that_a_task_does_not_take(name: str, data: Dataset, words: str) -> None:
