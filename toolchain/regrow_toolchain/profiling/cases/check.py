@@ -31,7 +31,7 @@ def run(case: Case, report: Reporter) -> dict[str, Any]:
             "task": manifest.task,
             "backbone_id": manifest.backbone_id,
             "bytes": sum(entry.size for entry in manifest.files.values()),
-            "targets": len({slot.target for slot in manifest.slots if slot.kind != "head"}),
+            "targets": len({s.target for s in manifest.slots if s not in manifest.head_slots}),
             "inputs": {spec.name: list(spec.shape) for spec in manifest.graphs[0].inputs},
         },
         "length": probe_length(Path(case["bundle"]), manifest),
