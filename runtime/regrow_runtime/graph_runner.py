@@ -1,0 +1,106 @@
+"""A bundle's graph in its session: what it is fed is checked, what it says is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from regrow_format.errors import RegrowError, UsageError
+from regrow_format.manifest import Manifest, TensorSpec
+
+from .sessions import first_line
+from .slots import Feeds
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["GraphRunner"]
+
+
+class GraphRunner:
+    """Runs the bundle's first graph; any number of threads may.
+
+    Args:
+        options: given to every run.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: ort.InferenceSession,
+        options: ort.RunOptions | None = None,
+    ) -> None:
+        self.graph, self.session = manifest.graphs[0], session
+        self._cache, self._options = manifest.cache, options
+
+    def checked(self, inputs: Mapping[str, ArrayLike]) -> Feeds:
+        """An array per graph input, in its dtype.
+
+        Raises:
+            UsageError: there are others, or one does not fit.
+        """
+        if self._cache is not None:
+            inputs = self._cache.filled(inputs)
+        feeds = {spec.name: _checked(inputs, spec) for spec in self.graph.inputs}
+        if unknown := set(inputs) - set(feeds):
+            raise UsageError(f"inputs must be {sorted(feeds)}, got also {sorted(unknown)}")
+        return feeds
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Arrays by output name, of all outputs or those named; a cache starts empty.
+
+        Raises:
+            UsageError: there is no such output.
+            RegrowError: ONNX Runtime failed; its reason is in the message.
+        """
+        known = [spec.name for spec in self.graph.outputs]
+        names = known if outputs is None else list(outputs)
+        if not names or not set(names) <= set(known):
+            raise UsageError(f"outputs must be among {known}, got {names}")
+        if self._cache is not None:
+            feeds = feeds | self._cache.empty(len(feeds[self._cache.inputs["input_ids"]]))
+        return dict(zip(names, self.call(names, feeds), strict=True))
+
+    def call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
+        """The outputs called `names`, in their order; `feeds` are taken as they are."""
+        try:
+            values: list[NDArray[Any]] = self.session.run(names, feeds, self._options)
+        except Exception as error:
+            raise self._explained(error, feeds) from error
+        return values
+
+    def _explained(self, error: Exception, feeds: Feeds) -> RegrowError:
+        shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
+        reason = first_line(error)
+        if "allocate" in reason:  # as ONNX Runtime says it
+            return RegrowError(
+                f"memory must suffice for {shapes}, got less: run fewer samples at once, or "
+                f'open the bundle with profile="memory" ({reason})'
+            )
+        if "out of data bounds" in reason:
+            reason = f"ids must lie below the size of the vocabulary ({reason})"
+        return RegrowError(f"model must take these inputs, got {shapes}: {reason}")
+
+
+def _checked(inputs: Mapping[str, ArrayLike], spec: TensorSpec) -> NDArray[Any]:
+    """The array for one graph input, in its dtype, if its shape fits."""
+    if spec.name not in inputs:
+        raise UsageError(f"inputs must have {spec.name}, got {sorted(inputs)}")
+    array = np.asarray(inputs[spec.name])
+    wanted = np.dtype(spec.dtype)
+    if array.dtype != wanted:
+        if not np.can_cast(array.dtype, wanted, casting="same_kind"):
+            raise UsageError(f"{spec.name} must be {wanted}, got {array.dtype}")
+        array = array.astype(wanted)
+    fits = len(array.shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == got
+        for want, got in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise UsageError(
+            f"{spec.name} must be of shape {list(spec.shape)}, got {list(array.shape)}"
+        )
+    return array
