@@ -143,7 +143,8 @@ class Bundle:
         """
         with self._swap_lock:
             loaded, cost = self._loader.load(adapter, name, any_backbone=any_backbone, scale=scale)
-            self._require(loaded, check)
+            if check:
+                self._require(loaded)
             self._loaded.add(loaded)
         return cost
 
@@ -168,12 +169,15 @@ class Bundle:
                 self._loaded.active = None
                 return SwapStats("base", None, _ms(start))
             if isinstance(adapter, str) and (loaded := self._loaded.find(adapter)):
-                _check_unscaled(adapter, scale)
-                self._require(loaded, check)
+                if scale != 1:
+                    raise UsageError(_asked_as_blend(adapter, scale))
+                if check:
+                    self._require(loaded)
                 self._loaded.active = loaded
                 return SwapStats("resident", adapter, _ms(start), resident_bytes=loaded.nbytes)
             loaded, cost = self._loader.load(adapter, name, any_backbone=any_backbone, scale=scale)
-            self._require(loaded, check)
+            if check:
+                self._require(loaded)
             self._loaded.active = loaded
             self._loaded.add(loaded)
         return cost
@@ -197,9 +201,8 @@ class Bundle:
             loaded = self._loaded.get(adapter)
         return self._prober.check(self._run, loaded)
 
-    def _require(self, loaded: LoadedAdapter, check: bool) -> None:
-        if check:
-            self._prober.check(self._run, loaded).require()
+    def _require(self, loaded: LoadedAdapter) -> None:
+        self._prober.check(self._run, loaded).require()
 
     def health(self) -> dict[str, Any]:
         """What is active and resident, what swaps there were, and what all of it takes.
@@ -344,12 +347,11 @@ def _ms(start: float) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _check_unscaled(name: str, scale: float) -> None:
-    if scale != 1:
-        raise UsageError(
-            "scale of a resident adapter must be asked for as a blend, which has a name of its "
-            f"own, got {scale}: swap({{{name!r}: {scale}}}, name=...)"
-        )
+def _asked_as_blend(name: str, scale: float) -> str:
+    return (
+        "scale of a resident adapter must be asked for as a blend, which has a name of its own, "
+        f"got {scale}: swap({{{name!r}: {scale}}}, name=...)"
+    )
 
 
 def _check_cache(cache: CacheSpec, session: ort.InferenceSession, path: Path) -> None:

@@ -35,6 +35,7 @@ class GraphRunner:
     ) -> None:
         self.graph, self.session = manifest.graphs[0], session
         self._cache, self._options = manifest.cache, options
+        self._outputs = [spec.name for spec in self.graph.outputs]
 
     def checked(self, inputs: Mapping[str, ArrayLike]) -> Feeds:
         """An array per graph input, in its dtype.
@@ -56,13 +57,16 @@ class GraphRunner:
             UsageError: there is no such output.
             RegrowError: ONNX Runtime failed; its reason is in the message.
         """
-        known = [spec.name for spec in self.graph.outputs]
-        names = known if outputs is None else list(outputs)
-        if not names or not set(names) <= set(known):
-            raise UsageError(f"outputs must be among {known}, got {names}")
+        names = self._outputs if outputs is None else self._chosen(outputs)
         if self._cache is not None:
             feeds = feeds | self._cache.empty(len(feeds[self._cache.inputs["input_ids"]]))
         return dict(zip(names, self.call(names, feeds), strict=True))
+
+    def _chosen(self, outputs: Sequence[str]) -> list[str]:
+        names = list(outputs)
+        if not names or not set(names) <= set(self._outputs):
+            raise UsageError(f"outputs must be among {self._outputs}, got {names}")
+        return names
 
     def call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
         """The outputs called `names`, in their order; `feeds` are taken as they are."""
