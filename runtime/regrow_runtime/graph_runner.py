@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_format.manifest import Manifest, TensorSpec
+from regrow_format.manifest import Manifest
 
 from .sessions import first_line
 from .slots import Feeds
@@ -45,7 +44,10 @@ class GraphRunner:
         """
         if self._cache is not None:
             inputs = self._cache.filled(inputs)
-        feeds = {spec.name: _checked(inputs, spec) for spec in self.graph.inputs}
+        for spec in self.graph.inputs:
+            if spec.name not in inputs:
+                raise UsageError(f"inputs must have {spec.name}, got {sorted(inputs)}")
+        feeds = {spec.name: spec.taken(inputs[spec.name]) for spec in self.graph.inputs}
         if unknown := set(inputs) - set(feeds):
             raise UsageError(f"inputs must be {sorted(feeds)}, got also {sorted(unknown)}")
         return feeds
@@ -87,24 +89,3 @@ class GraphRunner:
         if "out of data bounds" in reason:
             reason = f"ids must lie below the size of the vocabulary ({reason})"
         return RegrowError(f"model must take these inputs, got {shapes}: {reason}")
-
-
-def _checked(inputs: Mapping[str, ArrayLike], spec: TensorSpec) -> NDArray[Any]:
-    """The array for one graph input, in its dtype, if its shape fits."""
-    if spec.name not in inputs:
-        raise UsageError(f"inputs must have {spec.name}, got {sorted(inputs)}")
-    array = np.asarray(inputs[spec.name])
-    wanted = np.dtype(spec.dtype)
-    if array.dtype != wanted:
-        if not np.can_cast(array.dtype, wanted, casting="same_kind"):
-            raise UsageError(f"{spec.name} must be {wanted}, got {array.dtype}")
-        array = array.astype(wanted)
-    fits = len(array.shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == got
-        for want, got in zip(spec.shape, array.shape, strict=True)
-    )
-    if not fits:
-        raise UsageError(
-            f"{spec.name} must be of shape {list(spec.shape)}, got {list(array.shape)}"
-        )
-    return array
