@@ -15,7 +15,6 @@ from .structure import find_head
 
 __all__ = ["class_count", "describe_checkpoint", "describe_module"]
 
-
 _TASKS = {
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
@@ -25,8 +24,6 @@ _TASKS = {
     "LMHeadModel": "text-generation",
     "ForAudioClassification": "audio-classification",
 }
-
-
 _SOUNDS = ("input_values", "input_features")  # what models of sounds take
 
 
