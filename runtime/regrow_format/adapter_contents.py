@@ -15,6 +15,7 @@ from .record import Frozen, Record
 from .target_rows import Target
 
 __all__ = [
+    "FORMAT",
     "STORAGE",
     "AdapterContents",
     "Coefficients",
@@ -25,6 +26,8 @@ __all__ = [
     "Validated",
     "narrow",
 ]
+
+FORMAT = 1
 
 # What coefficients may be stored as, and how many bits a value takes.
 STORAGE = {"fp32": 32, "fp16": 16, "int8": 8, **{f"int{bits}": bits for bits in range(2, 8)}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +13,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from regrow_format.adapter import Adapter
 from regrow_format.basis import BasisCache
-from regrow_format.errors import RegrowError, UsageError
+from regrow_format.errors import UsageError
 from regrow_format.kv_cache import CacheSpec
-from regrow_format.manifest import GraphSpec, Manifest, TensorSpec
+from regrow_format.manifest import GraphSpec, Manifest
 
-from .blend import as_weight, blend
+from .adapter_loader import AdapterLoader, Source
 from .checks import Check, Prober
-from .fit import check_fit
 from .generate import Generated, Generation, Ids, Settings
+from .graph_runner import GraphRunner
 from .health import History, SwapStats, recorded, report
-from .sessions import PROFILES, Profile, first_line, open_session, profile_of, run_options
-from .slots import Feeds, LoadedAdapter, expand, load_head, stack
+from .loaded_adapters import LoadedAdapters
+from .mixed_batches import BaseHead, MixedBatches
+from .sessions import PROFILES, Profile, open_session, profile_of, run_options
+from .slots import Feeds, LoadedAdapter
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -42,18 +43,17 @@ class Bundle:
     def __init__(
         self, folder: Path, manifest: Manifest, session: ort.InferenceSession, profile: Profile
     ) -> None:
-        self.folder = folder
-        self.manifest = manifest
+        self.folder, self.manifest = folder, manifest
         self.basis = BasisCache(profile.basis_cache_bytes)
-        self._session = session
-        self._run_options = run_options(profile, session)
+        self.history = History()
+        self._profile = profile
         self._swap_lock = threading.Lock()
-        self._residents: dict[str, LoadedAdapter] = {}
-        self._resident_bytes, self._batch = profile.resident_bytes, profile.batch
-        self._uses = itertools.count()
-        self._active: LoadedAdapter | None = None
-        self._base_head: Feeds | None = None
-        self.history, self._prober, self._profile = History(), Prober(folder, manifest), profile
+        self._loaded = LoadedAdapters(profile.resident_bytes)
+        self._runner = GraphRunner(manifest, session, run_options(profile, session))
+        self._prober = Prober(folder, manifest)
+        base_head = BaseHead(folder, manifest)
+        self._loader = AdapterLoader(folder, manifest, self.basis, self._loaded, base_head)
+        self._mixed = MixedBatches(manifest, self._loaded, base_head)
 
     @classmethod
     def open(
@@ -97,27 +97,27 @@ class Bundle:
     @property
     def active(self) -> str | None:
         """Name of the active adapter, None for the base."""
-        active = self._active
+        active = self._loaded.active
         return active.name if active else None
 
     @property
     def residents(self) -> dict[str, int]:
         """Bytes of RAM by adapter that `swap` activates without reading a file."""
-        return {name: resident.nbytes for name, resident in list(self._residents.items())}
+        return {name: loaded.nbytes for name, loaded in self._loaded.snapshot().items()}
 
     def holds(self, name: str) -> bool:
         """Whether an adapter of this name is resident."""
-        return name in self._residents
+        return name in self._loaded
 
     def labels(self, adapter: str | None = None) -> tuple[str, ...]:
         """Class names of a resident adapter, or of the active one (the base's if none is)."""
-        resident = self._resident(adapter) if adapter is not None else self._active
-        return resident.labels if resident else self.manifest.labels
+        loaded = self._loaded.get(adapter) if adapter is not None else self._loaded.active
+        return loaded.labels if loaded else self.manifest.labels
 
     @recorded
     def load(
         self,
-        adapter: str | Path | Adapter | Mapping[str, float],
+        adapter: Source,
         *,
         name: str | None = None,
         any_backbone: bool = False,
@@ -142,15 +142,16 @@ class Bundle:
             FormatError, UsageError: the file is broken, or there is none.
         """
         with self._swap_lock:
-            resident, cost = self._expand(adapter, name, any_backbone, scale)
-            self._require(resident, check)
-            self._keep(resident)
+            loaded, cost = self._loader.load(adapter, name, any_backbone=any_backbone, scale=scale)
+            if check:
+                self._require(loaded)
+            self._loaded.add(loaded)
         return cost
 
     @recorded
     def swap(
         self,
-        adapter: str | Path | Adapter | Mapping[str, float] | None,
+        adapter: Source | None,
         *,
         name: str | None = None,
         any_backbone: bool = False,
@@ -165,29 +166,26 @@ class Bundle:
         start = time.perf_counter()
         with self._swap_lock:
             if adapter is None:
-                self._active = None
+                self._loaded.active = None
                 return SwapStats("base", None, _ms(start))
-            if isinstance(adapter, str) and adapter in self._residents:
+            if isinstance(adapter, str) and (loaded := self._loaded.find(adapter)):
                 if scale != 1:
-                    raise UsageError(
-                        "scale of a resident adapter must be asked for as a blend, which has a "
-                        f"name of its own, got {scale}: swap({{{adapter!r}: {scale}}}, name=...)"
-                    )
-                resident = self._resident(adapter)
-                self._require(resident, check)
-                self._active = resident
-                return SwapStats("resident", adapter, _ms(start), resident_bytes=resident.nbytes)
-            resident, cost = self._expand(adapter, name, any_backbone, scale)
-            self._require(resident, check)
-            self._active = resident
-            self._keep(resident)
+                    raise UsageError(_asked_as_blend(adapter, scale))
+                if check:
+                    self._require(loaded)
+                self._loaded.active = loaded
+                return SwapStats("resident", adapter, _ms(start), resident_bytes=loaded.nbytes)
+            loaded, cost = self._loader.load(adapter, name, any_backbone=any_backbone, scale=scale)
+            if check:
+                self._require(loaded)
+            self._loaded.active = loaded
+            self._loaded.add(loaded)
         return cost
 
     def unload(self, name: str) -> None:
         """Free a resident adapter's RAM; if it is active it stays so until the next swap."""
         with self._swap_lock:
-            self._resident(name)
-            del self._residents[name]
+            self._loaded.remove(name)
 
     def check(self, adapter: str | Adapter | None = None) -> Check:
         """Run the bundle's probe with a resident adapter, the active one, or the base if none is.
@@ -195,17 +193,16 @@ class Bundle:
         One in memory is expanded for it and not kept. What the probe finds is returned, not raised:
         see `Check`; that an adapter does not fit is raised as by `load`.
         """
-        resident = self._active
+        loaded = self._loaded.active
         if isinstance(adapter, Adapter):
             with self._swap_lock:
-                resident = self._expand(adapter, "in memory", False, 1.0)[0]
+                loaded, _ = self._loader.load(adapter, "in memory")
         elif adapter is not None:
-            resident = self._resident(adapter)
-        return self._prober.check(self._run, resident)
+            loaded = self._loaded.get(adapter)
+        return self._prober.check(self._run, loaded)
 
-    def _require(self, resident: LoadedAdapter, check: bool) -> None:
-        if check:
-            self._prober.check(self._run, resident).require()
+    def _require(self, loaded: LoadedAdapter) -> None:
+        self._prober.check(self._run, loaded).require()
 
     def health(self) -> dict[str, Any]:
         """What is active and resident, what swaps there were, and what all of it takes.
@@ -216,79 +213,14 @@ class Bundle:
             `onnxruntime`, `profile`, `threads` (0: one per core), `providers`.
         """
         profile = next((n for n, p in PROFILES.items() if p == self._profile), "own")
-        return report(self, dict(self._residents), self._session, profile)
-
-    def _resident(self, name: str) -> LoadedAdapter:
-        resident = self._residents.get(name)  # one look-up: another thread may forget it
-        if resident is None:
-            known = ", ".join(sorted(self._residents)) or "none"
-            raise UsageError(
-                f"adapter must be resident ({known}), got {name!r}: load or swap it first"
-            )
-        resident.used, resident.last_use = next(self._uses), time.time()
-        return resident
-
-    def _keep(self, resident: LoadedAdapter) -> None:
-        """Make it resident, and drop others that are too many bytes together."""
-        resident.used, resident.last_use = next(self._uses), time.time()
-        self._residents[resident.name] = resident
-        others = sorted(self._residents.values(), key=lambda other: other.used)
-        left = sum(other.nbytes for other in others) - self._resident_bytes
-        for other in others:
-            if left > 0 and other not in (resident, self._active):
-                del self._residents[other.name]
-                left -= other.nbytes
-
-    def _expand(
-        self,
-        source: str | Path | Adapter | Mapping[str, float],
-        name: str | None,
-        any_backbone: bool,
-        scale: float,
-    ) -> tuple[LoadedAdapter, SwapStats]:
-        start, scale = time.perf_counter(), as_weight(scale, "scale")
-        if isinstance(source, Mapping):
-            weights = {key: as_weight(w, f"weight of {key}") for key, w in source.items()}
-            return self._blend({key: scale * w for key, w in weights.items()}, name, start)
-        adapter, name = _read(source, name)
-        read = time.perf_counter()
-        check_fit(adapter, self.manifest, any_backbone=any_backbone)
-        checked = time.perf_counter()
-        misses = self.basis.misses
-        feeds = expand(adapter, self.manifest, self.basis, self.folder)
-        labels = adapter.head.labels if adapter.head else self.manifest.labels
-        resident = LoadedAdapter(name, feeds, labels, probe=adapter.probe)
-        if scale != 1:
-            resident = blend(name, [(resident, scale)], self.manifest, {})
-        cost = SwapStats(
-            kind="cached" if self.basis.misses == misses else "cold",
-            name=name,
-            total_ms=_ms(start),
-            read_ms=(read - start) * 1e3,
-            check_ms=(checked - read) * 1e3,
-            expand_ms=_ms(checked),
-            resident_bytes=resident.nbytes,
-        )
-        return resident, cost
-
-    def _blend(
-        self, weights: Mapping[str, float], name: str | None, start: float
-    ) -> tuple[LoadedAdapter, SwapStats]:
-        if name is None:
-            raise UsageError("name must be given with a blend, got None")
-        if name in weights:
-            raise UsageError(f"name of a blend must not be that of one of its adapters, got {name}")
-        parts = [(self._resident(key), weight) for key, weight in weights.items()]
-        head = self._head([resident for resident, _ in parts])
-        resident = blend(name, parts, self.manifest, head)
-        return resident, SwapStats("blend", name, _ms(start), resident_bytes=resident.nbytes)
+        return report(self, self._loaded.snapshot(), self._runner.session, profile)
 
     # -- running ---------------------------------------------------------------------------------
 
     @property
     def graph(self) -> GraphSpec:
         """The graph's inputs and outputs, without the slots."""
-        return self.manifest.graphs[0]
+        return self._runner.graph
 
     def run(
         self,
@@ -313,49 +245,24 @@ class Bundle:
             UsageError: inputs or adapters are not those that the manifest asks for.
             RegrowError: ONNX Runtime failed; its reason is in the message.
         """
-        return self._run(inputs, self._active, adapters, outputs)
+        if adapters is None:
+            return self._run(inputs, self._loaded.active, outputs)
+        feeds = self._runner.checked(inputs)
+        samples = {array.shape[0] for array in feeds.values() if array.ndim}
+        feeds.update(self._mixed.feeds(self._mixed.adapters(adapters, samples)))
+        return self._runner.run(feeds, outputs)
 
     def _run(
         self,
         inputs: Mapping[str, ArrayLike],
         active: LoadedAdapter | None,
-        adapters: Sequence[str | None] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        cache = self.manifest.cache
-        inputs = inputs if cache is None else cache.filled(inputs)
-        feeds = {spec.name: _checked(inputs, spec) for spec in self.graph.inputs}
-        unknown = set(inputs) - set(feeds)
-        if unknown:
-            raise UsageError(f"inputs must be {sorted(feeds)}, got also {sorted(unknown)}")
-        if adapters is not None:
-            feeds.update(self._per_sample(adapters, feeds))
-        elif active is not None:
+        feeds = self._runner.checked(inputs)
+        if active is not None:
             active.last_use = time.time()
             feeds.update(active.feeds)
-        known = [spec.name for spec in self.graph.outputs]
-        names = known if outputs is None else list(outputs)
-        if not names or not set(names) <= set(known):
-            raise UsageError(f"outputs must be among {known}, got {names}")
-        if cache is not None:
-            feeds |= cache.empty(len(feeds[cache.inputs["input_ids"]]))
-        return dict(zip(names, self._call(names, feeds), strict=True))
-
-    def _call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
-        try:
-            values: list[NDArray[Any]] = self._session.run(names, feeds, self._run_options)
-        except Exception as error:
-            shapes = ", ".join(f"{s.name} {list(feeds[s.name].shape)}" for s in self.graph.inputs)
-            reason = first_line(error)
-            if "allocate" in reason:  # as ONNX Runtime says it
-                raise RegrowError(
-                    f"memory must suffice for {shapes}, got less: run fewer samples at once, or "
-                    f'open the bundle with profile="memory" ({reason})'
-                ) from error
-            if "out of data bounds" in reason:
-                reason = f"ids must lie below the size of the vocabulary ({reason})"
-            raise RegrowError(f"model must take these inputs, got {shapes}: {reason}") from error
-        return values
+        return self._runner.run(feeds, outputs)
 
     def run_all(
         self, inputs: Mapping[str, ArrayLike], *, batch: int | None = None
@@ -366,7 +273,7 @@ class Bundle:
 
         A swap meanwhile serves the next call: all samples of this one see one adapter.
         """
-        active, batch = self._active, batch or self._batch
+        active, batch = self._loaded.active, batch or self._profile.batch
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
         counts = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
         if len(counts) != 1 or 0 in counts:
@@ -404,50 +311,47 @@ class Bundle:
         """A conversation: its `generate` goes on where the last call ended; see `Generation`."""
         return Generation(self, **settings)
 
-    def _adapted(
+    # -- for `Generation`, and for loops of one's own ----------------------------------------------
+
+    def adapter_feeds(
         self, adapters: Sequence[str | None] | None, samples: int
     ) -> tuple[list[LoadedAdapter | None], Feeds]:
-        """The adapters that serve a batch now, and what they put into the slots."""
+        """The adapters that serve a batch now, and what they put into the slots.
+
+        Args:
+            adapters: as `run` takes them.
+            samples: how many the batch has.
+
+        Returns:
+            The active adapter alone, or one per sample, None for the base; and arrays by graph
+            input. They stay as they are whatever is swapped later.
+        """
         if adapters is None:
-            active = self._active  # one look: another thread may swap
+            active = self._loaded.active  # one look: another thread may swap
             return [active], active.feeds if active else {}
-        residents = self._named(adapters, {samples})
-        return residents, stack(residents, self.manifest.slots, self._head(residents))
+        found = self._mixed.adapters(adapters, {samples})
+        return found, self._mixed.feeds(found)
 
-    def _per_sample(self, adapters: Sequence[str | None], feeds: Feeds) -> Feeds:
-        batch = {array.shape[0] for array in feeds.values() if array.ndim}
-        residents = self._named(adapters, batch)
-        return stack(residents, self.manifest.slots, self._head(residents))
+    def run_graph(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
+        """The outputs called `names`, in their order, of the graph's inputs as they are fed.
 
-    def _named(self, adapters: Sequence[str | None], batch: set[int]) -> list[LoadedAdapter | None]:
-        if self.manifest.mode != "swappable":
-            raise UsageError(
-                f"adapters per sample need a swappable bundle, got {self.manifest.mode}"
-            )
-        if fixed := next((slot for slot in self.manifest.slots if slot.fixed), None):
-            raise UsageError(
-                "adapters per sample need slots whose n is the batch size, got fixed ones (such as "
-                f"{fixed.target}, {fixed.kind}): run the samples of each adapter by themselves"
-            )
-        if batch != {len(adapters)}:
-            raise UsageError(
-                f"adapters must be one per sample ({sorted(batch)}), got {len(adapters)}"
-            )
-        return [None if name is None else self._resident(name) for name in adapters]
+        Nothing is checked or filled in: neither inputs, slots nor the key-value cache.
 
-    def _head(self, residents: Sequence[LoadedAdapter | None]) -> Feeds:
-        """The base's head, read once, and only if a batch mixes it with others."""
-        slots = {v for s in self.manifest.head_slots for v in s.inputs.values()}
-        with_head = [bool(r and slots & r.feeds.keys()) for r in residents]
-        if not any(with_head) or all(with_head):
-            return {}
-        if self._base_head is None:
-            self._base_head = load_head(self.folder, self.manifest)
-        return self._base_head
+        Raises:
+            RegrowError: ONNX Runtime failed; its reason is in the message.
+        """
+        return self._runner.call(names, feeds)
 
 
 def _ms(start: float) -> float:
     return (time.perf_counter() - start) * 1e3
+
+
+def _asked_as_blend(name: str, scale: float) -> str:
+    return (
+        "scale of a resident adapter must be asked for as a blend, which has a name of its own, "
+        f"got {scale}: swap({{{name!r}: {scale}}}, name=...)"
+    )
 
 
 def _check_cache(cache: CacheSpec, session: ort.InferenceSession, path: Path) -> None:
@@ -456,32 +360,3 @@ def _check_cache(cache: CacheSpec, session: ort.InferenceSession, path: Path) ->
         for values in (session.get_inputs(), session.get_outputs())
     )
     cache.check_graph(given, made, str(path))
-
-
-def _read(source: str | Path | Adapter, name: str | None) -> tuple[Adapter, str]:
-    if isinstance(source, Adapter):
-        if name is None:
-            raise UsageError("name must be given with an adapter in memory, got None")
-        return source, name
-    return Adapter.load(source), name or Path(source).stem
-
-
-def _checked(inputs: Mapping[str, ArrayLike], spec: TensorSpec) -> NDArray[Any]:
-    """The array for one graph input, in its dtype, if its shape fits."""
-    if spec.name not in inputs:
-        raise UsageError(f"inputs must have {spec.name}, got {sorted(inputs)}")
-    array = np.asarray(inputs[spec.name])
-    wanted = np.dtype(spec.dtype)
-    if array.dtype != wanted:
-        if not np.can_cast(array.dtype, wanted, casting="same_kind"):
-            raise UsageError(f"{spec.name} must be {wanted}, got {array.dtype}")
-        array = array.astype(wanted)
-    fits = len(array.shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == got
-        for want, got in zip(spec.shape, array.shape, strict=True)
-    )
-    if not fits:
-        raise UsageError(
-            f"{spec.name} must be of shape {list(spec.shape)}, got {list(array.shape)}"
-        )
-    return array

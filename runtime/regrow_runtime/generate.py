@@ -40,12 +40,12 @@ class CausalModel(Protocol):
 
     manifest: Manifest
 
-    def _adapted(
+    def adapter_feeds(
         self, adapters: Sequence[str | None] | None, samples: int
     ) -> tuple[list[LoadedAdapter | None], Feeds]:
         """The adapters that serve a batch now, and what they put into the slots."""
 
-    def _call(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
+    def run_graph(self, names: Sequence[str], feeds: Feeds) -> list[NDArray[Any]]:
         """The outputs called `names`, in their order."""
 
 
@@ -188,7 +188,7 @@ class Generation:
 
     def _adapt(self, samples: int) -> Feeds:
         """What the slots take during one call; another adapter than before empties the cache."""
-        owners, feeds = self._bundle._adapted(self.adapters, samples)
+        owners, feeds = self._bundle.adapter_feeds(self.adapters, samples)
         if [id(owner) for owner in owners] != [id(owner) for owner in self._owners]:
             self._cached, self._past = 0, self._spec.empty(samples)
         self._owners, self._began = owners, self._cached
@@ -216,7 +216,7 @@ class Generation:
             for role, name in spec.inputs.items()
         }
         outputs = [spec.logits, *(tensor.present for tensor in spec.tensors)]
-        logits, *presents = self._bundle._call(outputs, {**feeds, **self._past, **slots})
+        logits, *presents = self._bundle.run_graph(outputs, {**feeds, **self._past, **slots})
         pasts = (tensor.past for tensor in spec.tensors)
         self._past, self._cached = dict(zip(pasts, presents, strict=True)), ids.shape[1]
         self.ids, self.mask = ids, mask

@@ -2,57 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import random
 import re
-import sqlite3
-import threading
-import time
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-from regrow_format.errors import FormatError, RegrowError, UsageError
-from regrow_format.files import no_folder, sync
+from regrow_format.errors import FormatError, UsageError
 from regrow_format.record import Record
 
-__all__ = ["Index", "Installed", "clean"]
+from .database import INDEX, Database
 
-FORMAT = 1
-INDEX = "index.sqlite"
+__all__ = ["INDEX", "Index", "Installed", "clean"]
+
 _MAX_BYTES = 255
 _MAX_VERSION = 2**53 - 1  # what JavaScript counts to
 _PATHS_AND_TURNS = set("/\\\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-_BROKEN = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-_PRAGMAS = (
-    "journal_mode = WAL",
-    "synchronous = FULL",  # a commit is on the disk when it returns
-    "wal_autocheckpoint = 64",  # pages: the log stays below 300 KB
-    "journal_size_limit = 0",
-    "secure_delete = ON",  # a removed user's id is overwritten
-    "trusted_schema = OFF",  # the file may be a stranger's
-)
-_SCHEMA = (
-    "CREATE TABLE users (user TEXT PRIMARY KEY, newest INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE adapters (user TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, "
-    "size INTEGER NOT NULL, backbone_id TEXT NOT NULL, method TEXT NOT NULL, label TEXT NOT NULL, "
-    "added INTEGER NOT NULL, turn INTEGER, signature BLOB, PRIMARY KEY (user, version)"
-    ") WITHOUT ROWID",
-    "CREATE INDEX by_digest ON adapters (digest)",
-    "CREATE INDEX by_turn ON adapters (user, turn) WHERE turn IS NOT NULL",
-    f"PRAGMA user_version = {FORMAT}",
-)
 # Of a user's versions, the one with the highest turn is active.
 _SELECT = (
     "SELECT user, version, digest, size, backbone_id, method, label, added, turn IS NOT NULL AND "
     "turn = (SELECT max(turn) FROM adapters AS a WHERE a.user = adapters.user) FROM adapters "
 )
 _ONE = "WHERE user = ? AND version = ?"
+_OF_USER = "WHERE user = ? ORDER BY version"
+_OF_FILE = "WHERE digest = ? LIMIT 1"
+_COLUMNS = ("user", "version", "digest", "size", "backbone_id", "method", "label", "added")
+_INSERT = f"INSERT OR IGNORE INTO adapters ({', '.join(_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_NEWEST = (
+    "INSERT INTO users VALUES (?, ?) "
+    "ON CONFLICT (user) DO UPDATE SET newest = max(newest, excluded.newest)"
+)
+_ACTIVATE = (
+    "UPDATE adapters SET turn = (SELECT coalesce(max(turn), 0) + 1 FROM adapters WHERE user = ?1) "
+    "WHERE user = ?1 AND version = ?2"
+)
+_DEACTIVATE = "UPDATE adapters SET turn = NULL WHERE user = ? AND version = ?"
+_DELETE = "DELETE FROM adapters WHERE user = ? AND version = coalesce(?, version)"
+_FORGET = (
+    "DELETE FROM users WHERE user = ?1 AND NOT EXISTS (SELECT 1 FROM adapters WHERE user = ?1)"
+)
 _TYPES = [str, int, str, int, str, str, str, int, int]
 
 
@@ -105,130 +91,67 @@ def clean(text: str, what: str) -> str:
     return text
 
 
-def _code(error: sqlite3.Error) -> int:
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-
-
 class Index:
-    """The open index, for one thread at a time."""
+    """Queries of the index.
 
-    def __init__(self, folder: Path, *, create: bool, timeout: float) -> None:
-        self.folder, self._timeout = folder, timeout
-        self._lock, self._process = threading.RLock(), os.getpid()
-        _check_folder(folder, create)
-        with self._told():
-            folder.mkdir(exist_ok=True)
-            self._db = sqlite3.connect(
-                folder / INDEX, timeout=timeout, isolation_level=None, check_same_thread=False
-            )
-        try:
-            self._prepare()
-        except BaseException:
-            self._db.close()
-            raise
+    Those under "within `change`" are made within `Database.change`.
+    """
 
-    def _prepare(self) -> None:
-        with self.open() as db:
-            if (version := self._version()) not in (0, FORMAT):
-                raise FormatError(
-                    f"{self.folder}: format of the store must be {FORMAT}, the version read here, "
-                    f"got {version}; a newer regrow may read it"
-                )
-            for pragma in _PRAGMAS:
-                # Of several who open a new file at once, SQLite does not wait for the journal mode.
-                self._patiently(db, f"PRAGMA {pragma}")
-        if version == 0:
-            with self.change() as db:
-                if self._version() == 0:  # no other process was quicker
-                    if any(self.folder.glob("objects/*")):
-                        raise FormatError(
-                            f"{self.folder / INDEX} must name the files, got it empty"
-                        )
-                    for statement in _SCHEMA:
-                        db.execute(statement)
-            with suppress(OSError):  # the folder above may be closed to us
-                sync(self.folder.parent)
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def _version(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+    # -- within `change` --------------------------------------------------------------------------
 
-    def close(self) -> None:
-        if self._process == os.getpid():  # what a fork copied is not its own to close
-            with self._lock:
-                self._db.close()
-                self._process = 0
+    def install(self, entry: Installed) -> None:
+        """Enter an adapter that is not active; what is there already stays as it is."""
+        with self._database.open() as db:
+            db.execute(_INSERT, [getattr(entry, column) for column in _COLUMNS])
+            db.execute(_NEWEST, (entry.user, entry.version))
 
-    @contextmanager
-    def open(self) -> Iterator[sqlite3.Connection]:
-        """To read; errors are told in one line."""
-        if self._process != os.getpid():
-            raise UsageError(
-                f"store must be opened in this process, got {self.folder} closed, or opened "
-                "before a fork"
-            )
-        with self._lock, self._told():
-            yield self._db
+    def activate(self, entry: Installed) -> None:
+        """Make it the user's active one."""
+        with self._database.open() as db:
+            db.execute(_ACTIVATE, (entry.user, entry.version))
 
-    @contextmanager
-    def change(self) -> Iterator[sqlite3.Connection]:
-        """To write, all of it or nothing; meanwhile no other process or thread does."""
-        with self.open() as db:
-            try:
-                self._begin(db)
-                yield db
-                db.execute("COMMIT")
-            finally:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+    def deactivate(self, entry: Installed) -> None:
+        """Make the one active again that was so before it."""
+        with self._database.open() as db:
+            db.execute(_DEACTIVATE, (entry.user, entry.version))
 
-    def _begin(self, db: sqlite3.Connection) -> None:
-        """Take the write lock. SQLite itself looks ten times a second, and can wait in vain."""
-        db.execute("PRAGMA busy_timeout = 0")
-        try:
-            self._patiently(db, "BEGIN IMMEDIATE")
-        finally:
-            db.execute(f"PRAGMA busy_timeout = {round(1000 * self._timeout)}")
+    def delete(self, user: str, version: int | None) -> None:
+        """Delete one version, or None for all; and the user, if that was the last one."""
+        with self._database.open() as db:
+            db.execute(_DELETE, (user, version))
+            db.execute(_FORGET, (user,))
 
-    def _patiently(self, db: sqlite3.Connection, statement: str) -> None:
-        """Execute it, again while another process has the lock."""
-        end = time.monotonic() + self._timeout
-        while True:
-            try:
-                db.execute(statement)
-                return
-            except sqlite3.OperationalError as error:
-                if _code(error) not in _BUSY or time.monotonic() >= end:
-                    raise
-            time.sleep(random.uniform(0.001, 0.008))  # who comes first is chance
+    # -- reading ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        where = self.folder / INDEX
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise RegrowError(f"{error.filename or where} could not be used: {reason}") from error
-        except UnicodeDecodeError as error:  # in a message of SQLite's
-            raise FormatError(f"{where} could not be used: it is broken") from error
-        except sqlite3.Error as error:
-            if (code := _code(error)) in _BUSY:
-                raise RegrowError(
-                    f"{self.folder} must be free, got busy: another process has been writing for "
-                    f"{self._timeout:g} s; try again"
-                ) from error
-            kind = FormatError if code in _BROKEN else RegrowError
-            raise kind(f"{where} could not be used: {error}") from error
+    def all(self) -> tuple[Installed, ...]:
+        """Every entry, by user and version."""
+        return self._rows("ORDER BY user, version")
 
-    def rows(self, where: str = "", *values: object) -> tuple[Installed, ...]:
-        """Entries; `where` is the rest of the query."""
-        with self.open() as db:
+    def of_user(self, user: str) -> tuple[Installed, ...]:
+        """The user's entries, by version."""
+        return self._rows(_OF_USER, user)
+
+    def names(self, digest: str) -> bool:
+        """Whether an entry names the content with this hash."""
+        return bool(self._rows(_OF_FILE, digest))
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong in the file, line by line."""
+        with self._database.open() as db:
+            found = [line for (line,) in db.execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
+
+    def _rows(self, where: str, *values: object) -> tuple[Installed, ...]:
+        with self._database.open() as db:
             rows = db.execute(_SELECT + where, values).fetchall()
         return tuple(self._entry(row) for row in rows)
 
     def _entry(self, row: tuple[Any, ...]) -> Installed:
         if [*map(type, row)] != _TYPES or not re.fullmatch("[0-9a-f]{64}", row[2]):
-            where = self.folder / INDEX
+            where = self._database.folder / INDEX
             raise FormatError(f"{where} must have entries as regrow writes them, got {row!r:.80}")
         row = (*row[:-1], bool(row[-1]))
         return Installed(*row)
@@ -236,7 +159,7 @@ class Index:
     def get(self, user: str, version: int | None = None) -> Installed:
         """One version, or the newest that is there; `UsageError` if there is none."""
         where = "WHERE user = ? AND version = coalesce(?, version) ORDER BY version DESC LIMIT 1"
-        for entry in self.rows(where, user, _checked(version)):
+        for entry in self._rows(where, user, _checked(version)):
             return entry
         what = "an adapter" if version is None else f"version {version}"
         raise UsageError(f"user {user!r} must have {what} in the store, got none: list shows all")
@@ -244,15 +167,15 @@ class Index:
     def active(self, user: str) -> Installed | None:
         """The user's active version."""
         where = "WHERE user = ? AND turn IS NOT NULL ORDER BY turn DESC LIMIT 1"
-        return next(iter(self.rows(where, user)), None)
+        return next(iter(self._rows(where, user)), None)
 
     def number(self, user: str, version: int | None, digest: str, downgrade: bool) -> int:
         """The version under which to install a content; see `Store.add`."""
-        with self.open() as db:
+        with self._database.open() as db:
             row = db.execute("SELECT newest FROM users WHERE user = ?", (user,)).fetchone()
         newest: int = row[0] if row else 0
         number = _checked(version) or newest
-        found = [entry.digest for entry in self.rows(_ONE, user, number)]
+        found = [entry.digest for entry in self._rows(_ONE, user, number)]
         if found == [digest]:
             return number
         if version is None:
@@ -274,19 +197,3 @@ def _checked(version: int | None) -> int | None:
     if version is not None and (type(version) is not int or not 1 <= version <= _MAX_VERSION):
         raise UsageError(f"version must be from 1 to {_MAX_VERSION}, got {version!r:.40}")
     return version
-
-
-def _check_folder(folder: Path, create: bool) -> None:
-    """Raise if there is no store in it and none may be made, or a link in the place of a part."""
-    parts = list(folder.iterdir()) if folder.is_dir() else []
-    for part in parts:
-        if part.is_symlink():
-            raise FormatError(f"{part} must be no link: a store has none")
-    # In this order: another process may make it in between.
-    free = not os.path.lexists(folder) or folder.is_dir()
-    new = not parts and free and folder.parent.is_dir()
-    if not (folder / INDEX).is_file() and not (create and new):
-        found = "a folder of something else" if parts else no_folder(folder)
-        raise UsageError(
-            f"store must be a folder that `regrow store add` made, got {folder}: {found}"
-        )

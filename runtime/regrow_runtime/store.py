@@ -9,21 +9,20 @@ adapter that was reported installed is whole; what else is left is cleared when 
 from __future__ import annotations
 
 import hashlib
-import os
-import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 from regrow_format.adapter import MAX_FILE_BYTES, Adapter
 from regrow_format.errors import FormatError, RegrowError, UsageError
-from regrow_format.files import read_bytes, sync, write_bytes
+from regrow_format.files import read_bytes
 from regrow_format.manifest import Manifest
 
+from .adapter_files import AdapterFiles
+from .database import Database
 from .fit import check_fit
 from .index import Index, Installed, clean
 
@@ -31,27 +30,6 @@ if TYPE_CHECKING:
     from .bundle import Bundle, SwapStats
 
 __all__ = ["Installed", "Store", "check_incoming"]
-
-_ENDING = ".safetensors"
-_OF_USER = "WHERE user = ? ORDER BY version"
-_OF_FILE = "WHERE digest = ? LIMIT 1"
-_INSERT = (
-    "INSERT OR IGNORE INTO adapters (user, version, digest, size, backbone_id, method, label, "
-    "added) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-)
-_NEWEST = (
-    "INSERT INTO users VALUES (?, ?) "
-    "ON CONFLICT (user) DO UPDATE SET newest = max(newest, excluded.newest)"
-)
-_ACTIVATE = (
-    "UPDATE adapters SET turn = (SELECT coalesce(max(turn), 0) + 1 FROM adapters WHERE user = ?1) "
-    "WHERE user = ?1 AND version = ?2"
-)
-_DEACTIVATE = "UPDATE adapters SET turn = NULL WHERE user = ? AND version = ?"
-_DELETE = "DELETE FROM adapters WHERE user = ? AND version = coalesce(?, version)"
-_FORGET = (
-    "DELETE FROM users WHERE user = ?1 AND NOT EXISTS (SELECT 1 FROM adapters WHERE user = ?1)"
-)
 
 
 class Store:
@@ -72,13 +50,12 @@ class Store:
 
     def __init__(self, folder: str | Path, *, create: bool = True, timeout: float = 30.0) -> None:
         self.folder = Path(folder).absolute()
-        self._files, self._pending = self.folder / "objects", self.folder / "pending"
-        self._index = Index(self.folder, create=create, timeout=timeout)
+        self._files = AdapterFiles(self.folder)
+        self._database = Database(self.folder, create=create, timeout=timeout)
+        self._index = Index(self._database)
         try:
-            with self._index.open():
-                for path in (self._files, self._pending):
-                    path.mkdir(exist_ok=True)
-                sync(self.folder)
+            with self._database.open():
+                self._files.make_folders()
             self._tidy()
         except BaseException:
             self.close()
@@ -86,7 +63,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the index; the object is of no use afterwards."""
-        self._index.close()
+        self._database.close()
 
     def __enter__(self) -> Store:
         return self
@@ -122,14 +99,14 @@ class Store:
         user, label = clean(user, "user"), clean(label, "label") if label else ""
         data, adapter = check_incoming(source, bundle)
         digest = hashlib.sha256(data).hexdigest()
-        with self._changing() as db:
+        with self._changing():
             number = self._index.number(user, version, digest, allow_downgrade)
-            self._put(digest, data)
-            row = (user, number, digest, len(data), adapter.backbone_id, adapter.method, label)
-            db.execute(_INSERT, (*row, int(time.time())))
-            db.execute(_NEWEST, (user, number))
+            self._files.put(digest, data)
+            kind = adapter.backbone_id, adapter.method
+            entry = Installed(user, number, digest, len(data), *kind, label, int(time.time()))
+            self._index.install(entry)
             if activate:
-                db.execute(_ACTIVATE, (user, number))
+                self._index.activate(entry)
             return self._index.get(user, number)
 
     def activate(
@@ -139,25 +116,25 @@ class Store:
 
         Its file is read and checked first, and whether it fits `bundle`.
         """
-        with self._index.change() as db:
+        with self._database.change():
             entry = self._index.get(clean(user, "user"), version)
             where = f"of user {entry.user!r}, version {entry.version},"
-            _check_fit(self._read(entry), bundle, where)
-            db.execute(_ACTIVATE, (entry.user, entry.version))
+            _check_fit(self._files.read(entry.digest), bundle, where)
+            self._index.activate(entry)
             return replace(entry, active=True)
 
     def roll_back(self, user: str) -> Installed:
         """Make the version active again that was so before; can be repeated."""
-        with self._index.change() as db:
+        with self._database.change():
             entry = self._active(user)
-            db.execute(_DEACTIVATE, (entry.user, entry.version))
+            self._index.deactivate(entry)
             before = self._index.active(entry.user)
             if before is None:
                 raise UsageError(
                     f"user {entry.user!r} must have had an active version before {entry.version}, "
                     "got none"
                 )
-            self._read(before)
+            self._files.read(before.digest)
             return before
 
     def remove(self, user: str, version: int | None = None) -> tuple[Installed, ...]:
@@ -165,18 +142,17 @@ class Store:
 
         A file that no other entry names goes too.
         """
-        with self._changing() as db:
+        with self._changing():
             last = self._index.get(clean(user, "user"), version)
             if version is not None and last.active:
                 raise UsageError(
                     f"version to remove must not be active, got {version} of user {last.user!r}: "
                     "activate another one first, or remove the user"
                 )
-            gone = (last,) if version is not None else self._index.rows(_OF_USER, last.user)
+            gone = (last,) if version is not None else self._index.of_user(last.user)
             for entry in gone:
-                (self._pending / entry.digest).touch()
-            db.execute(_DELETE, (last.user, version))
-            db.execute(_FORGET, (last.user,))
+                self._files.mark(entry.digest)
+            self._index.delete(last.user, version)
             return gone
 
     # -- reading ----------------------------------------------------------------------------------
@@ -184,8 +160,8 @@ class Store:
     def list(self, user: str | None = None) -> tuple[Installed, ...]:
         """What is installed, of one user or of all, by user and version."""
         if user is None:
-            return self._index.rows("ORDER BY user, version")
-        return self._index.rows(_OF_USER, clean(user, "user"))
+            return self._index.all()
+        return self._index.of_user(clean(user, "user"))
 
     def active(self, user: str) -> Installed | None:
         """The user's active adapter."""
@@ -193,7 +169,7 @@ class Store:
 
     def path(self, user: str) -> Path:
         """The file of the user's active adapter: for reading only."""
-        return self._file(self._active(user).digest)
+        return self._files.path(self._active(user).digest)
 
     def swap(self, bundle: Bundle, user: str, **options: Any) -> SwapStats:
         """`Bundle.swap` to the user's active adapter; the hash of its file is checked.
@@ -225,12 +201,10 @@ class Store:
         What a kill or a power cut left behind is removed on the way.
         """
         self._tidy(everything=True)
-        with self._index.open() as db:
-            found = [f"index: {line}" for (line,) in db.execute("PRAGMA integrity_check")]
-        found = [] if found == ["index: ok"] else found
+        found = [f"index: {line}" for line in self._index.damage()]
         for entry in self.list():
             try:
-                self._read(entry)
+                self._files.read(entry.digest)
             except FormatError as error:
                 if entry in self.list(entry.user):  # not removed meanwhile
                     found.append(f"user {entry.user!r}, version {entry.version}: {error}")
@@ -257,56 +231,20 @@ class Store:
 
     # -- files -----------------------------------------------------------------------------------
 
-    def _file(self, digest: str) -> Path:
-        return self._files / f"{digest}{_ENDING}"
-
     @contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
+    def _changing(self) -> Iterator[None]:
         """A change of the index and of files: first files that come, last files that go."""
         try:
-            with self._index.change() as db:
-                yield db
+            with self._database.change():
+                yield
         finally:
             self._tidy()
-
-    def _put(self, digest: str, data: bytes) -> None:
-        """Make a file durable; `pending` marks it until its entry is."""
-        (self._pending / digest).touch()
-        if not self._is_whole(digest):
-            write_bytes(self._file(digest), data, room=self._pending)
-        sync(self._files)  # a process that wrote it before may have been killed just then
-        if not self._is_whole(digest):
-            raise RegrowError(f"{self._file(digest)} could not be written: it reads otherwise")
-
-    def _is_whole(self, digest: str) -> bool:
-        try:
-            self._bytes(digest)
-        except FormatError:
-            return False
-        return True
-
-    def _bytes(self, digest: str) -> bytes:
-        path = self._file(digest)
-        try:
-            if not S_ISREG(path.lstat().st_mode):
-                raise FormatError(f"{path} must be a file, got a link: add the adapter again")
-            data = read_bytes(path, limit=MAX_FILE_BYTES, what="an adapter")
-        except (OSError, UsageError):
-            raise FormatError(f"{path} is missing: add the adapter again") from None
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise FormatError(
-                f"{path}: content must have the hash in its name, got another: add it again"
-            )
-        return data
-
-    def _read(self, entry: Installed) -> Adapter:
-        return Adapter.from_bytes(self._bytes(entry.digest), str(self._file(entry.digest)))
 
     def _fetch(self, entry: Installed) -> tuple[Installed, Adapter]:
         """Read the user's active adapter, though it be replaced and removed meanwhile."""
         while True:
             try:
-                return entry, self._read(entry)
+                return entry, self._files.read(entry.digest)
             except FormatError:
                 newer = self._active(entry.user)
                 if newer.digest == entry.digest:
@@ -319,17 +257,10 @@ class Store:
         Where that fails the marks stay, and the next change, or opening, does it.
         """
         with suppress(RegrowError, OSError):
-            if not everything and not os.listdir(self._pending):
+            if not everything and self._files.are_tidy():
                 return
-            with self._index.change():  # nobody has a file in the making now
-                marks = os.listdir(self._pending)
-                files = os.listdir(self._files) if everything else [m + _ENDING for m in marks]
-                for name in files:
-                    digest, ending = os.path.splitext(name)
-                    if ending == _ENDING and not self._index.rows(_OF_FILE, digest):
-                        (self._files / name).unlink(missing_ok=True)
-                for mark in marks:
-                    (self._pending / mark).unlink(missing_ok=True)
+            with self._database.change():  # nobody has a file in the making now
+                self._files.tidy(self._index.names, everything=everything)
 
 
 def check_incoming(

@@ -11,7 +11,15 @@ from expansions import flat
 
 from regrow_format.manifest import SeededSpec
 from regrow_format.methods import get_method
-from regrow_runtime import BasisCache, Bundle, MismatchError, RegrowError, Target, UsageError
+from regrow_runtime import (
+    PROFILES,
+    BasisCache,
+    Bundle,
+    MismatchError,
+    RegrowError,
+    Target,
+    UsageError,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LINEAR = ("nola", "vera", "lora", "fourierft")
@@ -175,7 +183,7 @@ def test_a_blend_is_padded_to_the_fixed_rank(fixed, pixels, weights, make_adapte
     pair = [make_adapter(draw=i) for i in range(2)]  # of rank 2
     _loaded(fixed, *pair)
     fixed.swap({"user-0": 0.7, "user-1": 0.3}, name="mix")
-    assert fixed._active.feeds["fc1.adapter_A"].shape == (1, 16, 5)
+    assert fixed.adapter_feeds(None, 1)[1]["fc1.adapter_A"].shape == (1, 16, 5)
     expected = _dense(weights, [(pair[0], 0.7), (pair[1], 0.3)], pixels)
     np.testing.assert_allclose(_logits(fixed, pixels), expected, **CLOSE)
     fixed.swap(pair[0], name="x", scale=0.5)
@@ -245,6 +253,7 @@ def test_a_seeded_graph_takes_one_adapter_as_it_is(bundle, make_adapter):
         **{f"{n}{s}": n for n in adapter.coefficients for s in ("", ".scale")},
     }
     spec = SeededSpec("vera", dict(adapter.config), "int8", ("fc1", "fc2"), inputs)
-    bundle.manifest = replace(bundle.manifest, mode="seeded", seeded=spec)
+    manifest = replace(bundle.manifest, mode="seeded", seeded=spec)
+    seeded = Bundle(bundle.folder, manifest, None, PROFILES["speed"])  # nothing is run
     with pytest.raises(UsageError, match="a scale needs a swappable bundle, got seeded"):
-        bundle.load(adapter, name="x", scale=0.5)
+        seeded.load(adapter, name="x", scale=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -17,6 +18,7 @@ from regrow_runtime import (
     BasisCache,
     Bundle,
     FormatError,
+    Manifest,
     MismatchError,
     Profile,
     RegrowError,
@@ -33,6 +35,12 @@ def _expansion(adapter):
 
 def _logits(bundle, pixels, **options):
     return bundle.run({"pixel_values": pixels}, **options)["logits"]
+
+
+def _with_session(folder, run):
+    """The bundle with a session that runs by a function of the test's."""
+    session = SimpleNamespace(run=run)
+    return Bundle(folder, Manifest.load(folder), session, PROFILES["speed"])
 
 
 def _spoil_manifest(folder, change):
@@ -528,20 +536,21 @@ def test_run_all_goes_in_parts(bundle, make_adapter):
         bundle.run_all({"pixel_values": pixels[:0]})
 
 
-def test_run_all_sees_one_adapter(bundle, make_adapter, monkeypatch):
+def test_run_all_sees_one_adapter(bundle_folder, bundle, make_adapter):
     """A swap between two parts must not mix adapters in one answer."""
     pixels = np.random.default_rng(0).standard_normal((8, 1, 4, 4)).astype(np.float32)
     bundle.swap(make_adapter(), name="x")
     expected = _logits(bundle, pixels)
-    run = bundle._session.run
+    session = ort.InferenceSession(bundle_folder / bundle.graph.file)
 
-    class Session:
-        def run(self, *args):
-            bundle.swap(None)
-            return run(*args)
+    def run(*args):
+        swapped.swap(None)
+        return session.run(*args)
 
-    monkeypatch.setattr(bundle, "_session", Session())
-    found = bundle.run_all({"pixel_values": pixels}, batch=2)["logits"]
+    swapped = _with_session(bundle_folder, run)
+    swapped.swap(make_adapter(), name="x")
+    found = swapped.run_all({"pixel_values": pixels}, batch=2)["logits"]
+    assert swapped.active is None
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
@@ -550,14 +559,10 @@ def test_a_moved_bundle_still_runs(bundle_folder, tmp_path, pixels, reference):
     np.testing.assert_allclose(_logits(Bundle.open(moved), pixels), reference(pixels), **CLOSE)
 
 
-def test_memory_that_does_not_suffice_is_named(bundle_folder, monkeypatch):
-    opened = Bundle.open(bundle_folder, threads=1)
+def test_memory_that_does_not_suffice_is_named(bundle_folder):
+    def short(*_):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 131072")
 
-    class Short:
-        def run(self, *_: object) -> None:
-            raise RuntimeError("Failed to allocate memory for requested buffer of size 131072")
-
-    monkeypatch.setattr(opened, "_session", Short())
     pixels = np.ones((2, 1, 4, 4), np.float32)
     with pytest.raises(RegrowError, match=r'memory must suffice .* profile="memory"'):
-        opened.run({"pixel_values": pixels})
+        _with_session(bundle_folder, short).run({"pixel_values": pixels})

@@ -339,9 +339,11 @@ def test_health_tells_what_happened(probed, with_probe, make_adapter, tmp_path):
     assert found["providers"] == ["CPUExecutionProvider"]
 
 
-def test_a_run_counts_as_use(probed, make_adapter, pixels):
+def test_a_run_counts_as_use(probed, make_adapter, pixels, monkeypatch):
+    now = 1e9
+    monkeypatch.setattr("time.time", lambda: now)
     probed.swap(make_adapter(), name="one")
-    probed._residents["one"].last_use -= 100
-    assert 99 < probed.health()["residents"]["one"]["idle_s"] < 130
+    now += 100
+    assert probed.health()["residents"]["one"]["idle_s"] == 100
     probed.run({"pixel_values": pixels})
-    assert probed.health()["residents"]["one"]["idle_s"] < 30
+    assert probed.health()["residents"]["one"]["idle_s"] == 0

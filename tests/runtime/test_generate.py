@@ -15,11 +15,23 @@ from expansions import flat
 from regrow_format.basis import BasisCache
 from regrow_format.methods import get_method
 from regrow_format.philox import philox4x32
-from regrow_runtime import RegrowError, Target, UsageError
+from regrow_runtime import Generation, RegrowError, Target, UsageError
 from regrow_runtime.generate import choose
 
 LM_TARGETS = (Target("value", 8, 8),)
 PROMPTS = ([3, 1, 4], [1, 5, 9, 2, 6], [7])
+
+
+class Watched:
+    """A bundle for a conversation, which keeps what the graph is fed."""
+
+    def __init__(self, bundle):
+        self.manifest, self.adapter_feeds = bundle.manifest, bundle.adapter_feeds
+        self.bundle, self.fed = bundle, []
+
+    def run_graph(self, names, feeds):
+        self.fed.append(feeds)
+        return self.bundle.run_graph(names, feeds)
 
 
 @pytest.fixture
@@ -119,23 +131,21 @@ def test_a_conversation_of_several_that_end_apart(lm, greedy):
 
 def test_a_swap_makes_the_cache_new(lm, greedy, adapters):
     """What the other adapter left in the cache would change the answer: it is computed again."""
-    chat = lm.chat(stop=())
+    watched, other = Watched(lm), Watched(lm)
+    chat = Generation(watched, stop=())
     lm.swap("a")
     first = chat.generate([3, 1, 4], max_new_tokens=4).tokens[0].tolist()
     assert first == greedy([3, 1, 4], 4, adapters["a"], stop=())
-    stale = dict(chat._past)
+    stale = watched.fed[-1]["past.0.value"]
     lm.swap("b")
     made = chat.generate([5], max_new_tokens=6)
     told = [3, 1, 4, *first, 5]
     assert made.tokens[0].tolist() == greedy(told, 6, adapters["b"], stop=())
     assert made.recomputed == len(told) - 2  # the last token made was not yet in the cache
-    fresh = lm.chat(stop=())
-    fresh.generate(told, max_new_tokens=6)
-    np.testing.assert_allclose(
-        chat._past["past.0.value"], fresh._past["past.0.value"], rtol=1e-4, atol=1e-6
-    )
-    kept = stale["past.0.value"]
-    assert np.abs(kept - chat._past["past.0.value"][:, :, : kept.shape[2]]).max() > 0.01
+    Generation(other, stop=()).generate(told, max_new_tokens=6)
+    kept, fresh = (seen.fed[-1]["past.0.value"] for seen in (watched, other))
+    np.testing.assert_allclose(kept, fresh, rtol=1e-4, atol=1e-6)
+    assert np.abs(stale - kept[:, :, : stale.shape[2]]).max() > 0.01
     assert chat.generate([5], max_new_tokens=1).recomputed == 0
 
 

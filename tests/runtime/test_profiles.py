@@ -6,26 +6,33 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from regrow_runtime import Bundle, Profile, UsageError
+from regrow_runtime import PROFILES, Bundle, Manifest, Profile, UsageError
+from regrow_runtime.sessions import open_session, run_options
+
+MEMORY = PROFILES["memory"]
 
 
-def _options(bundle):
-    return bundle._session.get_session_options()
+def _session(folder, entries, own=None):
+    """As `Bundle.open` opens it for the profile "memory"."""
+    return open_session(
+        folder, Manifest.load(folder), MEMORY, None, ["CPUExecutionProvider"], entries, own
+    )
 
 
 def test_options_reach_the_session(bundle_folder, pixels, reference):
     key = "session.intra_op.allow_spinning"
+    options = _session(bundle_folder, {key: "0"}).get_session_options()
+    assert options.get_session_config_entry(key) == "0"
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
     bundle = Bundle.open(bundle_folder, profile="memory", options={key: "0"})
-    assert _options(bundle).get_session_config_entry(key) == "0"
-    assert _options(bundle).get_session_config_entry("session.disable_prepacking") == "1"
     found = bundle.run({"pixel_values": pixels})["logits"]
     np.testing.assert_allclose(found, reference(pixels), rtol=1e-5, atol=1e-5)
 
 
 def test_an_option_goes_before_the_profile(bundle_folder):
     key = "session.disable_prepacking"
-    bundle = Bundle.open(bundle_folder, profile="memory", options={key: "0"})
-    assert _options(bundle).get_session_config_entry(key) == "0"
+    options = _session(bundle_folder, {key: "0"}).get_session_options()
+    assert options.get_session_config_entry(key) == "0"
 
 
 @pytest.mark.parametrize("options", [{"session.disable_prepacking": 1}, {"": "1"}, {1: "1"}])
@@ -40,30 +47,38 @@ def test_an_arena_is_given_back_where_there_is_one(bundle_folder, pixels, refere
     own.log_severity_level = 4
     own.enable_cpu_mem_arena = False
     for options, shrinks in ((None, "cpu:0"), (own, None)):
-        bundle = Bundle.open(bundle_folder, profile="memory", session_options=options)
-        run = bundle._run_options
+        run = run_options(MEMORY, _session(bundle_folder, {}, options))
         key = "memory.enable_memory_arena_shrinkage"
         assert (run and run.get_run_config_entry(key)) == shrinks
+        bundle = Bundle.open(bundle_folder, profile="memory", session_options=options)
         found = bundle.run({"pixel_values": pixels})["logits"]
         np.testing.assert_allclose(found, reference(pixels), rtol=1e-5, atol=1e-5)
-    assert Bundle.open(bundle_folder, profile=Profile(0, False, True))._run_options is None
+    assert run_options(Profile(0, False, True), _session(bundle_folder, {})) is None
 
 
-def test_memory_runs_few_samples_at_once(bundle_folder, pixels, reference, monkeypatch):
-    many, sizes = np.concatenate([pixels] * 5)[:10], []
-    bundle = Bundle.open(bundle_folder, profile="memory")
-    run = bundle._run
+class Counting:
+    """A session that notes how many samples a run has."""
 
-    def counted(inputs, active):
-        sizes.append(len(inputs["pixel_values"]))
-        return run(inputs, active)
+    def __init__(self, session):
+        self.session, self.sizes = session, []
 
-    monkeypatch.setattr(bundle, "_run", counted)
+    def run(self, names, feeds, options):
+        self.sizes.append(len(feeds["pixel_values"]))
+        return self.session.run(names, feeds, options)
+
+    def get_session_options(self):
+        return self.session.get_session_options()
+
+
+def test_memory_runs_few_samples_at_once(bundle_folder, pixels, reference):
+    many = np.concatenate([pixels] * 5)[:10]
+    session = Counting(_session(bundle_folder, {}))
+    bundle = Bundle(bundle_folder, Manifest.load(bundle_folder), session, MEMORY)
     found = bundle.run_all({"pixel_values": many})["logits"]
-    assert max(sizes) == 4
+    assert max(session.sizes) == 4
     np.testing.assert_allclose(found, reference(many), rtol=1e-5, atol=1e-5)
     bundle.run_all({"pixel_values": many}, batch=10)
-    assert sizes[-1] == len(many)
+    assert session.sizes[-1] == len(many)
 
 
 def test_reading_a_file_allocates_no_more_than_it_has(python, tmp_path):

@@ -223,18 +223,16 @@ def test_what_does_not_fit_the_bundle_is_not_added(store, bundle_folder, make_ad
 def test_an_adapter_that_is_replaced_while_it_is_read(store, bundle, contents, monkeypatch):
     """Another process activates a newer one and removes this between look-up and reading."""
     store.add("ana", contents[0], activate=True)
-    real = store._read
-    calls = []
 
-    def read(entry):
-        if not calls:
-            calls.append(entry)
-            with Store(store.folder) as other:
-                other.add("ana", contents[1], activate=True)
-                other.remove("ana", 1)
-        return real(entry)
+    def holds(name):
+        """Asked between the two."""
+        assert name == store.active("ana").name
+        with Store(store.folder) as other:
+            other.add("ana", contents[1], activate=True)
+            other.remove("ana", 1)
+        return False
 
-    monkeypatch.setattr(store, "_read", read)
+    monkeypatch.setattr(bundle, "holds", holds)
     assert store.swap(bundle, "ana").name == store.active("ana").name
     assert store.active("ana").version == 2
 
@@ -502,7 +500,20 @@ def test_a_busy_store_says_so(tmp_path, contents):
         assert store.add("ana", contents[1]).version == 2
 
 
-def test_a_change_waits_for_its_turn(tmp_path, contents):
+@pytest.fixture
+def connections(monkeypatch):
+    """Those to SQLite's files that are opened from here on."""
+    found, connect = [], sqlite3.connect
+
+    def noting(*args, **options):
+        found.append(connect(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noting)
+    return found
+
+
+def test_a_change_waits_for_its_turn(tmp_path, contents, connections):
     with Store(tmp_path / "store", timeout=20) as store:
         other = sqlite3.connect(
             store.folder / "index.sqlite", isolation_level=None, check_same_thread=False
@@ -514,17 +525,17 @@ def test_a_change_waits_for_its_turn(tmp_path, contents):
         release.join()
         other.close()
         # Reading and the log's own locks are waited for as before.
-        assert store._index._db.execute("PRAGMA busy_timeout").fetchone() == (20_000,)
+        assert connections[0].execute("PRAGMA busy_timeout").fetchone() == (20_000,)
 
 
-def test_a_closed_store_and_a_forked_one(store, contents):
+def test_a_closed_store_and_a_forked_one(store, contents, monkeypatch):
     store.add("ana", contents[0])
-    process, store._index._process = store._index._process, 1
+    monkeypatch.setattr(os, "getpid", lambda: 1)
     with pytest.raises(
         UsageError, match=r"must be opened in this process, got .*, or opened before a"
     ):
         store.list()
-    store._index._process = process
+    monkeypatch.undo()
     store.close()
     store.close()
     with pytest.raises(UsageError, match="must be opened in this process"):
@@ -552,28 +563,31 @@ def test_threads_share_a_store(store, contents):
 # -- a thousand ------------------------------------------------------------------------------------
 
 
-def _work(store, monkeypatch, users):
+def _work(store, connection, monkeypatch, users):
     """Statements and files that looking up, activating and adding take; entries are read whole."""
     statements, opened, real = [], [], os.open
     import builtins
 
     real_open = builtins.open
-    monkeypatch.setattr(os, "open", lambda *a, **k: (opened.append(a), real(*a, **k))[1])
-    monkeypatch.setattr(builtins, "open", lambda *a, **k: (opened.append(a), real_open(*a, **k))[1])
-    store._index._db.set_trace_callback(statements.append)
-    for user in users:
-        store.path(user)
-        store.activate(user)
-        store.add(user, store.path(user), activate=True)
-    store._index._db.set_trace_callback(None)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *a, **k: (opened.append(a), real(*a, **k))[1])
+        patch.setattr(builtins, "open", lambda *a, **k: (opened.append(a), real_open(*a, **k))[1])
+        connection.set_trace_callback(statements.append)
+        for user in users:
+            store.path(user)
+            store.activate(user)
+            store.add(user, store.path(user), activate=True)
+        connection.set_trace_callback(None)
     return statements, len(opened)
 
 
-def test_a_thousand_adapters_take_no_more_work_than_ten(tmp_path, contents, monkeypatch):
+def test_a_thousand_adapters_take_no_more_work_than_ten(
+    tmp_path, contents, connections, monkeypatch
+):
     counts = {}
     for number in (10, 1000):
         with Store(tmp_path / str(number)) as store:
+            connection = connections[-1]
             store.add("user 0", contents[0], activate=True)
             _edit(
                 store.folder,
@@ -583,16 +597,18 @@ def test_a_thousand_adapters_take_no_more_work_than_ten(tmp_path, contents, monk
                 "INSERT INTO users SELECT user, 1 FROM adapters WHERE true ON CONFLICT DO NOTHING",
             )
             assert store.usage()["adapters"] == number
-            statements, opened = _work(store, monkeypatch, ["user 0", "user 7", "user 9"])
+            statements, opened = _work(
+                store, connection, monkeypatch, ["user 0", "user 7", "user 9"]
+            )
             counts[number] = (len(statements), opened)
             for statement in statements:
-                _is_by_index(store, statement)
+                _is_by_index(connection, statement)
     assert counts[10] == counts[1000]
 
 
-def _is_by_index(store, statement):
+def _is_by_index(connection, statement):
     """SQLite finds the rows by an index: what it does not grows with the number of adapters."""
     if statement.startswith(("SELECT", "UPDATE", "DELETE")):
-        plan = store._index._db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
         assert plan
         assert not [row for row in plan if row[3].startswith("SCAN")], (statement, plan)

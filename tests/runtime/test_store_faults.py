@@ -9,11 +9,12 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from regrow_runtime import RegrowError, index
+from regrow_runtime import RegrowError
 from regrow_runtime.store import Store
 
 KILLER = Path(__file__).parent / "store_killer.py"
@@ -25,11 +26,22 @@ def contents(make_adapter) -> list[bytes]:
     return [make_adapter(draw=draw).to_bytes() for draw in range(4)]
 
 
+class Connection(sqlite3.Connection):
+    """Does not wait for the disk, which takes nearly all of the time here; and has faults."""
+
+    faults = None
+
+    def execute(self, statement, *values):
+        if self.faults and statement != "ROLLBACK":
+            self.faults.step()
+        return super().execute(
+            statement.replace("synchronous = FULL", "synchronous = OFF"), *values
+        )
+
+
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """Without waiting for the disk, which takes nearly all of the time here."""
-    pragmas = [p for p in index._PRAGMAS if not p.startswith("synchronous")]
-    monkeypatch.setattr(index, "_PRAGMAS", (*pragmas, "synchronous = OFF"))
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -41,6 +53,7 @@ class Faults:
 
     def __init__(self, monkeypatch, error, after):
         self.error, self.left = error, after
+        monkeypatch.setattr(Connection, "faults", self)
         if isinstance(error, sqlite3.Error):
             return  # statements alone
         for owner, name in (
@@ -60,21 +73,6 @@ class Faults:
         self.left -= 1
         if self.left == 0:  # once: as when another program frees the disk again
             raise self.error
-
-
-class FaultyIndex:
-    """SQLite's connection, with the same faults before its statements."""
-
-    def __init__(self, real, faults):
-        self.real, self.faults = real, faults
-
-    def execute(self, *arguments):
-        if arguments[0] != "ROLLBACK":
-            self.faults.step()
-        return self.real.execute(*arguments)
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
 
 
 def _full() -> sqlite3.OperationalError:
@@ -123,9 +121,7 @@ def _try(step, change, error, contents, folder) -> tuple[bool, tuple]:
         before = _view(store)
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(patch, error, step)
-            store._index._db = FaultyIndex(store._index._db, faults)
             changed = _changed(change, store, contents)
-            store._index._db = store._index._db.real
         entries = store.list()
         with Store(folder) as other:  # opening clears what is left
             assert other.list() == entries
@@ -155,7 +151,7 @@ def test_a_fault_at_every_step(name, kind, contents, tmp_path, monkeypatch, no_w
 
 def test_a_disk_that_keeps_something_else(tmp_path, contents, monkeypatch):
     """What was written is read again before it is reported."""
-    from regrow_runtime import store as module
+    from regrow_runtime import adapter_files as module
 
     with Store(tmp_path / "store") as store:
         short = lambda path, data, **options: Path(path).write_bytes(data[:-1])  # noqa: E731
@@ -174,11 +170,10 @@ def test_a_disk_that_keeps_something_else(tmp_path, contents, monkeypatch):
 LIMITED = """
 import os, resource, sys
 from pathlib import Path
-from regrow_runtime import RegrowError, index
+from regrow_runtime import RegrowError
 from regrow_runtime.store import Store
 
 os.fsync = lambda _: None  # to be quicker
-index._PRAGMAS = (*index._PRAGMAS, "synchronous = OFF")
 folder, files = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir())
 found = {}
 for limit in [0, 100, 600, *range(4096, 120_000, 7919)]:

@@ -16,7 +16,7 @@ from regrow_export.slots import KINDS, expansion_feeds, set_slots, with_slots
 from regrow_export.tracing.kv_cache import cache_of
 from regrow_format.basis import BasisCache
 from regrow_format.methods import get_method
-from regrow_runtime import Bundle, RegrowError, UsageError
+from regrow_runtime import Bundle, Generation, RegrowError, UsageError
 
 BACKBONE = "sha256:" + "ab" * 32
 PROMPTS = [[5, 9, 3, 17, 2, 8, 4], [11, 6, 30], [7]]
@@ -109,18 +109,34 @@ def test_greedy_is_transformers_own(source, lm):
         assert lists(lm.generate(prompt, max_new_tokens=COUNT)) == [row]
 
 
+class Watched:
+    """A bundle for a conversation, which keeps the logits after the last token of each step."""
+
+    def __init__(self, bundle):
+        self.manifest, self.adapter_feeds = bundle.manifest, bundle.adapter_feeds
+        self.bundle, self.logits = bundle, []
+
+    def run_graph(self, names, feeds):
+        found = self.bundle.run_graph(names, feeds)
+        self.logits.append(found[names.index(self.manifest.cache.logits)][:, -1])
+        return found
+
+
 def test_logits_by_steps_and_at_once(source, lm):
     ids = np.array([PROMPTS[0]])
     with torch.inference_mode():
         wanted = source.model(torch.from_numpy(ids)).logits.numpy()
     found = lm.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
     np.testing.assert_allclose(found["logits"], wanted, rtol=1e-4, atol=1e-5)
-    for last in range(1, ids.shape[1]):
-        part = np.array(PROMPTS[0][: last + 1])
-        chat = lm.chat()
-        chat.generate(part[:last], max_new_tokens=1)
-        step = chat._forward(part[None], np.ones_like(part)[None], {})
-        np.testing.assert_allclose(step, wanted[:, last], rtol=1e-4, atol=1e-5)
+    watched = Watched(lm)
+    chat = Generation(watched, stop=())
+    chat.generate(PROMPTS[0][:3], max_new_tokens=4)
+    chat.generate(PROMPTS[1], max_new_tokens=4)  # several tokens on top of a cache
+    with torch.inference_mode():
+        wanted = source.model(torch.from_numpy(chat.ids)).logits.numpy()
+    places = [2, 3, 4, 5, 9, 10, 11, 12]  # of the last token that each step saw
+    for place, step in zip(places, watched.logits, strict=True):
+        np.testing.assert_allclose(step, wanted[:, place], rtol=1e-4, atol=1e-5)
 
 
 def test_with_an_adapter(source, lm, adapter_for):

@@ -6,15 +6,13 @@ from regrow_export.lazy import load_on_use
 
 if TYPE_CHECKING:
     from .backbone import COMPANIONS as COMPANIONS
-    from .backbone import WEIGHTS as WEIGHTS
     from .backbone import Backbone as Backbone
-    from .backbone import load_backbone as load_backbone
-    from .backbone import load_structure as load_structure
-    from .backbone import save_backbone as save_backbone
     from .huggingface import quiet_if_loaded as quiet_if_loaded
     from .huggingface import quiet_transformers as quiet_transformers
     from .identity import StoredTensor as StoredTensor
     from .identity import stored_tensors as stored_tensors
+    from .loading import load_backbone as load_backbone
+    from .loading import load_structure as load_structure
     from .low_rank import LowRankLinear as LowRankLinear
     from .low_rank import Plan as Plan
     from .low_rank import apply_plan as apply_plan
@@ -28,22 +26,18 @@ if TYPE_CHECKING:
     from .outputs import features_of as features_of
     from .outputs import logits_of as logits_of
     from .outputs import outputs_of as outputs_of
+    from .saving import save_backbone as save_backbone
     from .targets import find_targets as find_targets
     from .targets import matching as matching
+    from .weights import WEIGHTS as WEIGHTS
 else:
     __all__, __getattr__, __dir__ = load_on_use(
         __name__,
         {
-            ".backbone": (
-                "Backbone",
-                "COMPANIONS",
-                "WEIGHTS",
-                "load_backbone",
-                "load_structure",
-                "save_backbone",
-            ),
+            ".backbone": ("Backbone", "COMPANIONS"),
             ".huggingface": ("quiet_if_loaded", "quiet_transformers"),
             ".identity": ("StoredTensor", "stored_tensors"),
+            ".loading": ("load_backbone", "load_structure"),
             ".low_rank": (
                 "LowRankLinear",
                 "Plan",
@@ -56,6 +50,8 @@ else:
             ".macs": ("count_macs", "example_inputs"),
             ".module_factory": ("function_called",),
             ".outputs": ("features_of", "logits_of", "outputs_of"),
+            ".saving": ("save_backbone",),
             ".targets": ("find_targets", "matching"),
+            ".weights": ("WEIGHTS",),
         },
     )
