@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from regrow_toolchain.tasks import TASK_CHOICES
 
 __all__ = ["AdaptConfig", "CompressConfig", "ImportConfig", "ProfileConfig", "setting"]
 
@@ -13,7 +15,7 @@ def setting(
     default: Any,
     text: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     low: float = 0.0,
     high: float | None = None,
     shown: str | None = None,
@@ -71,8 +73,8 @@ class CompressConfig:
     task: str = setting(
         "auto",
         "What is learnt beside the dense model's features: the labels, or without any the dense "
-        "model's own outputs (imitation); auto: by labels and model.",
-        choices=("auto", "classification", "regression", "causal-lm", "imitation"),
+        "model's own outputs (distillation); auto: by labels and model.",
+        choices=TASK_CHOICES,
     )
     epochs: int = setting(12, "Passes over the training data; 0 keeps the start.")
     lr: float = setting(1e-3, "Peak learning rate (AdamW, cosine).")
@@ -151,7 +153,7 @@ class AdaptConfig:
     task: str = setting(
         "auto",
         "What is learnt; by default what labels and model mean.",
-        choices=("auto", "classification", "regression", "causal-lm", "metric", "distillation"),
+        choices=TASK_CHOICES,
     )
     steps: int = setting(180, "Training steps.", low=1)
     lr: float = setting(

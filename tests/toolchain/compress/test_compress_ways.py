@@ -113,16 +113,16 @@ def test_labels_that_are_missing_are_told(
     done = cli(*command, "-o", tmp_path / "a")
     assert done.code == 0
     assert done.err == (
-        f"regrow: no labels found in {deep}: it learns by imitation of the dense model (give a "
-        "folder per class for labels, or --task imitation to say that none are meant)\n"
+        f"regrow: no labels found in {deep}: it learns by distillation from the dense model (give "
+        "a folder per class for labels, or --task distillation to say that none are meant)\n"
     )
     assert "100.0 %" in next(line for line in done.out.splitlines() if line.startswith("dense"))
     assert "agreement on" in done.out
-    done = cli(*command, "-o", tmp_path / "b", "--task", "imitation")
+    done = cli(*command, "-o", tmp_path / "b", "--task", "distillation")
     assert (done.code, done.err) == (0, "")
 
 
-def test_a_classifier_imitates_the_dense_one(
+def test_a_classifier_is_distilled_without_labels(
     backbone: Backbone, dataset: Callable[..., Dataset]
 ) -> None:
     plain = dataset(240, 1)
@@ -135,11 +135,11 @@ def test_a_classifier_imitates_the_dense_one(
     assert done.score > done.start_score
     with pytest.raises(UsageError, match="data must have labels for task classification, got none"):
         compress(backbone, data, CompressConfig(task="classification"))
-    chosen = compress(backbone, plain, replace(_QUICK, task="imitation", epochs=1))
+    chosen = compress(backbone, plain, replace(_QUICK, task="distillation", epochs=1))
     assert chosen.metric == "agreement"
 
 
-def test_a_model_of_one_value_imitates_its_value() -> None:
+def test_a_model_of_one_value_is_distilled_without_labels() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)

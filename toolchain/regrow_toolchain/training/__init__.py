@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from .evaluation import accuracy as accuracy
     from .evaluation import evaluate as evaluate
     from .evaluation import predict as predict
+    from .evaluation import teacher_labelled as teacher_labelled
     from .progress_bar import progress as progress
     from .schedule import check_loss as check_loss
     from .schedule import cosine as cosine
     from .schedule import cosine_factor as cosine_factor
-    from .self_distillation import compression_task as compression_task
-    from .self_distillation import is_self_distillation as is_self_distillation
-    from .self_distillation import self_distillation_task as self_distillation_task
-    from .self_distillation import teacher_labelled as teacher_labelled
+    from .task_choice import compression_task as compression_task
     from .threads import step_threads as step_threads
     from .threads import torch_threads as torch_threads
     from .user_batches import Augmentation as Augmentation
@@ -42,15 +40,10 @@ else:
             ".checkpoint": ("Checkpoint", "State", "check_threads"),
             ".config_checks": ("check_settings",),
             ".determinism": ("deterministic", "frozen"),
-            ".evaluation": ("accuracy", "evaluate", "predict"),
+            ".evaluation": ("accuracy", "evaluate", "predict", "teacher_labelled"),
             ".progress_bar": ("progress",),
             ".schedule": ("check_loss", "cosine", "cosine_factor"),
-            ".self_distillation": (
-                "compression_task",
-                "is_self_distillation",
-                "self_distillation_task",
-                "teacher_labelled",
-            ),
+            ".task_choice": ("compression_task",),
             ".threads": ("step_threads", "torch_threads"),
             ".user_batches": ("Augmentation", "Batch", "MultiUserBatches", "mixed"),
         },

@@ -87,7 +87,7 @@ def compress_command(
     if data is not None:
         samples = load_data(
             data, source, text=text, label=label, max_length=max_length,
-            labels="none" if settings["task"] == "imitation" else "optional",
+            labels="none" if settings["task"] == "distillation" else "optional",
         )  # fmt: skip
     config = CompressConfig(**settings)
     asked = config.task != "auto" or source.task == "feature-extraction" or not source.labels
@@ -95,8 +95,8 @@ def compress_command(
         folder = data.is_dir() and not is_saved(data)
         way = "give a folder per class" if folder else "name a column or an array with --label"
         click.echo(
-            f"regrow: no labels found in {data}: it learns by imitation of the dense model "
-            f"({way} for labels, or --task imitation to say that none are meant)",
+            f"regrow: no labels found in {data}: it learns by distillation from the dense model "
+            f"({way} for labels, or --task distillation to say that none are meant)",
             err=True,
         )
     with resumable(state):
