@@ -154,6 +154,24 @@ def test_a_model_of_one_value_is_distilled_without_labels() -> None:
     assert done.score <= done.start_score
 
 
+def test_embeddings_can_be_trained_by_classes() -> None:
+    """If it is asked for; by itself a model of embeddings is distilled."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4)  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    backbone = Backbone(model, "sha256:x", "feature-extraction", (), (), ())
+    ids, labels = np.random.default_rng(0).integers(3, 40, (60, 8)), np.arange(60) % 3
+    ids[:, 4] = labels
+    data = Dataset({"input_ids": ids}, labels, ("a", "b", "c"))
+    assert compress(backbone, data, replace(_QUICK, epochs=1)).metric == "cosine"
+    done = compress(backbone, data, replace(_QUICK, task="metric", epochs=3))
+    assert done.metric == "1-NN accuracy"
+    assert done.score >= done.start_score
+
+
 def test_a_language_model_is_scored_in_nats(gpt2_folder: Path) -> None:
     backbone = load_backbone(gpt2_folder)
     tokens = np.random.default_rng(0).integers(0, 60, (40, 12))

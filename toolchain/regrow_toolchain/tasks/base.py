@@ -62,7 +62,7 @@ class Task(ABC):
     Attributes:
         name: as on the command line.
         label_words: what labels are, in errors.
-        label_kind: as `Dataset.kind` has it.
+        label_kind: which of `Dataset.kind` it takes, unless `takes` says otherwise.
         metric: what the score is called; one that is a share stands in the registry.
         higher_is_better: whether a larger score, and gate score, is the better one.
         heads: what heads it can train beside keeping the backbone's: "new", "tune".
@@ -72,7 +72,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     label_words: ClassVar[str]
-    label_kind: ClassVar[str]
+    label_kind: ClassVar[str] = ""
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     heads: ClassVar[tuple[str, ...]] = ()

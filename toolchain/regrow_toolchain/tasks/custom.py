@@ -32,7 +32,7 @@ class Custom(Task):
 
     loss: Loss
     name = "custom"
-    label_words, label_kind = "what the loss takes", ""
+    label_words = "what the loss takes"
     metric = "loss"
     higher_is_better = False
     heads = ("tune",)
