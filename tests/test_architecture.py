@@ -32,13 +32,13 @@ ROWS = (
         "regrow_toolchain.profiling",
     ),
     ("regrow_toolchain.training",),
+    ("regrow_toolchain.config",),  # of which tasks are choices
     ("regrow_toolchain.tasks",),
     ("regrow_toolchain.data",),
     ("regrow_toolchain.models",),
     (
         "regrow_toolchain.measurement",
         "regrow_toolchain.pages",
-        "regrow_toolchain.config",
         "regrow_toolchain.extras",
     ),
     ("regrow_toolchain",),

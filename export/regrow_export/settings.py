@@ -7,7 +7,7 @@ A config is a frozen dataclass whose fields are `setting`s and whose `__post_ini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -19,7 +19,7 @@ def setting(
     default: Any,
     text: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     low: float | None = 0.0,
     high: float | None = None,
     **shown: Any,

@@ -11,6 +11,7 @@ from typing import Any
 
 from regrow_export import ExportConfig as ExportConfig
 from regrow_export import check_settings, setting, targets_setting
+from regrow_toolchain.tasks import TASK_CHOICES
 
 __all__ = ["AdaptConfig", "CompressConfig", "ExportConfig", "ImportConfig", "ProfileConfig"]
 
@@ -98,8 +99,8 @@ class CompressConfig(_Checked):
     task: str = setting(
         "auto",
         "What is learnt beside the dense model's features: the labels, or without any the dense "
-        "model's own outputs (imitation); auto: by labels and model.",
-        choices=("auto", "classification", "regression", "causal-lm", "imitation"),
+        "model's own outputs (distillation); auto: by labels and model.",
+        choices=TASK_CHOICES,
     )
     epochs: int = setting(12, "Passes over the training data; 0 keeps the start.")
     lr: float = setting(1e-3, "Peak learning rate (AdamW, cosine).")
@@ -177,7 +178,7 @@ class AdaptConfig(_Checked):
     task: str = setting(
         "auto",
         "What is learnt; by default what labels and model mean.",
-        choices=("auto", "classification", "regression", "causal-lm", "metric", "distillation"),
+        choices=TASK_CHOICES,
     )
     steps: int = setting(180, "Training steps.", low=1)
     lr: float = setting(

@@ -27,8 +27,8 @@ from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone
 from regrow_toolchain.tasks import Classification, Distillation, Regression, Task
-from regrow_toolchain.tasks.features import Metric
-from regrow_toolchain.tasks.language import CausalLm
+from regrow_toolchain.tasks.causal_lm import CausalLm
+from regrow_toolchain.tasks.metric_learning import MetricLearning
 
 # -- the test ------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ def test_embeddings_are_neighbours_within_their_fold() -> None:
     one /= np.linalg.norm(one, axis=1, keepdims=True)
     turned = one @ np.linalg.qr(draw.normal(size=(3, 3)))[0].astype(np.float32)
     folds, both = np.repeat([0, 1], 6), np.concatenate([one, turned])
-    task, twice = Metric(), np.tile(labels, 2)
+    task, twice = MetricLearning(), np.tile(labels, 2)
     assert task.gate_score(both, twice, folds) == 1
     found = task.sample_losses(both, twice, folds)
     assert found[:6] == pytest.approx(found[6:], abs=1e-4)

@@ -113,16 +113,16 @@ def test_labels_that_are_missing_are_told(
     done = cli(*command, "-o", tmp_path / "a")
     assert done.code == 0
     assert done.err == (
-        f"regrow: no labels found in {deep}: it learns by imitation of the dense model (give a "
-        "folder per class for labels, or --task imitation to say that none are meant)\n"
+        f"regrow: no labels found in {deep}: it learns by distillation from the dense model (give "
+        "a folder per class for labels, or --task distillation to say that none are meant)\n"
     )
     assert "100.0 %" in next(line for line in done.out.splitlines() if line.startswith("dense"))
     assert "agreement on" in done.out
-    done = cli(*command, "-o", tmp_path / "b", "--task", "imitation")
+    done = cli(*command, "-o", tmp_path / "b", "--task", "distillation")
     assert (done.code, done.err) == (0, "")
 
 
-def test_a_classifier_imitates_the_dense_one(
+def test_a_classifier_is_distilled_without_labels(
     backbone: Backbone, dataset: Callable[..., Dataset]
 ) -> None:
     plain = dataset(240, 1)
@@ -135,11 +135,11 @@ def test_a_classifier_imitates_the_dense_one(
     assert done.score > done.start_score
     with pytest.raises(UsageError, match="data must have labels for task classification, got none"):
         compress(backbone, data, CompressConfig(task="classification"))
-    chosen = compress(backbone, plain, replace(_QUICK, task="imitation", epochs=1))
+    chosen = compress(backbone, plain, replace(_QUICK, task="distillation", epochs=1))
     assert chosen.metric == "agreement"
 
 
-def test_a_model_of_one_value_imitates_its_value() -> None:
+def test_a_model_of_one_value_is_distilled_without_labels() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -152,6 +152,24 @@ def test_a_model_of_one_value_imitates_its_value() -> None:
     assert done.metric == "rmse"
     assert done.dense_score == pytest.approx(0, abs=1e-5)
     assert done.score <= done.start_score
+
+
+def test_embeddings_can_be_trained_by_classes() -> None:
+    """If it is asked for; by itself a model of embeddings is distilled."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4)  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    backbone = Backbone(model, "sha256:x", "feature-extraction", (), (), ())
+    ids, labels = np.random.default_rng(0).integers(3, 40, (60, 8)), np.arange(60) % 3
+    ids[:, 4] = labels
+    data = Dataset({"input_ids": ids}, labels, ("a", "b", "c"))
+    assert compress(backbone, data, replace(_QUICK, epochs=1)).metric == "cosine"
+    done = compress(backbone, data, replace(_QUICK, task="metric", epochs=3))
+    assert done.metric == "1-NN accuracy"
+    assert done.score >= done.start_score
 
 
 def test_a_language_model_is_scored_in_nats(gpt2_folder: Path) -> None:

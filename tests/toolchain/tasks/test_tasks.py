@@ -19,9 +19,9 @@ from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset, split
 from regrow_toolchain.models import Backbone
 from regrow_toolchain.tasks import Classification, Distillation, Loss, Regression, choose_task
+from regrow_toolchain.tasks.causal_lm import CausalLm
 from regrow_toolchain.tasks.custom import Custom
-from regrow_toolchain.tasks.features import Metric
-from regrow_toolchain.tasks.language import CausalLm
+from regrow_toolchain.tasks.metric_learning import MetricLearning
 
 _ALL = ("classification", "metric", "regression", "distillation", "causal-lm")
 
@@ -135,7 +135,7 @@ def test_metric_is_the_supervised_contrastive_loss(temperature: float) -> None:
     torch.manual_seed(0)
     features = functional.normalize(torch.randn(2, 6, 8), dim=-1)
     labels = torch.tensor([[0, 1, 0, 1, 2, 0], [5, 5, 5, 5, 1, 1]])  # one class alone
-    found = Metric(temperature).losses(features, labels, None)
+    found = MetricLearning(temperature).losses(features, labels, None)
     for user in range(2):
         wanted = _contrastive(features[user], labels[user], temperature)
         assert found[user].tolist() == pytest.approx(wanted, rel=1e-4)
@@ -146,14 +146,18 @@ def test_what_fills_up_a_batch_is_nobodys_neighbour() -> None:
     features = functional.normalize(torch.randn(1, 6, 8), dim=-1)
     labels = torch.tensor([[0, 1, 0, 1, 0, 0]])
     used = torch.tensor([[True] * 4 + [False] * 2])
-    found = Metric().losses(features, labels, None, used)[0, :4]
-    torch.testing.assert_close(found, Metric().losses(features[:, :4], labels[:, :4], None)[0])
+    found = MetricLearning().losses(features, labels, None, used)[0, :4]
+    torch.testing.assert_close(
+        found, MetricLearning().losses(features[:, :4], labels[:, :4], None)[0]
+    )
 
 
 def test_a_sample_alone_in_its_batch_has_no_metric_loss() -> None:
     """And gradients of 0, which a softmax over nothing would make NaN."""
     features = torch.randn(2, 1, 8, requires_grad=True)
-    loss = Metric().losses(functional.normalize(features, dim=-1), torch.zeros(2, 1).long(), None)
+    loss = MetricLearning().losses(
+        functional.normalize(features, dim=-1), torch.zeros(2, 1).long(), None
+    )
     (grad,) = torch.autograd.grad(loss.sum(), features)
     assert not loss.any()
     assert not grad.any()
@@ -207,7 +211,7 @@ def test_a_loss_of_another_shape(loss: Loss) -> None:
         Custom(loss).losses(torch.ones(2, 3, 4), torch.ones(2, 3), None)
 
 
-@pytest.mark.parametrize("task", [Custom(lambda o, t: o), Metric(), Regression()])
+@pytest.mark.parametrize("task", [Custom(lambda o, t: o), MetricLearning(), Regression()])
 def test_inputs_that_a_model_does_not_take(task: Any) -> None:
     with pytest.raises(RegrowError, match=r"must take the data's inputs, got x \[2, 5\]: mat1"):
         task.outputs(_plain().model, {"x": torch.ones(2, 5)})
@@ -230,7 +234,7 @@ def test_scores() -> None:
     assert regression.score(regression.measure(values, truth), truth.numpy()) == wanted
     points = functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.25]]))
     classes = np.array([0, 0, 1, 1, 1])
-    metric = Metric()
+    metric = MetricLearning()
     assert metric.score(metric.measure(points, torch.tensor(classes)), classes) == 0.8
     assert math.isnan(metric.score(points[:1].numpy(), classes[:1]))
     cosine = Distillation().measure(values, truth)
@@ -261,14 +265,21 @@ def test_what_is_no_number_is_never_right() -> None:
     task = Classification()
     assert task.score(task.measure(logits, labels), labels.numpy()) == pytest.approx(1 / 3)
     features = np.full((3, 4), np.nan, np.float32)
-    assert math.isnan(Metric().score(features, np.zeros(3)))
+    assert math.isnan(MetricLearning().score(features, np.zeros(3)))
     broken = np.array([[1.0], [math.nan]], np.float32)
     for other in (Regression(), Distillation(), Custom(len)):
         assert math.isnan(other.score(broken, np.zeros(2)))
 
 
 def test_which_way_is_better() -> None:
-    tasks = [Classification(), Regression(), CausalLm(), Metric(), Distillation(), Custom(len)]
+    tasks = [
+        Classification(),
+        Regression(),
+        CausalLm(),
+        MetricLearning(),
+        Distillation(),
+        Custom(len),
+    ]
     assert [task.higher_is_better for task in tasks] == [True, False, False, True, True, False]
     assert [task.metric for task in tasks] == [
         "accuracy", "rmse", "nats per token", "1-NN accuracy", "cosine", "loss"
@@ -304,13 +315,21 @@ def test_labels_and_model_say_what_is_learnt(data: Dataset, model_task: str, nam
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("classification", _VALUES, "labels must be class labels for task classification, got flo"),
-        ("classification", _TOKENS, "labels must be class labels .*, got token labels"),
-        ("metric", _VECTORS, "labels must be class labels for task metric, got floating-point"),
-        ("regression", _CLASSES, "labels must be numbers for task regression, got integer labels"),
-        ("distillation", _CLASSES, "labels must be a teacher's features .*, got integer labels"),
-        ("causal-lm", _CLASSES, "labels must be tokens for task causal-lm, got integer labels"),
-        ("sorting", _CLASSES, "task must be one of auto, .*, got 'sorting'"),
+        (
+            "classification",
+            _VALUES,
+            "must be class labels for task classification, got float32",
+        ),
+        (
+            "classification",
+            _TOKENS,
+            "must be class labels .*, got int64 labels of shape .4, 3.",
+        ),
+        ("metric", _VECTORS, "labels must be class labels for task metric, got float32"),
+        ("regression", _CLASSES, "labels must be numbers for task regression, got int64 labels"),
+        ("distillation", _CLASSES, "labels must be a teacher's features .*, got int64 labels"),
+        ("causal-lm", _CLASSES, "labels must be tokens for task causal-lm, got int64 labels"),
+        ("sorting", _CLASSES, f"task must be one of auto, {', '.join(_ALL)}, got 'sorting'"),
     ],
 )
 def test_labels_that_a_task_does_not_take(name: str, data: Dataset, words: str) -> None:

@@ -34,7 +34,7 @@ class Adapted:
     """A trained adapter with its scores on samples held back (NaN if none were).
 
     Attributes:
-        before: without the adapter; of a regression with a new head that of the constant answer.
+        before: without the adapter; where the model has no answer by itself, of a constant one.
         after: with it, as its file stores it.
         samples: how many were held back, in all folds together.
         folds: 0 if `adapter` itself was judged; otherwise so many adapters were trained to be
@@ -159,7 +159,7 @@ class GroupTraining:
         kind = trainings[0].head
         if kind == "keep":
             return None
-        counts = [training.outputs for training in trainings]
+        counts = [len(training.names) for training in trainings]
         return Heads(self.backbone, counts, fresh=kind == "new", seed=self.config.seed)
 
     def _cohort(self, trainings: Sequence[Training], part: str) -> MultiUserBatches:
@@ -202,8 +202,9 @@ class GroupTraining:
                 stopped=done.stopped,
             )  # fmt: skip
         evidence = self._evidence(user, outcomes)
-        answer = next(iter(evidence.constants.values())) if evidence.base is None else evidence.base
-        before, after = (_score(task, evidence, found) for found in (answer, evidence.adapted))
+        before, after = (
+            _score(task, evidence, found) for found in (_level(evidence), evidence.adapted)
+        )
         adapter, samples = done.adapter, len(evidence.labels)
         if math.isfinite(before) and math.isfinite(after):
             found = Validated(self.config.precision, task.metric, before, after, samples)
@@ -235,15 +236,7 @@ class GroupTraining:
         """What the model answers by itself; None if its head is not for this."""
         if training.head != "new":
             return self._measured(held)
-        if self.task.name == "regression":
-            return None
-        # By class names: labels that the backbone does not know are missed.
-        known = {name: index for index, name in enumerate(self.backbone.labels)}
-        theirs = np.array([known.get(name, -1) for name in training.names])
-        found = self._measured(replace(held, labels=theirs[held.labels], names=()))
-        mine = {int(index): own for own, index in enumerate(theirs) if index >= 0}
-        found[:, 0] = [mine.get(int(answer), -1) for answer in found[:, 0]]
-        return found
+        return self.task.measure_base(held, training.names, self.backbone, self._measured)
 
     # -- the file ---------------------------------------------------------------------------------
 
@@ -272,8 +265,16 @@ def _answers(outcome: _Outcome) -> NDArray[np.float32]:
     return outcome.answers
 
 
-def _score(task: Task, evidence: Evidence, answer: NDArray[np.float32]) -> float:
-    """The score that people read: the gate's, if it is the same."""
+def _level(evidence: Evidence) -> NDArray[np.float32] | None:
+    """What there is without the adapter: the base model's answers, or else a constant one."""
+    constants = next(iter(evidence.constants.values()), None)
+    return constants if evidence.base is None else evidence.base
+
+
+def _score(task: Task, evidence: Evidence, answer: NDArray[np.float32] | None) -> float:
+    """The score that people read: the gate's, if it is the same; NaN of no answer."""
+    if answer is None:
+        return math.nan
     if task.gate_metric == task.metric:
         return task.gate_score(answer, evidence.labels, evidence.folds)
     return task.score(answer, evidence.labels)

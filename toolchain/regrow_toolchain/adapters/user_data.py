@@ -8,7 +8,7 @@ judge by, and a sixth of all samples, which is the result.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,12 +19,11 @@ from regrow_toolchain.data import (
     by_user,
     check_samples,
     equal_samples,
-    fit_labels,
     fold_numbers,
     split,
 )
 from regrow_toolchain.models import Backbone
-from regrow_toolchain.tasks import Task
+from regrow_toolchain.tasks import Fitted, Task
 
 __all__ = ["Training", "UserData", "prepare"]
 
@@ -41,9 +40,8 @@ class Training:
 
     Attributes:
         train, held, validation: samples to train on, to judge it by, and to stop early on.
-        names: the classes of the head, or the outputs of a regression; empty for other tasks.
+        names: of the outputs that a head for these labels has; empty if nothing says what they are.
         head: "keep", "new" or "tune".
-        outputs: how many outputs the head has.
     """
 
     train: Dataset
@@ -51,7 +49,6 @@ class Training:
     validation: Dataset | None
     names: tuple[str, ...]
     head: str
-    outputs: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +115,8 @@ def _user(
     task: Task,
     config: AdaptConfig,
 ) -> UserData:
-    names, head, outputs, data, held = _fitted(backbone, data, held, task, config)
+    fitted, head = _fitted(backbone, data, held, task, config)
+    data, held = fitted.data, fitted.held
 
     def training(train: Dataset, apart: Dataset) -> Training:
         validation = None
@@ -126,7 +124,7 @@ def _user(
             train, validation = split(train, config.validation, config.seed + 1)
             if not len(validation):
                 raise UsageError("validation must leave samples to stop early on, got none")
-        return Training(train, apart, validation, names, head, outputs)
+        return Training(train, apart, validation, fitted.names, head)
 
     if held is not None:
         return UserData(id, training(data, held))
@@ -151,75 +149,24 @@ def _folds(data: Dataset, seed: int) -> Iterator[tuple[Dataset, Dataset]]:
 
 def _fitted(
     backbone: Backbone, data: Dataset, held: Dataset | None, task: Task, config: AdaptConfig
-) -> tuple[tuple[str, ...], str, int, Dataset, Dataset | None]:
-    """(names, head, outputs, data, held) with labels as the head's outputs."""
-    if task.name == "classification":
-        return _fitted_classes(backbone, data, held, config)
-    if task.name == "regression":
-        count = 1 if data.labels.ndim == 1 else data.labels.shape[1]
-        fits = bool(backbone.labels) and len(backbone.labels) == count
-        head = _head(config, backbone, known=fits)
-        if head != "new" and not fits:
-            raise UsageError(
-                f"backbone must have a trained head of {count} outputs to {head}, got "
-                f"{len(backbone.labels)}: --head new trains one"
-            )
-        names = backbone.labels if fits else _numbered(count)
-        return names, head, count, data, held
-    if config.head in ("new", "tune") or config.method == "head":
-        if task.name != "custom" or config.head == "new":
-            raise UsageError(
-                f"head must be kept for task {task.name}, got method {config.method} with head "
-                f"{config.head}"
-            )
-        count = _width(backbone)
-        return backbone.labels or _numbered(count), "tune", count, data, held
-    return (), "keep", 0, data, held
+) -> tuple[Fitted, str]:
+    """Labels as the task takes them, and what becomes of the head."""
+    fitted = task.fit(data, held, backbone, "keep" if config.head == "tune" else config.head)
+    head = _head(config, known=fitted.known)
+    if head != "keep" and head not in task.heads:
+        raise UsageError(
+            f"head must be kept for task {task.name}, got method {config.method} with head "
+            f"{config.head}"
+        )
+    if head != "new" and not fitted.known:
+        raise UsageError(
+            f"backbone must have a trained head of {len(fitted.names)} outputs to {head}, got "
+            f"{len(backbone.labels)}: --head new trains one"
+        )
+    return fitted, head
 
 
-def _width(backbone: Backbone) -> int:
-    """How many outputs the backbone's own head has."""
-    if not backbone.head:
-        raise UsageError("backbone must have a head to train one, got none")
-    last = backbone.model.get_submodule(backbone.head[-1])
-    return int(getattr(last, "out_features", len(backbone.labels)))
-
-
-def _numbered(count: int) -> tuple[str, ...]:
-    return tuple(f"value_{i}" for i in range(count))
-
-
-def _fitted_classes(
-    backbone: Backbone, data: Dataset, held: Dataset | None, config: AdaptConfig
-) -> tuple[tuple[str, ...], str, int, Dataset, Dataset | None]:
-    wanted = "keep" if config.head == "tune" else config.head
-    both = _joined(data, held) if held is not None else replace(data, inputs={})
-    fitted, fresh = fit_labels(both, backbone.labels, wanted)
-    head = "new" if fresh else _head(config, backbone, known=True)
-    mine, theirs = np.split(fitted.labels, [len(data)])
-    data = replace(data, labels=mine, names=fitted.names)
-    rest = None if held is None else replace(held, labels=theirs, names=fitted.names)
-    return fitted.names, head, len(fitted.names), data, rest
-
-
-def _joined(data: Dataset, held: Dataset) -> Dataset:
-    """The labels of both; classes that stand only in `held` are an error of their own."""
-    if not held.named and not data.named:
-        names = max(data.names, held.names, key=len)
-        labels = held.labels
-    else:
-        there = np.unique(held.labels)
-        unknown = [held.names[i] for i in there if held.names[i] not in data.names]
-        if unknown:
-            raise UsageError(f"held samples must be of the data's classes, got {unknown[0]!r}")
-        names, known = data.names, {name: i for i, name in enumerate(data.names)}
-        index = np.array([known.get(name, -1) for name in held.names], dtype=np.int64)
-        labels = index[held.labels]
-    joined = np.concatenate([data.labels, labels])
-    return Dataset({}, joined, names, data.named)
-
-
-def _head(config: AdaptConfig, backbone: Backbone, *, known: bool) -> str:
+def _head(config: AdaptConfig, *, known: bool) -> str:
     """What becomes of the head; method "head" trains one in any case."""
     if config.head in ("new", "tune"):
         return config.head

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from regrow_toolchain.tasks import in_percent
+
 __all__ = ["cost", "giga", "percent", "score", "size"]
 
 
@@ -24,11 +26,10 @@ def percent(share: float) -> str:
 
 
 def score(value: float | None, metric: str) -> str:
-    """A score as people read it: accuracies and agreement in percent, others with four digits."""
+    """A score as people read it: shares in percent (see `TASKS`), others with four digits."""
     if value is None or math.isnan(value):
         return "no score"
-    share = "accuracy" in metric or "agreement" in metric
-    return percent(value) if share else f"{value:.4g}"
+    return percent(value) if in_percent(metric) else f"{value:.4g}"
 
 
 def giga(count: int | None) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow_format.errors import UsageError
 from regrow_toolchain.config import CompressConfig
-from regrow_toolchain.data import Dataset, fit_labels, split
+from regrow_toolchain.data import Dataset, split
 from regrow_toolchain.models import Backbone
 from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
@@ -129,12 +129,9 @@ def _parts(
     config: CompressConfig,
 ) -> tuple[Dataset | None, Dataset | None]:
     """(to train on, to measure on)."""
-    classes = task is not None and task.name == "classification"
 
     def fitted(part: Dataset) -> Dataset:
-        if not classes:
-            return part
-        return fit_labels(part, backbone.labels, "keep", way_out=_WAY_OUT)[0]
+        return part if task is None else task.fit(part, None, backbone, way_out=_WAY_OUT).data
 
     train = None if data is None else fitted(data)
     if held is None and train is not None:
@@ -143,7 +140,7 @@ def _parts(
     elif held is not None:
         held = fitted(held)
     if held is not None and task is not None:
-        held = teacher_labelled(task, backbone, held)
+        held = teacher_labelled(task, backbone.model, held)
     return train, held
 
 

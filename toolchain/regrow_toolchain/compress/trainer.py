@@ -22,7 +22,6 @@ from regrow_toolchain.training import (
     State,
     check_loss,
     cosine_factor,
-    is_self_distillation,
     mixed,
     progress,
     trimmed,
@@ -186,9 +185,9 @@ class DistillationTrainer:
             with torch.no_grad():
                 wanted = self.task.outputs(self.teacher, inputs)
             found = self.task.outputs(self.student, inputs)
-        labels = (
-            wanted.unsqueeze(0) if is_self_distillation(self.task) else _cut(batch.labels, found)
-        )
+        labels = _cut(batch.labels, found)
+        if self.task.learns_from_teacher:
+            labels = wanted.unsqueeze(0)
         losses = self.task.losses(found.unsqueeze(0), labels)
         base = (losses.float() * batch.weights).sum()
         own, others = (kept.take() for kept in seen)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .dataset import split as split
     from .formats import DATA as DATA
     from .formats import LABEL_WORDS as LABEL_WORDS
+    from .label_matching import fit_both as fit_both
     from .label_matching import fit_labels as fit_labels
     from .loading import load_data as load_data
     from .loading import load_inputs as load_inputs
@@ -40,7 +41,7 @@ else:
                 "split",
             ),
             ".formats": ("DATA", "LABEL_WORDS"),
-            ".label_matching": ("fit_labels",),
+            ".label_matching": ("fit_both", "fit_labels"),
             ".loading": ("load_data", "load_inputs"),
             ".saved": ("is_saved",),
             ".text": ("Encoder",),

@@ -10,16 +10,14 @@ from regrow_format.errors import UsageError
 
 from .dataset import Dataset
 
-__all__ = ["fit_labels"]
+__all__ = ["fit_both", "fit_labels"]
 
 _SHOWN = 5
-
-
 _OWN_HEAD = "--head new trains a head for your own labels"
 
 
 def fit_labels(
-    data: Dataset, labels: tuple[str, ...], head: str, *, way_out: str = _OWN_HEAD
+    data: Dataset, labels: tuple[str, ...], head: str, *, way_out: str = ""
 ) -> tuple[Dataset, bool]:
     """The data with labels as output indices, and whether a new head is needed.
 
@@ -28,11 +26,13 @@ def fit_labels(
             not trained.
         head: "keep" (labels must be the backbone's), "new", or "auto": keep if all of them are,
             new if none is.
-        way_out: what the error for labels that do not fit ends with.
+        way_out: what the error for labels that do not fit ends with; by default it names
+            --head new.
 
     Raises:
         UsageError: the labels do not fit, or there are fewer than two classes for a new head.
     """
+    way_out = way_out or _OWN_HEAD
     if not labels and head == "keep":
         raise UsageError(
             f"backbone must have a trained head with class names to keep, got none: {way_out}"
@@ -61,6 +61,45 @@ def fit_labels(
         )
     index = np.array([known.get(name, -1) for name in data.names], dtype=np.int64)
     return replace(data, labels=index[data.labels], names=labels), False
+
+
+def fit_both(
+    data: Dataset,
+    held: Dataset | None,
+    labels: tuple[str, ...],
+    head: str,
+    *,
+    way_out: str = "",
+) -> tuple[Dataset, Dataset | None, bool]:
+    """As `fit_labels`, of the samples to train on and of those to judge by together.
+
+    Raises:
+        UsageError: also where a class stands only in `held`.
+    """
+    both = replace(data, inputs={}) if held is None else _joined(data, held)
+    fitted, fresh = fit_labels(both, labels, head, way_out=way_out)
+    mine, theirs = np.split(fitted.labels, [len(data)])
+    data = replace(data, labels=mine, names=fitted.names)
+    if held is not None:
+        held = replace(held, labels=theirs, names=fitted.names)
+    return data, held, fresh
+
+
+def _joined(data: Dataset, held: Dataset) -> Dataset:
+    """The labels of both; classes that stand only in `held` are an error of their own."""
+    if not held.named and not data.named:
+        names = max(data.names, held.names, key=len)
+        labels = held.labels
+    else:
+        there = np.unique(held.labels)
+        unknown = [held.names[i] for i in there if held.names[i] not in data.names]
+        if unknown:
+            raise UsageError(f"held samples must be of the data's classes, got {unknown[0]!r}")
+        names, known = data.names, {name: i for i, name in enumerate(data.names)}
+        index = np.array([known.get(name, -1) for name in held.names], dtype=np.int64)
+        labels = index[held.labels]
+    joined = np.concatenate([data.labels, labels])
+    return Dataset({}, joined, names, data.named)
 
 
 def _own_labels(data: Dataset) -> Dataset:

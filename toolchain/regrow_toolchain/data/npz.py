@@ -172,8 +172,8 @@ def own_tokens(source: Source, inputs: Arrays) -> NDArray[np.int64]:
 
 
 def _check_tokens(source: Source, inputs: Arrays, labels: NDArray[Any]) -> None:
-    """Labels of tokens fit the tokens."""
-    if labels.ndim != 2 or labels.dtype.kind == "f":
+    """A language model's labels are tokens, and fit those of its inputs."""
+    if not source.language_model or labels.ndim != 2 or labels.dtype.kind == "f":
         return
     tokens = inputs.get("input_ids")
     if tokens is not None and tokens.shape != labels.shape:
@@ -181,7 +181,7 @@ def _check_tokens(source: Source, inputs: Arrays, labels: NDArray[Any]) -> None:
             f"{source.path}: labels of tokens must have the shape of input_ids, "
             f"{list(tokens.shape)}, got {list(labels.shape)}"
         )
-    if source.language_model and not (labels[:, 1:] != IGNORED).any(axis=1).all():
+    if not (labels[:, 1:] != IGNORED).any(axis=1).all():
         short = int((labels[:, 1:] == IGNORED).all(axis=1).argmax())
         raise UsageError(
             f"{source.path}: a language model's sample must have two tokens or more, "

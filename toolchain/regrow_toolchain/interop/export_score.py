@@ -9,10 +9,10 @@ from torch import nn
 from regrow_export import Measure
 from regrow_format.errors import UsageError
 from regrow_toolchain.config import AdaptConfig
-from regrow_toolchain.data import Dataset, fit_labels
+from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone
-from regrow_toolchain.tasks import choose_task
-from regrow_toolchain.training import evaluate, self_distillation_task, teacher_labelled
+from regrow_toolchain.tasks import choose_task, self_distillation
+from regrow_toolchain.training import evaluate, teacher_labelled
 
 __all__ = ["export_evaluation"]
 
@@ -32,17 +32,14 @@ def export_evaluation(backbone: Backbone, data: Dataset, labels: tuple[str, ...]
     if not len(data):
         raise UsageError("data must have samples to measure on, got none")
     backbone = replace(backbone, labels=labels)
-    task = self_distillation_task(backbone) if data.unlabelled else None
-    task = task or choose_task(AdaptConfig(), data, backbone.task)
-    if task.name == "classification":
-        data, _ = fit_labels(data, labels, "keep", way_out="give other data, or none")
+    if data.unlabelled:
+        task = self_distillation(backbone)
+    else:
+        task = choose_task(AdaptConfig(), data, backbone.task)
+        data = task.fit(data, None, backbone, way_out="give other data, or none").data
 
     def scores(exact: nn.Module, bundle: nn.Module) -> tuple[float, float]:
-        known = (
-            teacher_labelled(task, replace(backbone, model=exact), data)
-            if data.unlabelled
-            else data
-        )
+        known = teacher_labelled(task, exact, data) if data.unlabelled else data
         first, second = (
             task.score(evaluate(model, task, known, batch=1), known.labels)
             for model in (exact, bundle)

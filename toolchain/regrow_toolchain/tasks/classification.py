@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError
-from regrow_toolchain.models import logits_of
+from regrow_toolchain.data import Dataset, fit_both
+from regrow_toolchain.models import Backbone, logits_of
 
-from .base import Inputs, Task
+from .base import FEATURES, Fitted, Inputs, Task, TaskSettings
 
 __all__ = ["Classification"]
 
@@ -28,9 +30,34 @@ class Classification(Task):
 
     label_smoothing: float = 0.0
     name = "classification"
-    metric = "accuracy"
+    label_words, label_kind = "class labels", "classes"
+    metric, gate_metric = "accuracy", "balanced accuracy"
     higher_is_better = True
-    gate_metric = "balanced accuracy"
+    heads = ("new", "tune")
+
+    @classmethod
+    def from_settings(cls, settings: TaskSettings) -> Self:
+        return cls(settings.label_smoothing)
+
+    @classmethod
+    def suits(cls, data: Dataset, model_task: str) -> bool:
+        return cls.takes(data) and model_task != FEATURES
+
+    def fit(
+        self,
+        data: Dataset,
+        held: Dataset | None,
+        backbone: Backbone,
+        head: str = "keep",
+        way_out: str = "",
+    ) -> Fitted:
+        """Class names, or numbers, become outputs: the backbone's, or those of a new head."""
+        data, held, fresh = fit_both(data, held, backbone.labels, head, way_out=way_out)
+        return Fitted(data, held, data.names, known=not fresh)
+
+    def teacher_labels(self, outputs: Tensor) -> NDArray[Any]:
+        """int64 [N]: the teacher's classes."""
+        return _classes(outputs).cpu().numpy()
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         found = logits_of(model, inputs)
@@ -59,13 +86,11 @@ class Classification(Task):
         """[N, 2]: the class that each sample got, -1 where the model gave no number; and the nats
         of its label, infinite for a class that the model does not know.
         """
-        found = outputs.argmax(dim=-1)
-        found = found.masked_fill(outputs.isnan().any(dim=-1), -1)
         known = labels >= 0
         truth = labels.clamp(min=0).unsqueeze(-1)
         nats = -torch.log_softmax(outputs.float(), dim=-1).gather(-1, truth).squeeze(-1)
         nats = nats.masked_fill(~known, math.inf)
-        return torch.stack([found.float(), nats], dim=-1).cpu().numpy()
+        return torch.stack([_classes(outputs).float(), nats], dim=-1).cpu().numpy()
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float((measured[:, 0] == labels).mean()) if len(labels) else math.nan
@@ -103,3 +128,23 @@ class Classification(Task):
             name: np.stack([found, nats], axis=-1).astype(np.float32)
             for name, nats in (("class frequencies", frequencies), ("even chances", even))
         }
+
+    def measure_base(
+        self,
+        held: Dataset,
+        names: tuple[str, ...],
+        backbone: Backbone,
+        measure: Callable[[Dataset], NDArray[np.float32]],
+    ) -> NDArray[np.float32] | None:
+        """By class names: labels that the backbone does not know are missed."""
+        known = {name: index for index, name in enumerate(backbone.labels)}
+        theirs = np.array([known.get(name, -1) for name in names])
+        found = measure(replace(held, labels=theirs[held.labels], names=()))
+        mine = {int(index): own for own, index in enumerate(theirs) if index >= 0}
+        found[:, 0] = [mine.get(int(answer), -1) for answer in found[:, 0]]
+        return found
+
+
+def _classes(outputs: Tensor) -> Tensor:
+    """int64 [N]: the class of the largest output, -1 where the model gave no number."""
+    return outputs.argmax(dim=-1).masked_fill(outputs.isnan().any(dim=-1), -1)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_format.errors import UsageError
-from regrow_toolchain.models import outputs_of
+from regrow_toolchain.data import Dataset
+from regrow_toolchain.models import Backbone, outputs_of
 
-from .base import Inputs, Task
+from .base import Fitted, Inputs, Task
+from .regression import numbered
 
-__all__ = ["Custom"]
+__all__ = ["Custom", "Loss"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,27 @@ class Custom(Task):
     tensor, or the first of what it gives. The score is the mean loss. See `Task`.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
     name = "custom"
+    label_words = "what the loss takes"
     metric = "loss"
     higher_is_better = False
+    heads = ("tune",)
+
+    @classmethod
+    def takes(cls, data: Dataset) -> bool:
+        return True
+
+    def fit(
+        self,
+        data: Dataset,
+        held: Dataset | None,
+        backbone: Backbone,
+        head: str = "keep",
+        way_out: str = "",
+    ) -> Fitted:
+        """The outputs are the backbone's, whatever the loss makes of them."""
+        return Fitted(data, held, backbone.labels or numbered(_width(backbone)))
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         result = outputs_of(model, inputs)
@@ -76,10 +95,9 @@ class Custom(Task):
             found = torch.stack([self._found(outputs[i : i + 1], labels[i : i + 1]) for i in rows])
         return found.float().unsqueeze(-1).cpu().numpy()
 
-    def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
-        return float(measured.mean()) if len(labels) else math.nan
 
-    def sample_losses(
-        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        return measured[:, 0].astype(np.float64)
+def _width(backbone: Backbone) -> int:
+    """How many outputs the backbone's own head has; 0 without one."""
+    if not backbone.head:
+        return 0
+    return int(getattr(backbone.model.get_submodule(backbone.head[-1]), "out_features", 0))

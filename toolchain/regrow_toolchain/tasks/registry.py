@@ -1,92 +1,71 @@
-"""Kinds of training. A further one is one file here and one line in `_make`."""
+"""Kinds of training by name. A further one is one file beside this one and one line in `TASKS`.
+
+This half is light: configs and the command line take names from here, and torch is loaded when a
+task is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from torch import Tensor
-
-from regrow_format.errors import UsageError
-
-from .base import Task
-from .classification import Classification
-from .custom import Custom
-from .features import Distillation, Metric
-from .language import CausalLm
-from .regression import Regression
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from regrow_toolchain.config import AdaptConfig
-    from regrow_toolchain.data import Dataset
+    from .base import Task
 
-__all__ = ["Loss", "choose_task"]
+__all__ = ["AUTO", "TASKS", "TASK_CHOICES", "TaskEntry", "in_percent"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+AUTO = "auto"
 
-_LABELS = {
-    "classification": "class labels",
-    "metric": "class labels",
-    "regression": "numbers",
-    "distillation": "a teacher's features",
-    "causal-lm": "tokens",
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """Where a task is, and what is known of it without loading it.
+
+    Attributes:
+        where: "package.module:Class", or ".module:Class" of this package.
+        percent: its metrics that are shares from 0 to 1, for people in percent.
+    """
+
+    where: str
+    percent: tuple[str, ...] = ()
+
+    def load(self) -> type[Task]:
+        """The class."""
+        module, _, name = self.where.partition(":")
+        found: type[Task] = getattr(import_module(module, __package__), name)
+        return found
+
+
+# Where nobody says what is learnt, it is the first that suits labels and model.
+TASKS = {
+    "classification": TaskEntry(
+        ".classification:Classification", percent=("accuracy", "balanced accuracy")
+    ),
+    "metric": TaskEntry(".metric_learning:MetricLearning", percent=("1-NN accuracy",)),
+    "regression": TaskEntry(".regression:Regression"),
+    "distillation": TaskEntry(".distillation:Distillation", percent=("agreement",)),
+    "causal-lm": TaskEntry(".causal_lm:CausalLm"),
 }
 
 
-def choose_task(
-    config: AdaptConfig, data: Dataset, model_task: str, loss: Loss | None = None
-) -> Task:
-    """The task that `config` names, or the one that model and labels mean.
+class _Choices(Collection[str]):
+    """What a config's `task` may be: also tasks that an application registers later."""
 
-    Args:
-        model_task: the backbone's, such as "text-classification".
-        loss: the user's own, which goes before everything.
+    def __contains__(self, name: object) -> bool:
+        return name == AUTO or name in TASKS
 
-    Raises:
-        UsageError: the labels are not of the kind that the task takes.
-    """
-    if loss is not None:
-        return Custom(loss)
-    name = _meant(data, model_task) if config.task == "auto" else config.task
-    if name not in _LABELS:
-        raise UsageError(f"task must be one of auto, {', '.join(_LABELS)}, got {name!r}")
-    if (found := _kind(data.labels)) != (wanted := _wanted(name)):
-        raise UsageError(
-            f"labels must be {_LABELS[name]} for task {name}, got {found}, not {wanted}"
-        )
-    return _make(name, config)
+    def __iter__(self) -> Iterator[str]:
+        return iter((AUTO, *TASKS))
+
+    def __len__(self) -> int:
+        return 1 + len(TASKS)
 
 
-def _make(name: str, config: AdaptConfig) -> Task:
-    tasks: dict[str, Task] = {
-        "classification": Classification(config.label_smoothing),
-        "regression": Regression(),
-        "causal-lm": CausalLm(),
-        "metric": Metric(),
-        "distillation": Distillation(),
-    }
-    return tasks[name]
+TASK_CHOICES = _Choices()
 
 
-def _meant(data: Dataset, model_task: str) -> str:
-    features = model_task == "feature-extraction"
-    kind = _kind(data.labels)
-    if kind == "token labels":
-        return "causal-lm"
-    if kind == "floating-point labels":
-        return "distillation" if features and data.labels.ndim == 2 else "regression"
-    return "metric" if features else "classification"
-
-
-def _kind(labels: np.ndarray[Any, Any]) -> str:
-    if labels.dtype.kind == "f":
-        return "floating-point labels"
-    return "token labels" if labels.ndim == 2 else "integer labels"
-
-
-def _wanted(name: str) -> str:
-    if name == "causal-lm":
-        return "token labels"
-    numbers = name in ("regression", "distillation")
-    return "floating-point labels" if numbers else "integer labels"
+def in_percent(metric: str) -> bool:
+    """Whether scores of a metric are shares, for people in percent."""
+    return any(metric in entry.percent for entry in TASKS.values())

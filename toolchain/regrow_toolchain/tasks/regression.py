@@ -11,20 +11,43 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError
-from regrow_toolchain.models import logits_of
+from regrow_toolchain.data import Dataset
+from regrow_toolchain.models import Backbone, logits_of
 
-from .base import Inputs, Task
+from .base import FEATURES, Fitted, Inputs, Task
 
-__all__ = ["Regression"]
+__all__ = ["Regression", "numbered"]
 
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Labels are float32 values [n] or [n, outputs]. See `Task`."""
+    """Labels are float32 values [n] or [n, outputs]. Measured is a sample's mean squared error.
+
+    See `Task`.
+    """
 
     name = "regression"
+    label_words, label_kind = "numbers", "values"
     metric = "rmse"
     higher_is_better = False
+    heads = ("new", "tune")
+
+    @classmethod
+    def suits(cls, data: Dataset, model_task: str) -> bool:
+        return cls.takes(data) and not (model_task == FEATURES and data.labels.ndim == 2)
+
+    def fit(
+        self,
+        data: Dataset,
+        held: Dataset | None,
+        backbone: Backbone,
+        head: str = "keep",
+        way_out: str = "",
+    ) -> Fitted:
+        """An output for each value: the backbone's if it has as many."""
+        count = 1 if data.labels.ndim == 1 else data.labels.shape[1]
+        known = len(backbone.labels) == count
+        return Fitted(data, held, backbone.labels if known else numbered(count), known)
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """[N, m]; a model that gives one number per sample may leave the last dimension out."""
@@ -39,19 +62,16 @@ class Regression(Task):
         used: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error over a sample's outputs."""
-        return _squares(outputs, labels)
-
-    def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """[N, 1]: a sample's mean squared error."""
-        return _squares(outputs, labels).unsqueeze(-1).cpu().numpy()
+        values = labels if labels.dim() == outputs.dim() else labels.unsqueeze(-1)
+        if values.shape != outputs.shape:
+            raise RegrowError(
+                "labels must have as many values as the model gives, "
+                f"{outputs.shape[-1]} per sample, got {values.shape[-1]}"
+            )
+        return (outputs.float() - values.float()).square().mean(-1)
 
     def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
         return float(np.sqrt(measured.mean())) if len(labels) else math.nan
-
-    def sample_losses(
-        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        return measured[:, 0].astype(np.float64)
 
     def constants(
         self, train: NDArray[Any], labels: NDArray[Any]
@@ -61,11 +81,6 @@ class Regression(Task):
         return {"mean of the labels": squares.mean(axis=1, keepdims=True).astype(np.float32)}
 
 
-def _squares(outputs: Tensor, labels: Tensor) -> Tensor:
-    values = labels if labels.dim() == outputs.dim() else labels.unsqueeze(-1)
-    if values.shape != outputs.shape:
-        raise RegrowError(
-            f"labels must have as many values as the model gives, {outputs.shape[-1]} per sample, "
-            f"got {values.shape[-1]}"
-        )
-    return (outputs.float() - values.float()).square().mean(-1)
+def numbered(count: int) -> tuple[str, ...]:
+    """Names of outputs that have none."""
+    return tuple(f"value_{index}" for index in range(count))

@@ -18,16 +18,14 @@ if TYPE_CHECKING:
     from .evaluation import accuracy as accuracy
     from .evaluation import evaluate as evaluate
     from .evaluation import predict as predict
+    from .evaluation import teacher_labelled as teacher_labelled
     from .identity import TrainingIdentity as TrainingIdentity
     from .identity import training_identity as training_identity
     from .progress_bar import progress as progress
     from .schedule import check_loss as check_loss
     from .schedule import cosine as cosine
     from .schedule import cosine_factor as cosine_factor
-    from .self_distillation import compression_task as compression_task
-    from .self_distillation import is_self_distillation as is_self_distillation
-    from .self_distillation import self_distillation_task as self_distillation_task
-    from .self_distillation import teacher_labelled as teacher_labelled
+    from .task_choice import compression_task as compression_task
     from .threads import step_threads as step_threads
     from .threads import torch_threads as torch_threads
     from .user_batches import Augmentation as Augmentation
@@ -42,16 +40,11 @@ else:
             ".batching": ("augment", "batches", "shifted", "trimmed"),
             ".checkpoint": ("Checkpoint", "State", "StateFile"),
             ".determinism": ("deterministic", "frozen"),
-            ".evaluation": ("accuracy", "evaluate", "predict"),
             ".identity": ("TrainingIdentity", "training_identity"),
+            ".evaluation": ("accuracy", "evaluate", "predict", "teacher_labelled"),
             ".progress_bar": ("progress",),
             ".schedule": ("check_loss", "cosine", "cosine_factor"),
-            ".self_distillation": (
-                "compression_task",
-                "is_self_distillation",
-                "self_distillation_task",
-                "teacher_labelled",
-            ),
+            ".task_choice": ("compression_task",),
             ".threads": ("step_threads", "torch_threads"),
             ".user_batches": ("Augmentation", "Batch", "MultiUserBatches", "mixed"),
         },

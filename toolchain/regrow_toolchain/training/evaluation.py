@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from regrow_toolchain.tasks import Task
 from regrow_toolchain.models import logits_of
 
-__all__ = ["accuracy", "evaluate", "predict"]
+__all__ = ["accuracy", "evaluate", "predict", "teacher_labelled"]
 
 _PREDICT_BATCH = 256
 
@@ -27,15 +28,30 @@ def evaluate(
     model: nn.Module, task: Task, data: Dataset, batch: int = _PREDICT_BATCH
 ) -> NDArray[np.float32]:
     """[samples, m]: what a task's score needs of each sample; on the model's device."""
+    return np.concatenate(
+        [task.measure(out, labels) for out, labels in _outputs(model, task, data, batch)]
+    )
+
+
+@torch.no_grad()
+def teacher_labelled(task: Task, teacher: nn.Module, data: Dataset) -> Dataset:
+    """Samples to score by, with a teacher's outputs as labels where those are learnt."""
+    if not task.learns_from_teacher:
+        return data
+    parts = [task.teacher_labels(out) for out, _ in _outputs(teacher, task, data, _PREDICT_BATCH)]
+    return replace(data, labels=np.concatenate(parts), names=())
+
+
+def _outputs(
+    model: nn.Module, task: Task, data: Dataset, batch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(outputs, labels) of some samples after others, in eval mode."""
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = []
     for start in range(0, len(data), batch):
         rows = slice(start, start + batch)
         inputs = {name: torch.from_numpy(a[rows]).to(device) for name, a in data.inputs.items()}
-        labels = torch.from_numpy(data.labels[rows]).to(device)
-        parts.append(task.measure(task.outputs(model, inputs), labels))
-    return np.concatenate(parts)
+        yield task.outputs(model, inputs), torch.from_numpy(data.labels[rows]).to(device)
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ def compress_command(
     from regrow_toolchain.models import save_backbone
 
     source = assets.load(model)
-    data = samples.load(source, labels="none" if config.task == "imitation" else "optional")
-    _tell_imitation(samples.path, data, source, config)
+    data = samples.load(source, labels="none" if config.task == "distillation" else "optional")
+    _tell_distillation(samples.path, data, source, config)
     with resumable(state):
         done = compress(source, data, config, checkpoint=state, resume=resume)
         report = build_report(done, source, data)
@@ -99,7 +99,7 @@ def _check(out: Path, samples: Samples, state: Path, *, resume: bool, force: boo
         click.echo(f"regrow: without --data nothing is trained: no effect of {unused}", err=True)
 
 
-def _tell_imitation(
+def _tell_distillation(
     path: Path | None, data: Dataset | None, source: Backbone, config: CompressConfig
 ) -> None:
     """Say that there are no labels, where some were to be expected."""
@@ -111,8 +111,8 @@ def _tell_imitation(
     folder = path.is_dir() and not is_saved(path)
     way = "give a folder per class" if folder else "name a column or an array with --label"
     click.echo(
-        f"regrow: no labels found in {path}: it learns by imitation of the dense model "
-        f"({way} for labels, or --task imitation to say that none are meant)",
+        f"regrow: no labels found in {path}: it learns by distillation from the dense model "
+        f"({way} for labels, or --task distillation to say that none are meant)",
         err=True,
     )
 

@@ -1,4 +1,4 @@
-"""Training of embeddings: by classes that should lie together, or towards a teacher's features."""
+"""Metric learning: embeddings of one class come closer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regrow_format.errors import RegrowError
+from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import features_of
 
-from .base import Inputs, Task
+from .base import FEATURES, Inputs, Task
 
-__all__ = ["Distillation", "Metric"]
+__all__ = ["MetricLearning"]
 
 
 @dataclass(frozen=True)
-class Metric(Task):
+class MetricLearning(Task):
     """Labels are int64 classes; embeddings of one class come closer (supervised contrastive loss,
     arXiv 2004.11362, the variant with the sum outside). Scored by the nearest other sample.
 
@@ -30,8 +30,13 @@ class Metric(Task):
 
     temperature: float = 0.1
     name = "metric"
+    label_words, label_kind = "class labels", "classes"
     metric = "1-NN accuracy"
     higher_is_better = True
+
+    @classmethod
+    def suits(cls, data: Dataset, model_task: str) -> bool:
+        return cls.takes(data) and model_task == FEATURES
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return functional.normalize(features_of(model, inputs).float(), dim=-1)
@@ -89,54 +94,3 @@ class Metric(Task):
             points, classes = torch.from_numpy(measured[rows]), torch.from_numpy(labels[rows])
             found[rows] = self.losses(points[None], classes[None])[0].numpy()
         return found
-
-
-@dataclass(frozen=True)
-class Distillation(Task):
-    """Labels are a teacher's features [n, d]; scored by the mean cosine to them. See `Task`."""
-
-    name = "distillation"
-    metric = "cosine"
-    higher_is_better = True
-
-    def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        return features_of(model, inputs)
-
-    def losses(
-        self,
-        outputs: Tensor,
-        labels: Tensor,
-        classes: Tensor | None = None,
-        used: Tensor | None = None,
-    ) -> Tensor:
-        """1 - cosine."""
-        return 1 - _cosine(outputs, labels)
-
-    def measure(self, outputs: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """[N, 1]: the cosine."""
-        return _cosine(outputs, labels).unsqueeze(-1).cpu().numpy()
-
-    def score(self, measured: NDArray[np.float32], labels: NDArray[Any]) -> float:
-        return float(measured.mean()) if len(labels) else math.nan
-
-    def sample_losses(
-        self, measured: NDArray[np.float32], labels: NDArray[Any], folds: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """1 - cosine."""
-        return 1 - measured[:, 0].astype(np.float64)
-
-    def constants(
-        self, train: NDArray[Any], labels: NDArray[Any]
-    ) -> dict[str, NDArray[np.float32]]:
-        """The cosine to the mean of `train`."""
-        mean = torch.from_numpy(train.mean(axis=0, keepdims=True)).expand(labels.shape)
-        return {"mean of the labels": self.measure(mean, torch.from_numpy(labels))}
-
-
-def _cosine(outputs: Tensor, labels: Tensor) -> Tensor:
-    if labels.shape != outputs.shape:
-        raise RegrowError(
-            f"labels must be features as wide as the model's, {outputs.shape[-1]}, "
-            f"got {'one number' if labels.dim() < outputs.dim() else labels.shape[-1]} per sample"
-        )
-    return functional.cosine_similarity(outputs.float(), labels.float(), dim=-1)

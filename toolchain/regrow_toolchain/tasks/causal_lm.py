@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from regrow_toolchain.models import logits_of
+from regrow_format.errors import UsageError
+from regrow_toolchain.data import Dataset
+from regrow_toolchain.models import Backbone
 
-from .base import Inputs, Task
+from .base import Fitted, Task
 
 __all__ = ["CausalLm"]
 
@@ -25,11 +27,26 @@ class CausalLm(Task):
     """Labels are int64 tokens [n, length], the inputs' own; -100 has no loss. See `Task`."""
 
     name = "causal-lm"
+    label_words, label_kind = "tokens", "tokens"
     metric = "nats per token"
     higher_is_better = False
 
-    def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        return logits_of(model, inputs)
+    def fit(
+        self,
+        data: Dataset,
+        held: Dataset | None,
+        backbone: Backbone,
+        head: str = "keep",
+        way_out: str = "",
+    ) -> Fitted:
+        for part in (data, *([] if held is None else [held])):
+            tokens = part.inputs.get("input_ids", part.labels)
+            if tokens.shape != part.labels.shape:
+                raise UsageError(
+                    "labels of tokens must have the shape of input_ids, "
+                    f"{list(tokens.shape)}, got {list(part.labels.shape)}"
+                )
+        return Fitted(data, held)
 
     def losses(
         self,
