@@ -32,9 +32,9 @@ from regrow_toolchain.demo import DenseRecipe, load_digits, new_model, save_dens
 def make_inputs(folder: Path, epochs: int) -> None:
     """A dense model's directory and two .npz files, as you would have them already."""
     digits = load_digits(users=1)
-    pictures, labels = digits.users[0]
+    images, labels = digits.users[0]
     np.savez(folder / "train.npz", images=digits.train[0], labels=digits.train[1])
-    np.savez(folder / "user.npz", images=255 - pictures, labels=labels)
+    np.savez(folder / "user.npz", images=255 - images, labels=labels)
     np.savez(folder / "test.npz", images=255 - digits.test[0], labels=digits.test[1])
     model = new_model(seed=0)
     save_dense(model, folder / "untrained")

@@ -75,13 +75,13 @@ class Case:
 
 def cases(args: Namespace, room: Path) -> Iterator[Case]:
     """Those that are asked for, with as many samples."""
-    for name, make in (("fashion-vit", pictures), ("kwt1", digits)):
+    for name, make in (("fashion-vit", images), ("kwt1", digits)):
         if any(fnmatchcase(name, pattern) for pattern in args.only):
             backbone, held = make(args, room)
             yield Case(name, backbone, held.take(np.arange(len(held))[: args.held]))
 
 
-def pictures(args: Namespace, room: Path) -> tuple[Backbone, Dataset]:
+def images(args: Namespace, room: Path) -> tuple[Backbone, Dataset]:
     if args.small:
         backbone, _, held = pela_fashion.made_up(room)
     else:

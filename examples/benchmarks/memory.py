@@ -64,9 +64,9 @@ def measure(folder: Path, profile: str) -> dict[str, dict[str, float]]:
     opened = state()
     bundle.swap(folder.parent / "user.safetensors")
     spec = bundle.graph.inputs[0]
-    picture = np.zeros([1 if isinstance(d, str) else d for d in spec.shape], dtype=np.float32)
+    image = np.zeros([1 if isinstance(d, str) else d for d in spec.shape], dtype=np.float32)
     for _ in range(3):
-        bundle.run({spec.name: picture})
+        bundle.run({spec.name: image})
     found = {"opened": opened, "run": state()}
     for part in found.values():
         part["peak"] -= before["resident"]

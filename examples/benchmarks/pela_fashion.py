@@ -84,8 +84,8 @@ def made_up(folder: Path) -> tuple[Backbone, Dataset, Dataset]:
     draw = np.random.default_rng(0)
     labels = np.arange(160) % 2
     pixels = draw.normal(0, 0.3, (160, 1, 12, 12)).astype(np.float32)
-    for picture, label in zip(pixels, labels, strict=True):
-        picture[0, 3:9, 6 * label : 6 * label + 6] += 2
+    for image, label in zip(pixels, labels, strict=True):
+        image[0, 3:9, 6 * label : 6 * label + 6] += 2
     data = Dataset({"pixel_values": pixels}, labels, ("LABEL_0", "LABEL_1"))
     return load_backbone(folder), data.take(np.arange(128)), data.take(np.arange(128, 160))
 

@@ -20,11 +20,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def features(folder, path):
-    from regrow_inputs import SoundPreprocessor, read_wav
+    from regrow_inputs import AudioPreprocessor, read_wav
 
     files = sorted(Path(folder).glob("*/*.wav"))
     words = sorted({file.parent.name for file in files})
-    prepare = SoundPreprocessor.from_folder(HERE)
+    prepare = AudioPreprocessor.from_folder(HERE)
     mfcc = prepare([read_wav(file) for file in files])["values"]
     np.savez(path, mfcc=mfcc, labels=[words.index(file.parent.name) for file in files])
 

@@ -71,15 +71,15 @@ def pretrain(folder, steps):
     """A model that knows twelve other words, by voices around ann's and bob's."""
     from spotter import Kwt  # beside this file
 
-    from regrow_inputs import SoundPreprocessor
+    from regrow_inputs import AudioPreprocessor
 
     torch.manual_seed(0)
-    prepare = SoundPreprocessor.from_folder(Path(__file__).parent)
+    prepare = AudioPreprocessor.from_folder(Path(__file__).parent)
     words, draw = melodies(12, seed=0), np.random.default_rng(3)
     labels = np.tile(np.arange(12), 60)
     voices = draw.uniform((0.8, 0.85, 0.0, 0.0), (1.15, 1.2, 0.6, 0.04), (len(labels), 4))
-    sounds = [clip(words[y], v, draw) for y, v in zip(labels, voices, strict=True)]
-    mfcc = torch.from_numpy(prepare(sounds)["values"])
+    audio = [clip(words[y], v, draw) for y, v in zip(labels, voices, strict=True)]
+    mfcc = torch.from_numpy(prepare(audio)["values"])
     model = Kwt(blank())
     for layer in model.layers:
         for part in layer.parameters():

@@ -35,7 +35,7 @@ class Classifier(bundle: File) : Closeable {
     }
 
     /**
-     * Logits of one picture.
+     * Logits of one image.
      *
      * @param pixels row by row, one channel after the other, prepared as the bundle's
      *     preprocessor_config.json says: for the demo, 8 x 8 grey levels, (level / 255 - 0.5) / 0.5

@@ -1,8 +1,8 @@
-// The page: one bundle in onnxruntime-web, an adapter per user, a picture, the answer and its cost.
+// The page: one bundle in onnxruntime-web, an adapter per user, an image, the answer and its cost.
 //
 // What an application needs is `load`, `swap` and `run`; the rest is for show.
 
-import { preprocessor } from "./pictures.js";
+import { preprocessor } from "./images.js";
 import { asTensors, feeds, openBundle, readAdapter } from "./regrow.js";
 
 const ENGINE = "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
@@ -74,7 +74,7 @@ async function load() {
   }
   const [{ inputs }] = model.manifest.graphs;
   if (inputs.length !== 1 || inputs[0].name !== "pixel_values") {
-    throw new Problem("This page shows classifiers of pictures", `The bundle takes ` +
+    throw new Problem("This page shows classifiers of images", `The bundle takes ` +
       `${inputs.map(({ name }) => name).join(", ")} (${model.manifest.task}), not pixel_values.`);
   }
 }
@@ -92,9 +92,9 @@ async function swap(get) {
   return { adapter, slots, labels, bytes: bytes.byteLength, read: reading - start, expand: done - reading };
 }
 
-/** Probabilities of a picture that has the model's size. */
-async function run(picture, slots) {
-  const inputs = asTensors(ort, { pixel_values: model.prepare.values(picture) });
+/** Probabilities of an image that has the model's size. */
+async function run(image, slots) {
+  const inputs = asTensors(ort, { pixel_values: model.prepare.values(image) });
   const { logits } = await model.session.run({ ...inputs, ...slots });
   const most = Math.max(...logits.data), powers = Array.from(logits.data, (x) => Math.exp(x - most));
   const sum = powers.reduce((total, power) => total + power, 0);
@@ -103,15 +103,15 @@ async function run(picture, slots) {
 
 // -- what is shown -------------------------------------------------------------------------------
 
-const now = { user: null, name: "", source: "", signs: [], chosen: 0 };
+const now = { user: null, name: "", source: "", samples: [], chosen: 0 };
 const alone = () => ({ slots: model.base, labels: model.manifest.labels });
-const sign = () => now.signs[now.chosen];
+const sample = () => now.samples[now.chosen];
 const bestOf = (probabilities, labels) => {
   const index = probabilities.indexOf(Math.max(...probabilities));
   return { index, label: labels[index] ?? String(index), sure: probabilities[index] };
 };
 
-/** An answer beside what the sign is meant as; an adapter with labels of its own may not know it. */
+/** An answer beside what the sample is meant as; an adapter with labels of its own may not know it. */
 function judged(label, { label: meant }, labels) {
   if (!labels.includes(meant)) return { sign: "", className: "", textContent: "Labels of this user’s own." };
   return label === meant ? { sign: "✓", className: "right", textContent: "Right." }
@@ -158,10 +158,10 @@ async function choose(name, get) {
   at("adapter").textContent = adapter ? described() : "No adapter: the model answers as it was exported.";
   if (now.user === undefined) return refresh();
   const times = [];
-  if (sign()) {
+  if (sample()) {
     for (let i = 0; i < 6; i++) {
       const start = performance.now();
-      await run(sign().picture, (now.user ?? alone()).slots);
+      await run(sample().image, (now.user ?? alone()).slots);
       times.push(performance.now() - start);
     }
   }
@@ -186,18 +186,18 @@ function showCost([first, ...further]) {
   }
 }
 
-/** Answers all signs, with the adapter and without. */
+/** Answers all samples, with the adapter and without. */
 async function refresh() {
   hint();
   if (now.user === undefined) { // refused: what was answered before is not its answer
-    for (const { mark } of now.signs) if (mark) mark.textContent = "";
+    for (const { mark } of now.samples) if (mark) mark.textContent = "";
     for (const id of ["score", "quick"]) at(id).textContent = "";
     return;
   }
   const { slots, labels } = now.user ?? alone();
-  for (const one of now.signs) {
-    one.base ??= await run(one.picture, model.base);
-    one.own = now.user ? await run(one.picture, slots) : one.base;
+  for (const one of now.samples) {
+    one.base ??= await run(one.image, model.base);
+    one.own = now.user ? await run(one.image, slots) : one.base;
     if (!one.mark) continue;
     const { label } = bestOf(one.own, labels), { sign, className } = judged(label, one, labels);
     Object.assign(one.mark, { textContent: `${label} ${sign}`, className });
@@ -209,9 +209,9 @@ async function refresh() {
 function showScore(labels) {
   if (now.source === DRAW) return;
   const count = (part, names) => {
-    if (!now.signs.some(({ label }) => names.includes(label))) return "knows none of these labels";
-    const right = now.signs.filter((one) => bestOf(one[part], names).label === one.label).length;
-    return `${right} of ${now.signs.length} right`;
+    if (!now.samples.some(({ label }) => names.includes(label))) return "knows none of these labels";
+    const right = now.samples.filter((one) => bestOf(one[part], names).label === one.label).length;
+    return `${right} of ${now.samples.length} right`;
   };
   const own = now.user ? `, with ${now.name}’s adapter: ${count("own", labels)}` : "";
   at("score").textContent = `The model alone: ${count("base", model.manifest.labels)}${own}.`;
@@ -219,18 +219,18 @@ function showScore(labels) {
 
 function showAnswer(labels) {
   at("answered").hidden = false;
-  const one = sign(), same = String(labels) === String(model.manifest.labels);
+  const one = sample(), same = String(labels) === String(model.manifest.labels);
   at("bars").replaceChildren();
   at("legend").hidden = !(one && now.user && same);
   at("seen").hidden = !one;
   at("quick").textContent = "";
   if (!one) {
     at("best").textContent = "";
-    at("sure").textContent = "Draw a sign, and the answer appears here.";
+    at("sure").textContent = "Draw one, and the answer appears here.";
     at("verdict").textContent = "";
     return;
   }
-  paint(at("seen"), one.picture);
+  paint(at("seen"), one.image);
   const best = bestOf(one.own, labels), before = bestOf(one.base, model.manifest.labels);
   at("best").textContent = best.label;
   at("sure").textContent = percent(best.sure);
@@ -259,33 +259,33 @@ function showAnswer(labels) {
 function hint() {
   const { source, name } = now, mine = source !== DRAW && source !== name;
   at("hint").hidden = !mine;
-  at("hint").textContent = `These are ${source}’s signs, and ${
+  at("hint").textContent = `These are ${source}’s samples, and ${
     name ? `this is ${name}’s adapter` : "the model answers alone"}: choose ${source}, and compare.`;
 }
 
-// -- signs ---------------------------------------------------------------------------------------
+// -- samples -----------------------------------------------------------------------------------
 
 function showSource(source) {
-  Object.assign(now, { source, signs: [], chosen: 0 });
+  Object.assign(now, { source, samples: [], chosen: 0 });
   at("samples").hidden = source === DRAW;
   at("drawing").hidden = source !== DRAW;
   at("strip").replaceChildren();
   if (source === DRAW) return drawn();
   const { samples, about } = list.users.find(({ name }) => name === source);
-  now.signs = samples.map((sample, index) => {
+  now.samples = samples.map((sample, index) => {
     const { label, pixels, width, height, channels } = sample;
-    const picture = model.prepare.sized({ data: Uint8Array.from(pixels), width, height, channels });
+    const image = model.prepare.sized({ data: Uint8Array.from(pixels), width, height, channels });
     const box = element("label", element("li", at("strip")), { title: `meant as ${label}` });
     const input = element("input", box, { type: "radio", name: "sign", checked: index === 0 });
-    input.setAttribute("aria-label", `sign meant as ${label}`);
+    input.setAttribute("aria-label", `sample meant as ${label}`);
     input.addEventListener("change", () => inTurn(() => {
       now.chosen = index;
       return refresh();
     }));
-    paint(element("canvas", box), picture);
-    return { label, picture, mark: element("span", box) };
+    paint(element("canvas", box), image);
+    return { label, image, mark: element("span", box) };
   });
-  at("about-signs").textContent = about ? `${source}: ${about}.` : "";
+  at("about-samples").textContent = about ? `${source}: ${about}.` : "";
   at("strip").classList.toggle("wide", samples.some(({ label }) => label.length > 3));
   return inTurn(refresh);
 }
@@ -323,10 +323,10 @@ function framed() {
 
 function drawn() {
   ink(at("canvas"));
-  const picture = strokes.length && framed();
-  at("small").style.visibility = picture ? "visible" : "hidden";
-  if (picture) paint(at("small"), picture);
-  now.signs = picture ? [{ picture }] : [];
+  const image = strokes.length && framed();
+  at("small").style.visibility = image ? "visible" : "hidden";
+  if (image) paint(at("small"), image);
+  now.samples = image ? [{ image }] : [];
   return inTurn(refresh);
 }
 

@@ -38,7 +38,7 @@ TYPES = {
 
 
 def samples(folder: Path) -> dict[str, Any]:
-    """The adapters in `folder`, and for each a few test pictures of its user, if there are any."""
+    """The adapters in `folder`, and for each a few test images of its user, if there are any."""
     report, users = folder / "report.json", []
     known = json.loads(report.read_text("utf-8"))["users"] if report.is_file() else []
     about = {user["id"]: user["condition"] for user in known}
@@ -52,7 +52,7 @@ def samples(folder: Path) -> dict[str, Any]:
             "name": adapter.stem,
             "about": about.get(adapter.stem, ""),
             "adapter": f"tour/adapters/{adapter.name}",
-            "samples": pictures(tests) if tests.is_file() else clips(folder, adapter.stem),
+            "samples": images(tests) if tests.is_file() else clips(folder, adapter.stem),
         })  # fmt: skip
     return {"bundle": "tour/bundle", "users": users}
 
@@ -68,7 +68,7 @@ def clips(folder: Path, user: str) -> list[dict[str, Any]]:
     ]
 
 
-def pictures(path: Path) -> list[dict[str, Any]]:
+def images(path: Path) -> list[dict[str, Any]]:
     """Of an .npz with `images` uint8 [n, height, width] or [n, height, width, 3], and `labels`."""
     import numpy as np
 

@@ -1,14 +1,14 @@
-"""Raw input to the arrays that a bundle takes: images, sounds and texts, without torch.
+"""Raw input to the arrays that a bundle takes: images, audio and text, without torch.
 
     reader = InputReader.from_bundle(bundle)
-    [(label, probability)] = answer(bundle, reader.sounds(["clip.wav"]))
+    [(label, probability)] = answer(bundle, reader.audio(["clip.wav"]))
 
-Sounds need nothing but NumPy; files of images need pillow and texts `tokenizers`, which the extra
+Audio needs nothing but NumPy; files of images need pillow and texts `tokenizers`, which the extra
 `run` brings and which are imported when they are needed.
 """
 
-from .audio import SoundPreprocessor
-from .image_files import IMAGE_ENDINGS, as_pictures, read_image
+from .audio import AudioPreprocessor
+from .image_files import IMAGE_ENDINGS, as_images, read_image
 from .images import PREPROCESSOR, ImagePreprocessor
 from .predictions import answer, mean_embeddings, top_answers
 from .reader import InputReader
@@ -19,12 +19,12 @@ __all__ = [
     "IMAGE_ENDINGS",
     "PREPROCESSOR",
     "WAV_ENDINGS",
+    "AudioPreprocessor",
     "ImagePreprocessor",
     "InputReader",
-    "SoundPreprocessor",
     "TextPreprocessor",
     "answer",
-    "as_pictures",
+    "as_images",
     "mean_embeddings",
     "read_image",
     "read_wav",

@@ -1,4 +1,4 @@
-"""Kinds of preprocessor_config.json for sounds: one function each, one line in `_KINDS`.
+"""Kinds of preprocessor_config.json for audio: one function each, one line in `_KINDS`.
 
 `MelFeatureExtractor` is regrow's own, for models that have none in transformers: docs/inputs.md.
 """
@@ -19,7 +19,7 @@ from .images import PREPROCESSOR
 from .mel import DCT_NORMS, LOGS, MEL_SCALES, MelFrontEnd
 from .wav import MAX_SECONDS, RATES
 
-__all__ = ["SoundSettings", "is_sound", "read_extractor"]
+__all__ = ["AudioSettings", "is_audio", "read_extractor"]
 
 _MAX_BYTES = 64 << 20
 _MAX_FFT = 1 << 16
@@ -29,19 +29,19 @@ _MAX_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
-class SoundSettings:
-    """How sounds become a graph's input.
+class AudioSettings:
+    """How audio becomes a graph's input.
 
     Attributes:
-        sampling_rate: in Hz, what sounds are brought to.
-        samples: how many a sound is cut or filled up to; None for as many as it has.
+        sampling_rate: in Hz, what audio is brought to.
+        samples: how many a clip is cut or filled up to; None for as many as it has.
         front: what makes frames of it; None where the model takes samples.
         frames: how many frames are cut or filled up to; None for as many as there are.
         whisper: the last frame is dropped and the loudest 8 decades become about -1 to 1.
         normalize: samples get mean 0 and variance 1.
         mean, std: taken off frames, and what they are divided by.
-        padding: what sounds are filled up with.
-        mask: give an attention_mask too, 1 where there is sound.
+        padding: what audio is filled up with.
+        mask: give an attention_mask too, 1 where there is audio.
         time_last: frames are columns, [features, frames].
     """
 
@@ -58,16 +58,16 @@ class SoundSettings:
     time_last: bool = False
 
 
-def is_sound(folder: Path) -> bool:
-    """Whether the folder's preprocessor_config.json is one for sounds."""
+def is_audio(folder: Path) -> bool:
+    """Whether the folder's preprocessor_config.json is one for audio."""
     if not (folder / PREPROCESSOR).is_file():
         return False
     fields = _read(folder)
     return fields.plain("feature_extractor_type", str) in _KINDS or fields.has("sampling_rate")
 
 
-def read_extractor(folder: Path) -> SoundSettings:
-    """What the folder's preprocessor_config.json says; see `SoundPreprocessor.from_folder`."""
+def read_extractor(folder: Path) -> AudioSettings:
+    """What the folder's preprocessor_config.json says; see `AudioPreprocessor.from_folder`."""
     fields = _read(folder)
     kind = fields.choice("feature_extractor_type", tuple(_KINDS))
     found = _KINDS[kind](fields)
@@ -77,11 +77,11 @@ def read_extractor(folder: Path) -> SoundSettings:
 
 def _read(folder: Path) -> Fields:
     path = folder / PREPROCESSOR
-    return parse_json(read_bytes(path, limit=_MAX_BYTES, what="sound preprocessing"), str(path))
+    return parse_json(read_bytes(path, limit=_MAX_BYTES, what="audio preprocessing"), str(path))
 
 
-def _wav2vec2(fields: Fields) -> SoundSettings:
-    return SoundSettings(
+def _wav2vec2(fields: Fields) -> AudioSettings:
+    return AudioSettings(
         _rate(fields),
         normalize=_flag(fields, "do_normalize", True),
         padding=fields.take("padding_value", float, 0.0),
@@ -89,7 +89,7 @@ def _wav2vec2(fields: Fields) -> SoundSettings:
     )
 
 
-def _ast(fields: Fields) -> SoundSettings:
+def _ast(fields: Fields) -> AudioSettings:
     rate = _rate(fields)
     bands = fields.number("num_mel_bins", 1, _MAX_BANDS, 128)
     normal = _flag(fields, "do_normalize", True)
@@ -98,13 +98,13 @@ def _ast(fields: Fields) -> SoundSettings:
         rate, 400, 160, 512, bands, 20.0, rate // 2, "kaldi", in_mel=True, periodic=False,
         preemphasis=0.97, remove_dc=True, floor=float(np.finfo(np.float32).eps),
     )  # fmt: skip
-    return SoundSettings(
+    return AudioSettings(
         rate, front=front, frames=fields.number("max_length", 1, _MAX_FRAMES, 1024),
         mean=mean if normal else 0.0, std=2 * std if normal else 1.0,
     )  # fmt: skip
 
 
-def _whisper(fields: Fields) -> SoundSettings:
+def _whisper(fields: Fields) -> AudioSettings:
     rate = _rate(fields)
     fft = fields.number("n_fft", 2, _MAX_FFT, 400)
     front = MelFrontEnd(
@@ -115,13 +115,13 @@ def _whisper(fields: Fields) -> SoundSettings:
     if fields.take("dither", float, 0.0):
         raise FormatError(f"{fields.where}: dither must be 0, since answers would be random")
     seconds = fields.number("chunk_length", 1, MAX_SECONDS, MAX_SECONDS)
-    return SoundSettings(
+    return AudioSettings(
         rate, seconds * rate, front, whisper=True, time_last=True,
         padding=fields.take("padding_value", float, 0.0),
     )  # fmt: skip
 
 
-def _own(fields: Fields) -> SoundSettings:
+def _own(fields: Fields) -> AudioSettings:
     """Every field is known, or the file is refused: nobody else writes it."""
     rate = _rate(fields)
     samples = _number(fields, "num_samples", MAX_SECONDS * rate)
@@ -149,7 +149,7 @@ def _own(fields: Fields) -> SoundSettings:
         dct_norm=_choice(fields, "dct_norm", DCT_NORMS),
     )
     mean, std = _mean_and_std(fields, 0.0, 1.0)
-    made = SoundSettings(
+    made = AudioSettings(
         rate, samples, front, mean=mean, std=std,
         frames=_number(fields, "num_frames", _MAX_FRAMES),
         time_last=_flag(fields, "time_last", False),
@@ -159,7 +159,7 @@ def _own(fields: Fields) -> SoundSettings:
     return made
 
 
-_KINDS: dict[str, Callable[[Fields], SoundSettings]] = {
+_KINDS: dict[str, Callable[[Fields], AudioSettings]] = {
     "Wav2Vec2FeatureExtractor": _wav2vec2,
     "ASTFeatureExtractor": _ast,
     "WhisperFeatureExtractor": _whisper,
@@ -167,7 +167,7 @@ _KINDS: dict[str, Callable[[Fields], SoundSettings]] = {
 }
 
 
-def _check_size(made: SoundSettings, where: str) -> None:
+def _check_size(made: AudioSettings, where: str) -> None:
     """A file of a few bytes must not ask for gigabytes."""
     front = made.front
     if front is None:
@@ -176,7 +176,7 @@ def _check_size(made: SoundSettings, where: str) -> None:
     frames = max(made.frames or 0, samples // front.hop_length + 1)
     if frames * front.bands > _MAX_VALUES or front.fft_length * front.bands > _MAX_VALUES:
         raise FormatError(
-            f"{where}: a sound must become at most {_MAX_VALUES} numbers, got {frames} frames of "
+            f"{where}: a clip must become at most {_MAX_VALUES} numbers, got {frames} frames of "
             f"{front.bands} bands from {front.fft_length} samples"
         )
 

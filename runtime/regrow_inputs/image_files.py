@@ -17,10 +17,10 @@ from .extras import pip_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["IMAGE_ENDINGS", "as_pictures", "eight_bits", "pillow", "read_image"]
+__all__ = ["IMAGE_ENDINGS", "as_images", "eight_bits", "pillow", "read_image"]
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-_PICTURES = ("images", "image", "x")
+_IMAGE_ARRAYS = ("images", "image", "x")
 _MAX_FILE = 256 << 20
 _MAX_PIXELS = 1 << 26
 _MAX_16_BITS = (1 << 16) - 1
@@ -91,7 +91,7 @@ def eight_bits(image: Image) -> Image:
     return eight
 
 
-def as_pictures(
+def as_images(
     arrays: Mapping[str, NDArray[Any]],
     path: Path,
     preprocessor: Callable[[], Callable[[Sequence[Any]], NDArray[np.float32]]],
@@ -109,7 +109,7 @@ def as_pictures(
                 f"got {ready.dtype} {list(ready.shape)}"
             )
         return ready.astype(np.float32)
-    name = next((n for n in _PICTURES if n in arrays), None)
+    name = next((n for n in _IMAGE_ARRAYS if n in arrays), None)
     if name is None:
         raise UsageError(
             f"{path} must have an array `images` or `pixel_values`, got {sorted(arrays)}"

@@ -1,6 +1,6 @@
 """Log-mel spectra and MFCCs in NumPy: one front end with numbers, which every kind of model sets.
 
-Frames of a sound times a window, their discrete Fourier transform, triangular bands on a mel scale,
+Frames of a clip times a window, their discrete Fourier transform, triangular bands on a mel scale,
 the logarithm, and for MFCCs a cosine transform of that (Davis and Mermelstein, Comparison of
 parametric representations for monosyllabic word recognition, 1980). docs/inputs.md has the
 formulas. Everything is computed in float64 and rounded once.
@@ -30,14 +30,14 @@ class MelFrontEnd:
     """From samples to frames of log-mel bands or MFCCs. Lengths are in samples, frequencies in Hz.
 
     Attributes:
-        sampling_rate: of the sounds.
+        sampling_rate: of the audio.
         frame_length, hop_length, fft_length: of a frame, between frames, of the transform.
         bands, low, high: how many triangles, and from where to where they reach.
         mel_scale: "htk", "kaldi" (2595 log10 and 1127 ln of 1 + f / 700) or "slaney".
         in_mel: triangles are straight over mels, not over Hz.
         slaney_norm: triangles have equal areas, not equal heights.
         power: 1 for magnitudes, 2 for powers.
-        center: frame t is around t · hop, the sound mirrored at its ends; else it begins there.
+        center: frame t is around t · hop, the clip mirrored at its ends; else it begins there.
         periodic: the Hann window is.
         preemphasis, remove_dc: of every frame; its mean is taken off first.
         floor, log: what bands are at least, and "log" or "log10".
@@ -65,9 +65,9 @@ class MelFrontEnd:
     coefficients: int | None = None
     dct_norm: str = "ortho"
 
-    def __call__(self, sound: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, clip: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [frames, bands or coefficients]; less than one frame is filled up with zeros."""
-        samples = sound.astype(np.float64)
+        samples = clip.astype(np.float64)
         short = self.frame_length - len(samples)
         samples = np.pad(samples, (0, max(short, 0)))
         if self.center:

@@ -1,4 +1,4 @@
-"""`InputReader`: images, sounds and texts to the arrays that a bundle's graph takes."""
+"""`InputReader`: images, audio and text to the arrays that a bundle's graph takes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from regrow_format.errors import UsageError
 from regrow_format.manifest import TensorSpec
 from regrow_runtime import Bundle, Manifest
 
-from .audio import Sound, SoundPreprocessor, sound_input
-from .audio_settings import is_sound
+from .audio import Audio, AudioPreprocessor, audio_input
+from .audio_settings import is_audio
 from .image_files import read_image
 from .images import ImagePreprocessor
 from .text import TOKENIZER, TextPreprocessor
@@ -35,8 +35,8 @@ class InputReader:
     """What a bundle makes of raw input; use `InputReader.from_bundle`.
 
     Attributes:
-        takes: which of "images", "sounds" and "texts" the model takes. A model of several, such
-            as CLIP, gets what the methods return together: `images(…) | texts(…)`.
+        takes: which of "images", "audio" and "text" the model takes. A model of several, such
+            as CLIP, gets what the methods return together: `images(…) | text(…)`.
     """
 
     def __init__(self, folder: Path, inputs: Sequence[TensorSpec]) -> None:
@@ -56,7 +56,7 @@ class InputReader:
             return cls(bundle.folder, bundle.graph.inputs)
         return cls(Path(bundle), Manifest.load(bundle).graphs[0].inputs)
 
-    def images(self, pictures: Sequence[str | Path | NDArray[Any] | Image]) -> Feeds:
+    def images(self, images: Sequence[str | Path | NDArray[Any] | Image]) -> Feeds:
         """From files (which need pillow), arrays uint8 [height, width(, channels)], or pillow's.
 
         Raises:
@@ -64,22 +64,22 @@ class InputReader:
             FormatError: a file is no image, or the preprocessing is broken.
             RegrowError: pillow is not installed.
         """
-        self._check("images", pictures)
-        opened = [read_image(Path(p)) if isinstance(p, str | Path) else p for p in pictures]
+        self._check("images", images)
+        opened = [read_image(Path(p)) if isinstance(p, str | Path) else p for p in images]
         return {self._pixels or _PIXELS: self.preprocessor(opened)}
 
-    def sounds(self, sounds: Sequence[str | Path | Sound]) -> Feeds:
+    def audio(self, audio: Sequence[str | Path | Audio]) -> Feeds:
         """From `.wav` files, samples float [length] at the model's rate, or (samples, rate).
 
         Raises:
-            UsageError: the model takes no sounds, or one holds no samples.
+            UsageError: the model takes no audio, or one holds no samples.
             FormatError: a file is no `.wav`, or the preprocessing is broken.
         """
-        self._check("sounds", sounds)
-        heard = [read_wav(Path(s)) if isinstance(s, str | Path) else s for s in sounds]
-        return self._sounds.feeds(heard, list(self._inputs))
+        self._check("audio", audio)
+        heard = [read_wav(Path(s)) if isinstance(s, str | Path) else s for s in audio]
+        return self._audio.feeds(heard, list(self._inputs))
 
-    def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Feeds:
+    def text(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Feeds:
         """From texts, or with `pairs` from two for each sample.
 
         Raises:
@@ -87,7 +87,7 @@ class InputReader:
             FormatError: the tokenizer is broken.
             RegrowError: `tokenizers` is not installed.
         """
-        self._check("texts", texts)
+        self._check("text", texts)
         made = self.tokens(texts, pairs, fill=self._length(_TOKENS))
         # Counted as optimum's export does: what fills up on the left does not move a text.
         made["position_ids"] = np.maximum(made[_MASK].cumsum(axis=1) - 1, 0)
@@ -96,17 +96,17 @@ class InputReader:
     @cached_property
     def tokens(self) -> TextPreprocessor:
         """The tokenizer alone, with `prompt` and `decode` for language models."""
-        self._check("texts", ("",))
+        self._check("text", ("",))
         return TextPreprocessor.from_folder(self.folder, length=self._length(_TOKENS))
 
     # -- what the graph takes ----------------------------------------------------------------------
 
     def _kinds(self) -> list[str]:
-        sound = is_sound(self.folder) and sound_input(list(self._inputs)) is not None
+        clip = is_audio(self.folder) and audio_input(list(self._inputs)) is not None
         found = {
-            "images": self._pixels is not None and not sound,
-            "sounds": sound,
-            "texts": _TOKENS in self._inputs and (self.folder / TOKENIZER).is_file(),
+            "images": self._pixels is not None and not clip,
+            "audio": clip,
+            "text": _TOKENS in self._inputs and (self.folder / TOKENIZER).is_file(),
         }
         return [kind for kind, there in found.items() if there]
 
@@ -120,7 +120,7 @@ class InputReader:
         names = ", ".join(self._inputs)
         if self.takes:
             return f"{' and '.join(self.takes)} ({names})"
-        file = TOKENIZER if kind == "texts" else "preprocessor_config.json"
+        file = TOKENIZER if kind == "text" else "preprocessor_config.json"
         return f"arrays ({names}) and has no {file} for {kind}: give it at export, or arrays"
 
     def _length(self, name: str) -> int | None:
@@ -141,7 +141,7 @@ class InputReader:
         return ImagePreprocessor.from_folder(self.folder)
 
     @cached_property
-    def _sounds(self) -> SoundPreprocessor:
-        found = SoundPreprocessor.from_folder(self.folder)
-        length = self._length(sound_input(list(self._inputs)) or "")
+    def _audio(self) -> AudioPreprocessor:
+        found = AudioPreprocessor.from_folder(self.folder)
+        length = self._length(audio_input(list(self._inputs)) or "")
         return replace(found, samples=length) if length and found.front is None else found

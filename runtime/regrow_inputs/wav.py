@@ -1,4 +1,4 @@
-"""Sounds from disk and at the model's rate, with NumPy alone.
+"""Audio from disk and at the model's rate, with NumPy alone.
 
 The standard library's `wave` reads no floats, and no extensible headers before Python 3.12.
 """
@@ -41,7 +41,7 @@ def read_wav(path: Path) -> tuple[NDArray[np.float32], int]:
     """
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "no such file"
-        raise UsageError(f"sound must be a .wav file, got {path}: {what}")
+        raise UsageError(f"clip must be a .wav file, got {path}: {what}")
     try:
         with path.open("rb") as stream:
             return _samples(stream, path, path.stat().st_size)
@@ -63,10 +63,10 @@ def _samples(stream: BinaryIO, path: Path, size: int) -> tuple[NDArray[np.float3
         raise FormatError(
             f"{path} must have at most {_MAX_BYTES} bytes in {MAX_SECONDS} s, got {frames * block}"
         )
-    sound = _floats(stream.read(frames * block), kind, width).reshape(-1, channels).mean(axis=1)
-    if not np.isfinite(sound).all():
+    clip = _floats(stream.read(frames * block), kind, width).reshape(-1, channels).mean(axis=1)
+    if not np.isfinite(clip).all():
         raise FormatError(f"{path} must hold finite samples, got NaN or infinity")
-    return sound.astype(np.float32), rate
+    return clip.astype(np.float32), rate
 
 
 def _header(stream: BinaryIO, path: Path) -> tuple[int, int, int, int, int]:
@@ -117,27 +117,27 @@ def _floats(data: bytes, kind: int, width: int) -> NDArray[Any]:
         numbers, width = wide.reshape(-1).view("<i4"), 4
     else:
         numbers = np.frombuffer(data, f"<i{width}")
-    sound: NDArray[np.float32] = (numbers / 2 ** (8 * width - 1)).astype(np.float32)
-    return sound
+    clip: NDArray[np.float32] = (numbers / 2 ** (8 * width - 1)).astype(np.float32)
+    return clip
 
 
-def resample(sound: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
-    """The sound at another rate, float32 [⌈length · wanted / rate⌉].
+def resample(clip: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
+    """The clip at another rate, float32 [⌈length · wanted / rate⌉].
 
     A polyphase filter (Crochiere and Rabiner, Multirate Digital Signal Processing, 1983): a sinc
     under a Kaiser window (beta 5) that reaches 10 zero crossings of the lower rate to each side;
-    beyond its ends the sound is 0. `scipy.signal.resample_poly` gives the same.
+    beyond its ends the clip is 0. `scipy.signal.resample_poly` gives the same.
     """
     common = gcd(rate, wanted)
     up, down = wanted // common, rate // common
     if up == down:
-        return sound
+        return clip
     half = _HALF * max(up, down)
     taps = _lowpass(half, max(up, down)) * up
     reach = 2 * half // up + 1  # samples under the filter
-    padded = np.pad(sound.astype(np.float64), reach)
+    padded = np.pad(clip.astype(np.float64), reach)
     windows = sliding_window_view(padded, reach)
-    made = np.empty(-(-len(sound) * up // down))
+    made = np.empty(-(-len(clip) * up // down))
     for first in range(min(up, len(made))):  # outputs first, first + up, … use the same taps
         newest, phase = divmod(first * down + half, up)
         part = taps[phase::up][:reach][::-1]

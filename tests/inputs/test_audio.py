@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regrow_inputs import SoundPreprocessor
+from regrow_inputs import AudioPreprocessor
 from regrow_runtime import FormatError, UsageError
 
 RATE = 2000
@@ -31,16 +31,16 @@ MFCC = {
     "num_mfcc": 7,
     "dct_norm": "htk",
 }
-SOUND = np.random.default_rng(0).normal(0, 0.2, 500).astype(np.float32)
+AUDIO = np.random.default_rng(0).normal(0, 0.2, 500).astype(np.float32)
 
 
 @pytest.fixture
 def read(tmp_path):
     """read(**fields): a preprocessor from a folder."""
 
-    def call(**fields: object) -> SoundPreprocessor:
+    def call(**fields: object) -> AudioPreprocessor:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
-        return SoundPreprocessor.from_folder(tmp_path)
+        return AudioPreprocessor.from_folder(tmp_path)
 
     return call
 
@@ -62,12 +62,12 @@ def _inverse(mel: float, scale: str) -> float:
     return low
 
 
-def _reference(sound: np.ndarray, fields: dict) -> np.ndarray:
+def _reference(clip: np.ndarray, fields: dict) -> np.ndarray:
     """docs/inputs.md written out, with a Fourier matrix and loops."""
     length, hop, size = fields["frame_length"], fields["hop_length"], fields["fft_length"]
     scale = fields.get("mel_scale", "htk")
     if fields.get("center"):
-        sound = np.pad(sound, length // 2, mode="reflect")
+        clip = np.pad(clip, length // 2, mode="reflect")
     span = length if fields.get("periodic_window", True) else length - 1
     window = [math.sin(math.pi * n / span) ** 2 for n in range(length)]
     turns = np.arange(size // 2 + 1)[:, None] * np.arange(length) / size
@@ -91,8 +91,8 @@ def _reference(sound: np.ndarray, fields: dict) -> np.ndarray:
         if fields.get("norm") == "slaney":
             weights[b] *= 2 / (right - left)
     rows = []
-    for start in range(0, len(sound) - length + 1, hop):
-        frame = sound[start : start + length].astype(np.float64)
+    for start in range(0, len(clip) - length + 1, hop):
+        frame = clip[start : start + length].astype(np.float64)
         if fields.get("remove_dc_offset"):
             frame = frame - frame.mean()
         amount = fields.get("preemphasis", 0)
@@ -126,28 +126,28 @@ VARIANTS = [
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_frames_are_those_of_the_formulas(read, changes):
     fields = {k: v for k, v in {**MFCC, **changes}.items() if v is not None}
-    found = read(**fields)([SOUND])["values"]
+    found = read(**fields)([AUDIO])["values"]
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found[0], _reference(SOUND, fields), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(found[0], _reference(AUDIO, fields), rtol=2e-6, atol=2e-6)
 
 
 def test_the_cosine_transform_is_scipys(read):
     fft = pytest.importorskip("scipy.fft")
     bands = {k: v for k, v in MFCC.items() if k not in ("num_mfcc", "dct_norm")}
-    logs = read(**bands)([SOUND])["values"][0]
+    logs = read(**bands)([AUDIO])["values"][0]
     expected = fft.dct(logs, type=2, axis=1, norm="ortho")[:, :7]
-    found = read(**{**MFCC, "dct_norm": "ortho"})([SOUND])["values"][0]
+    found = read(**{**MFCC, "dct_norm": "ortho"})([AUDIO])["values"][0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths(read):
     front = read(**MFCC)
-    assert front([SOUND])["values"].shape == (1, 23, 7)  # 1 + (500 - 60) // 20
+    assert front([AUDIO])["values"].shape == (1, 23, 7)  # 1 + (500 - 60) // 20
     for length in (1, 60, 3000):  # filled up, or cut
         assert front([np.zeros(length, np.float32)])["values"].shape == (1, 23, 7)
     loose = {k: v for k, v in MFCC.items() if k != "num_samples"}
-    assert read(**loose)([SOUND[:10]])["values"].shape == (1, 1, 7)
-    fixed = read(**loose, num_frames=30, time_last=True)([SOUND])["values"]
+    assert read(**loose)([AUDIO[:10]])["values"].shape == (1, 1, 7)
+    fixed = read(**loose, num_frames=30, time_last=True)([AUDIO])["values"]
     assert fixed.shape == (1, 7, 30)
     assert (fixed[0, :, 23:] == 0).all()
 
@@ -166,15 +166,15 @@ def test_a_batch_is_its_sounds(read):
         feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=RATE,
         padding_value=0.5, return_attention_mask=True,
     )  # fmt: skip
-    made = front([SOUND, SOUND[:300]])
-    alone = front([SOUND[:300]])
+    made = front([AUDIO, AUDIO[:300]])
+    alone = front([AUDIO[:300]])
     np.testing.assert_array_equal(made["values"][1, :300], alone["values"][0])
     assert (made["values"][1, 300:] == 0.5).all()
     assert made["attention_mask"].sum(axis=1).tolist() == [500, 300]
-    assert front.feeds([SOUND], ["input_values"]).keys() == {"input_values"}
-    assert front.feeds([SOUND], ["mask", "x"][1:]).keys() == {"x"}
-    with pytest.raises(UsageError, match=r"must take sounds \(input_values, .*got input_ids, a, b"):
-        front.feeds([SOUND], ["input_ids", "a", "b"])
+    assert front.feeds([AUDIO], ["input_values"]).keys() == {"input_values"}
+    assert front.feeds([AUDIO], ["mask", "x"][1:]).keys() == {"x"}
+    with pytest.raises(UsageError, match=r"must take audio \(input_values, .*got input_ids, a, b"):
+        front.feeds([AUDIO], ["input_ids", "a", "b"])
 
 
 def test_other_rates_are_brought_to_the_models(read):
@@ -187,9 +187,9 @@ def test_other_rates_are_brought_to_the_models(read):
 
 
 @pytest.mark.parametrize(
-    ("sounds", "message"),
+    ("audio", "message"),
     [
-        ([], "sounds must be at least one, got none"),
+        ([], "audio must be at least one clip, got none"),
         ([np.zeros(0, np.float32)], "must have finite samples, got none"),
         ([np.full(5, np.inf, np.float32)], "must have finite samples, got NaN or infinity"),
         ([np.zeros((5, 2), np.float32)], r"must be floats \[length\].*got float32 \[5, 2\]"),
@@ -198,9 +198,9 @@ def test_other_rates_are_brought_to_the_models(read):
         ([(np.zeros(5, np.float32), 10)], "must be of 1000 to 384000 Hz, got 10"),
     ],
 )
-def test_sounds_that_are_none(read, sounds, message):
+def test_sounds_that_are_none(read, audio, message):
     with pytest.raises(UsageError, match=message):
-        read(**MFCC)(sounds)
+        read(**MFCC)(audio)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_the_page_names_every_field(read):
         "time_last": True,
     }  # fmt: skip
     assert named == {*MFCC, *more} - {"feature_extractor_type"}
-    assert read(**MFCC, **more)([SOUND])["values"].shape == (1, 7, 5)
+    assert read(**MFCC, **more)([AUDIO])["values"].shape == (1, 7, 5)

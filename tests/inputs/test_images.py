@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from regrow_inputs import ImagePreprocessor, as_pictures, read_image
+from regrow_inputs import ImagePreprocessor, as_images, read_image
 from regrow_runtime import FormatError, UsageError
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3)).astype(np.uint8)
@@ -87,12 +87,12 @@ def test_a_crop_beyond_the_picture_is_black(read):
         (np.zeros(4, np.uint8), r"an image must be \[height, width\] or"),
     ],
 )
-def test_pictures_that_are_none(read, image, message):
+def test_images_that_are_none(read, image, message):
     with pytest.raises(UsageError, match=message):
         read(do_resize=False)([image])
 
 
-def test_pictures_of_several_sizes(read):
+def test_images_of_several_sizes(read):
     with pytest.raises(UsageError, match=r"images must come out at one size, got \[\(5, 6\), \(6,"):
         read(do_resize=False)([RGB, RGB.transpose(1, 0, 2)])
     with pytest.raises(UsageError, match="images must be at least one, got none"):
@@ -165,16 +165,16 @@ def test_processors_that_would_do_something_else(read, steps, message):
 # -- arrays ----------------------------------------------------------------------------------------
 
 
-def test_pictures_in_arrays(read, tmp_path):
+def test_images_in_arrays(read, tmp_path):
     steps = read(1, do_rescale=False)
-    pictures = np.arange(32, dtype=np.uint8).reshape(2, 4, 4)
+    images = np.arange(32, dtype=np.uint8).reshape(2, 4, 4)
     for name in ("images", "image", "x"):
-        found = as_pictures({name: pictures}, tmp_path, lambda: steps)
-        np.testing.assert_array_equal(found[:, 0], pictures)
-    floats = as_pictures({"x": pictures / np.float32(255)}, tmp_path, lambda: steps)
-    np.testing.assert_array_equal(floats[:, 0], pictures)
+        found = as_images({name: images}, tmp_path, lambda: steps)
+        np.testing.assert_array_equal(found[:, 0], images)
+    floats = as_images({"x": images / np.float32(255)}, tmp_path, lambda: steps)
+    np.testing.assert_array_equal(floats[:, 0], images)
     ready = np.zeros((1, 1, 4, 4))
-    assert as_pictures({"pixel_values": ready}, tmp_path, lambda: steps).dtype == np.float32
+    assert as_images({"pixel_values": ready}, tmp_path, lambda: steps).dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -192,4 +192,4 @@ def test_pictures_in_arrays(read, tmp_path):
 def test_arrays_that_are_no_pictures(read, tmp_path, arrays, message):
     steps = read(1)
     with pytest.raises(UsageError, match=message):
-        as_pictures(arrays, tmp_path, lambda: steps)
+        as_images(arrays, tmp_path, lambda: steps)

@@ -12,8 +12,8 @@ from regrow_format.manifest import FileEntry, GraphSpec, Manifest, TensorSpec
 from regrow_inputs import InputReader
 from regrow_runtime import RegrowError, UsageError
 
-SOUNDS = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 2000}
-PICTURES = {"do_resize": False, "do_rescale": False}
+CLIPS = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 2000}
+IMAGES = {"do_resize": False, "do_rescale": False}
 
 
 def _spec(name: str, *shape: int | str) -> TensorSpec:
@@ -39,8 +39,8 @@ def folder(tmp_path):
     return call
 
 
-def test_pictures(folder):
-    path = folder(_spec("x", 3, 4, 4), preprocessing=PICTURES)
+def test_images(folder):
+    path = folder(_spec("x", 3, 4, 4), preprocessing=IMAGES)
     reader = InputReader.from_bundle(path)
     assert reader.takes == ("images",)
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -51,22 +51,22 @@ def test_pictures(folder):
 
 
 def test_sounds(folder):
-    path = folder(_spec("input_values", "length"), preprocessing=SOUNDS)
+    path = folder(_spec("input_values", "length"), preprocessing=CLIPS)
     reader = InputReader.from_bundle(path)
-    assert reader.takes == ("sounds",)
-    sound = np.linspace(-1, 1, 100, dtype=np.float32)
-    found = reader.sounds([sound, (sound, 1000)])["input_values"]
+    assert reader.takes == ("audio",)
+    clip = np.linspace(-1, 1, 100, dtype=np.float32)
+    found = reader.audio([clip, (clip, 1000)])["input_values"]
     assert found.shape == (2, 200)
     assert found[0, :100].std() == pytest.approx(1, abs=1e-3)
 
 
 def test_sounds_of_one_length(folder):
     """The graph's: cut, or filled up behind what was made."""
-    path = folder(_spec("input_values", 50), preprocessing=SOUNDS)
+    path = folder(_spec("input_values", 50), preprocessing=CLIPS)
     reader = InputReader.from_bundle(path)
-    sound = np.linspace(-1, 1, 100, dtype=np.float32)
-    assert reader.sounds([sound])["input_values"].shape == (1, 50)
-    short = reader.sounds([sound[:30]])["input_values"][0]
+    clip = np.linspace(-1, 1, 100, dtype=np.float32)
+    assert reader.audio([clip])["input_values"].shape == (1, 50)
+    short = reader.audio([clip[:30]])["input_values"][0]
     assert short[:30].mean() == pytest.approx(0, abs=1e-6)
     assert (short[30:] == 0).all()
 
@@ -74,16 +74,16 @@ def test_sounds_of_one_length(folder):
 @pytest.mark.parametrize(
     ("specs", "preprocessing", "kind", "message"),
     [
-        ([_spec("x", 3, 4, 4)], PICTURES, "sounds",
-         r"model must take sounds, got one that takes images \(x\)"),
-        ([_spec("x", 3, 4, 4)], PICTURES, "texts",
-         r"model must take texts, got one that takes images \(x\)"),
-        ([_spec("input_values", "n")], SOUNDS, "images",
-         r"must take images, got one that takes sounds \(input_values\)"),
-        ([_spec("x", 7)], None, "sounds",
-         r"takes arrays \(x\) and has no preprocessor_config.json for sounds"),
-        ([_spec("input_ids", "n")], None, "texts",
-         r"takes arrays \(input_ids\) and has no tokenizer.json for texts"),
+        ([_spec("x", 3, 4, 4)], IMAGES, "audio",
+         r"model must take audio, got one that takes images \(x\)"),
+        ([_spec("x", 3, 4, 4)], IMAGES, "text",
+         r"model must take text, got one that takes images \(x\)"),
+        ([_spec("input_values", "n")], CLIPS, "images",
+         r"must take images, got one that takes audio \(input_values\)"),
+        ([_spec("x", 7)], None, "audio",
+         r"takes arrays \(x\) and has no preprocessor_config.json for audio"),
+        ([_spec("input_ids", "n")], None, "text",
+         r"takes arrays \(input_ids\) and has no tokenizer.json for text"),
     ],
 )  # fmt: skip
 def test_the_wrong_kind_of_input(folder, specs, preprocessing, kind, message):
@@ -93,7 +93,7 @@ def test_the_wrong_kind_of_input(folder, specs, preprocessing, kind, message):
 
 
 def test_lists_are_wanted(folder):
-    reader = InputReader.from_bundle(folder(_spec("x", 3, 4, 4), preprocessing=PICTURES))
+    reader = InputReader.from_bundle(folder(_spec("x", 3, 4, 4), preprocessing=IMAGES))
     for given in ([], "x.png", Path("x.png")):
         with pytest.raises(UsageError, match="images must be a list of at least one, got"):
             reader.images(given)
@@ -109,4 +109,4 @@ def test_missing_tokenizers_is_one_pip_line(folder, monkeypatch):
     (path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(RegrowError, match=r"texts need tokenizers: pip install .*\[run\]"):
-        InputReader.from_bundle(path).texts(["hello"])
+        InputReader.from_bundle(path).text(["hello"])

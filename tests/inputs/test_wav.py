@@ -1,4 +1,4 @@
-"""Sounds from disk: every kind of PCM and floats, headers that lie, other rates."""
+"""Audio from disk: every kind of PCM and floats, headers that lie, other rates."""
 
 from __future__ import annotations
 
@@ -69,26 +69,26 @@ def test_pcm(tmp_path, width, channels):
         stream.setsampwidth(width)
         stream.setframerate(8000)
         stream.writeframes(_pcm(values, width))
-    sound, rate = read_wav(tmp_path / "a.wav")
-    assert (rate, sound.dtype, sound.shape) == (8000, np.float32, (50,))
-    assert sound[0] == -1
-    np.testing.assert_allclose(sound, values.mean(axis=1), atol=2.0 ** (1 - 8 * width) + 1e-7)
+    clip, rate = read_wav(tmp_path / "a.wav")
+    assert (rate, clip.dtype, clip.shape) == (8000, np.float32, (50,))
+    assert clip[0] == -1
+    np.testing.assert_allclose(clip, values.mean(axis=1), atol=2.0 ** (1 - 8 * width) + 1e-7)
 
 
 @pytest.mark.parametrize("width", [4, 8])
 def test_floats(write, width):
     values = np.array([0.0, 0.25, -1.0, 1.5]).astype(f"<f{width}")
     for head in (_fmt(3, width=width), _extensible(3, width)):
-        sound, _ = read_wav(write(_riff(head + _data(values.tobytes()))))
-        assert sound.tolist() == values.tolist()
+        clip, _ = read_wav(write(_riff(head + _data(values.tobytes()))))
+        assert clip.tolist() == values.tolist()
 
 
 def test_an_extensible_header_and_chunks_of_others(write):
     samples = np.array([1, -2, 3], "<i2")
     other = b"LIST" + struct.pack("<I", 3) + b"abc\0"  # odd chunks are filled up
     content = _riff(other + _extensible(1, 2) + other + _data(samples.tobytes()) + other)
-    sound, _ = read_wav(write(content))
-    np.testing.assert_array_equal(sound * 32768, samples)
+    clip, _ = read_wav(write(content))
+    np.testing.assert_array_equal(clip * 32768, samples)
 
 
 def test_what_is_beyond_30_seconds_is_not_read(write):
@@ -164,10 +164,10 @@ def test_no_file_is_a_traceback(tmp_path, data):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "a.wav").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     try:
-        sound, rate = read_wav(tmp_path / "a.wav")
+        clip, rate = read_wav(tmp_path / "a.wav")
     except FormatError:
         return
-    assert np.isfinite(sound).all()
+    assert np.isfinite(clip).all()
     assert 1000 <= rate <= 384_000
 
 
@@ -181,23 +181,23 @@ RATES = [(8000, 16000), (44100, 16000), (48000, 16000), (16000, 8000), (11025, 1
 @pytest.mark.parametrize("length", [1, 7, 1000])
 def test_resampling_is_scipys(rate, wanted, length):
     signal = pytest.importorskip("scipy.signal")
-    sound = np.random.default_rng(length).standard_normal(length).astype(np.float32)
+    clip = np.random.default_rng(length).standard_normal(length).astype(np.float32)
     common = gcd(rate, wanted)
-    expected = signal.resample_poly(sound.astype(np.float64), wanted // common, rate // common)
-    found = resample(sound, rate, wanted)
+    expected = signal.resample_poly(clip.astype(np.float64), wanted // common, rate // common)
+    found = resample(clip, rate, wanted)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("rate", "wanted"), RATES[:5])
 def test_resampling_keeps_the_tone(rate, wanted):
-    sound = np.sin(2 * np.pi * 300 * np.arange(rate) / rate).astype(np.float32)
-    found = resample(sound, rate, wanted)
+    clip = np.sin(2 * np.pi * 300 * np.arange(rate) / rate).astype(np.float32)
+    found = resample(clip, rate, wanted)
     assert len(found) == wanted
     expected = np.sin(2 * np.pi * 300 * np.arange(wanted) / wanted)
     np.testing.assert_allclose(found[500:-500], expected[500:-500], atol=0.01)
 
 
 def test_the_same_rate_is_the_same_sound():
-    sound = np.ones(5, np.float32)
-    assert resample(sound, 16000, 16000) is sound
+    clip = np.ones(5, np.float32)
+    assert resample(clip, 16000, 16000) is clip

@@ -120,9 +120,9 @@ def test_run_on_arrays(regrow, bundle, bundle_folder, adapter_file, arrays, pixe
         np.testing.assert_allclose(stored["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_run_on_pictures_in_an_array(regrow, bundle_folder, tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 4)).astype(np.uint8)
-    np.savez(tmp_path / "p.npz", images=pictures, labels=np.array(["ant", "bee", "cat"]))
+def test_run_on_images_in_an_array(regrow, bundle_folder, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4)).astype(np.uint8)
+    np.savez(tmp_path / "p.npz", images=images, labels=np.array(["ant", "bee", "cat"]))
     found = regrow("run", bundle_folder, "--input", tmp_path / "p.npz", "--json")
     assert found.returncode == 0, found.stderr
     result = json.loads(found.stdout.splitlines()[-1])

@@ -60,30 +60,30 @@ def _one_thread() -> Iterator[None]:
 
 # -- data ----------------------------------------------------------------------------------------
 
-Pictures = tuple[np.ndarray, np.ndarray]
+Images = tuple[np.ndarray, np.ndarray]
 
 
-def make_pictures(count: int, seed: int, *, inverted: bool = False) -> Pictures:
+def make_pictures(count: int, seed: int, *, inverted: bool = False) -> Images:
     """uint8 [n, 12, 12, 3] with labels [n]: a coloured square left, in the middle, or right."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(CLASSES)
-    pictures = rng.normal(40, 15, (count, SIDE, SIDE, 3))
-    for picture, label in zip(pictures, labels, strict=True):
+    images = rng.normal(40, 15, (count, SIDE, SIDE, 3))
+    for image, label in zip(images, labels, strict=True):
         top = rng.integers(0, SIDE - 3)
         column = 4 * label + rng.integers(-1, 2)
-        picture[top : top + 4, max(column, 0) : column + 4] += rng.uniform(90, 200, 3)
+        image[top : top + 4, max(column, 0) : column + 4] += rng.uniform(90, 200, 3)
     if inverted:
-        pictures = 255 - pictures
-    return np.clip(np.rint(pictures), 0, 255).astype(np.uint8), labels.astype(np.int64)
+        images = 255 - images
+    return np.clip(np.rint(images), 0, 255).astype(np.uint8), labels.astype(np.int64)
 
 
-def normal(pictures: np.ndarray) -> np.ndarray:
+def normal(images: np.ndarray) -> np.ndarray:
     """What the tiny ViT's preprocessing does: float32 [n, 3, 12, 12] from -1 to 1."""
-    return (pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5) / 0.5
+    return (images.transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5) / 0.5
 
 
 @pytest.fixture(scope="session")
-def pictures() -> Callable[..., Pictures]:
+def images() -> Callable[..., Images]:
     return make_pictures
 
 

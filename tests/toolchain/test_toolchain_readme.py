@@ -20,7 +20,7 @@ _README = Path(__file__).parents[2] / "toolchain" / "README.md"
 def test_its_lines_work(
     vit_folder: Path,
     class_folder: Callable[..., Path],
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -28,7 +28,7 @@ def test_its_lines_work(
 
     shutil.copytree(vit_folder, tmp_path / "vit")
     class_folder(tmp_path / "train", 30, 1)
-    pixels, labels = pictures(30, 2, inverted=True)
+    pixels, labels = images(30, 2, inverted=True)
     np.savez(tmp_path / "mine.npz", images=pixels, labels=labels)
     (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(encoding="utf-8"), re.DOTALL)
     names = ", ".join(dir(regrow))

@@ -1,6 +1,6 @@
 // What tests/web/test_page.py runs in Node; it prints one JSON line.
 //
-//   node page.mjs pictures FOLDER        cases.json through examples/web/pictures.js
+//   node page.mjs images FOLDER        cases.json through examples/web/images.js
 //   node page.mjs drive ADDRESS CHROMIUM the page in a browser, with playwright-core
 
 import { readFileSync } from "node:fs";
@@ -8,11 +8,11 @@ import { join } from "node:path";
 
 const [, , command, where, chromium] = process.argv;
 
-async function pictures() {
-  const { preprocessor } = await import("./pictures.js");
+async function images() {
+  const { preprocessor } = await import("./images.js");
   const cases = JSON.parse(readFileSync(join(where, "cases.json"), "utf8"));
-  return cases.map(({ settings, config, picture }) => {
-    const { sized, values } = preprocessor(settings, config), found = sized({ ...picture, data: Uint8Array.from(picture.data) });
+  return cases.map(({ settings, config, image }) => {
+    const { sized, values } = preprocessor(settings, config), found = sized({ ...image, data: Uint8Array.from(image.data) });
     const { data, dims } = values(found);
     return { pixels: [...found.data], values: [...data], dims };
   });
@@ -65,4 +65,4 @@ async function drive() {
   }
 }
 
-console.log(JSON.stringify(await { pictures, drive }[command]()));
+console.log(JSON.stringify(await { images, drive }[command]()));

@@ -1,4 +1,4 @@
-"""examples/keywords/web: sounds as on the device, and a look at the page in Chromium."""
+"""examples/keywords/web: audio as on the device, and a look at the page in Chromium."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
 from regrow_format.methods import get_method
-from regrow_inputs import SoundPreprocessor, read_wav
+from regrow_inputs import AudioPreprocessor, read_wav
 from regrow_runtime import Adapter, Coefficients
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def page(room: Path) -> Path:
 
 def _node(room: Path, *arguments: object) -> Any:
     done = subprocess.run(
-        ["node", "sounds.mjs", *map(str, arguments)],
+        ["node", "audio.mjs", *map(str, arguments)],
         cwd=room, capture_output=True, text=True, timeout=120, check=False, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -86,7 +86,7 @@ def test_features_come_out_as_on_the_device(page, tmp_path):
             folder.mkdir()
             (folder / "preprocessor_config.json").write_text(json.dumps(settings))
             cases.append({"settings": settings, "wav": path.name})
-            wanted.append(SoundPreprocessor.from_folder(folder)([read_wav(path)])["values"])
+            wanted.append(AudioPreprocessor.from_folder(folder)([read_wav(path)])["values"])
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     for case, found, values in zip(cases, _node(page, "features", tmp_path), wanted, strict=True):
         assert found["dims"] == list(values.shape), case

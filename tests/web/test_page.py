@@ -47,7 +47,7 @@ def _node(room: Path, *arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
-def test_pictures_come_out_as_on_the_device(room, tmp_path):
+def test_images_come_out_as_on_the_device(room, tmp_path):
     edge = {"size": {"shortest_edge": 19}, "do_center_crop": True, "crop_size": 16, **COLOURS}
     cases = [
         (SETTINGS, 1, (8, 8, 1)),
@@ -59,19 +59,19 @@ def test_pictures_come_out_as_on_the_device(room, tmp_path):
     ]
     rng, request, wanted = np.random.default_rng(0), [], []
     for number, (settings, channels, shape) in enumerate(cases):
-        picture, config = rng.integers(0, 256, shape, np.uint8), {"num_channels": channels}
+        image, config = rng.integers(0, 256, shape, np.uint8), {"num_channels": channels}
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
         (folder / "config.json").write_text(json.dumps(config))
-        wanted.append(ImagePreprocessor.from_folder(folder)([picture]))
+        wanted.append(ImagePreprocessor.from_folder(folder)([image]))
         height, width, depth = shape
         request.append(
             {
                 "settings": settings,
                 "config": config,
-                "picture": {
-                    "data": picture.ravel().tolist(),
+                "image": {
+                    "data": image.ravel().tolist(),
                     "height": height,
                     "width": width,
                     "channels": depth,
@@ -79,7 +79,7 @@ def test_pictures_come_out_as_on_the_device(room, tmp_path):
             }
         )
     (tmp_path / "cases.json").write_text(json.dumps(request))
-    for case, found, pixels in zip(cases, _node(room, "pictures", tmp_path), wanted, strict=True):
+    for case, found, pixels in zip(cases, _node(room, "images", tmp_path), wanted, strict=True):
         assert found["dims"] == list(pixels.shape), case
         values = np.array(found["values"], dtype=np.float32).reshape(pixels.shape)
         np.testing.assert_array_equal(values, pixels, err_msg=str(case))

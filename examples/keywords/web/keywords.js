@@ -1,7 +1,7 @@
 // The page: one bundle in onnxruntime-web, an adapter per speaker, a clip, the answer and its cost.
 
 import { asTensors, feeds, openBundle, readAdapter } from "./regrow.js";
-import { readWav, resample, soundPreprocessor } from "./sounds.js";
+import { readWav, resample, audioPreprocessor } from "./audio.js";
 
 const ENGINE = "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 const LIST = "samples.json"; // {bundle, users: [{name, adapter, samples: [{label, wav}]}]}
@@ -44,7 +44,7 @@ async function load() {
     return found;
   };
   const { session, manifest, defaults } = await openBundle(ort, part);
-  const prepare = soundPreprocessor(await json(`${list.bundle}/preprocessor_config.json`));
+  const prepare = audioPreprocessor(await json(`${list.bundle}/preprocessor_config.json`));
   const [{ inputs: [input], outputs: [output] }] = manifest.graphs;
   const time = performance.now() - start;
   model = { session, manifest, prepare, bytes, time, base: asTensors(ort, defaults), input: input.name, output: output.name };
@@ -62,7 +62,7 @@ async function swap(get) {
   return { adapter, slots, labels, bytes: bytes.byteLength, read: reading - start, expand: done - reading };
 }
 
-/** A sound at any rate to features, as the bundle says. */
+/** A clip at any rate to features, as the bundle says. */
 const prepared = ({ samples, rate }) => model.prepare.values(resample(samples, rate, model.prepare.rate));
 
 /** Probabilities of a clip's features. */

@@ -471,8 +471,8 @@ def test_operators_that_int4_would_change(tmp_path):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.one(x)
             grid = torch.tanh(x).reshape(-1, 4, 5, 2)
-            picture = x.reshape(-1, 2, 4, 5)
-            return nn.functional.grid_sample(picture, grid, align_corners=False).flatten(1)
+            image = x.reshape(-1, 2, 4, 5)
+            return nn.functional.grid_sample(image, grid, align_corners=False).flatten(1)
 
     source = _plain(Sampled)
     int4, fp16 = (

@@ -415,10 +415,10 @@ def test_users_together_are_judged_as_if_alone() -> None:
 def test_without_a_share_the_command_writes_what_nobody_judged(
     cli: Callable[..., Any],
     compressed_folder: Path,
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     tmp_path: Path,
 ) -> None:
-    pixels, labels = pictures(4, 1)  # too few to tell, with any share
+    pixels, labels = images(4, 1)  # too few to tell, with any share
     np.savez(tmp_path / "d.npz", images=pixels, labels=labels)
     command = ("adapt", compressed_folder, "--data", tmp_path / "d.npz", "--steps", 2)
     refused = cli(*command, "-o", tmp_path / "a.safetensors")
@@ -436,10 +436,10 @@ def test_without_a_share_the_command_writes_what_nobody_judged(
 def test_the_command_says_how_it_judged(
     cli: Callable[..., Any],
     compressed_folder: Path,
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     tmp_path: Path,
 ) -> None:
-    pixels, labels = pictures(9, 1)
+    pixels, labels = images(9, 1)
     np.savez(tmp_path / "d.npz", images=pixels, labels=labels)
     command = ("adapt", compressed_folder, "--data", tmp_path / "d.npz", "--steps", 2)
     out = tmp_path / "a.safetensors"

@@ -139,7 +139,7 @@ def test_a_head_that_is_called_twice_is_run() -> None:
 
 
 @pytest.mark.parametrize(("change", "runs"), [({}, True), ({"shift": 0.0, "noise": 0.0}, False)])
-def test_pictures_that_move_are_computed_anew(change: dict[str, float], runs: bool) -> None:
+def test_images_that_move_are_computed_anew(change: dict[str, float], runs: bool) -> None:
     model = _Model()
     data = _data(40, shape=(1, 2, 3))
     adapt(_backbone(model), data, AdaptConfig(**{**vars(_CONFIG), **change}))

@@ -32,9 +32,9 @@ class _KilledError(Exception):
 def room(
     tmp_path: Path,
     compressed_folder: Path,
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
 ) -> Path:
-    pixels, labels = pictures(54, 3, inverted=True)
+    pixels, labels = images(54, 3, inverted=True)
     np.savez(tmp_path / "d.npz", images=pixels, labels=labels, who=np.repeat(_NAMES, 18))
     (tmp_path / "small").symlink_to(compressed_folder)
     return tmp_path

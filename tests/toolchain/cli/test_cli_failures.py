@@ -25,7 +25,7 @@ def filled(
     compressed_folder: Path,
     vit_folder: Path,
     bert_folder: Path,
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     dataset: Callable[..., Dataset],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -35,7 +35,7 @@ def filled(
         shutil.copytree(folder, room / name)
     (room / "empty").mkdir()
     (room / "file.txt").write_text("not a model")
-    pixels, labels = pictures(24, 1)
+    pixels, labels = images(24, 1)
     np.savez(room / "d.npz", images=pixels, labels=labels)
     np.savez(room / "beyond.npz", images=pixels, labels=labels + 5)
     np.savez(room / "mixed.npz", images=pixels, labels=np.array(["left", "up", "down"])[labels])

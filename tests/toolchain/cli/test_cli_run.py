@@ -1,4 +1,4 @@
-"""`regrow run` from an image, a sound and a text to an answer, as a person types it."""
+"""`regrow run` from an image, a clip and a text to an answer, as a person types it."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _sound(path: Path, length: int, pitch: float, rate: int = RATE) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sounds_bundle(tmp_path_factory):
-    """A Wav2Vec2 of random weights, its bundle, and what torch makes of a sound."""
+def audio_bundle(tmp_path_factory):
+    """A Wav2Vec2 of random weights, its bundle, and what torch makes of a clip."""
     with quiet_transformers():
         from transformers import (
             Wav2Vec2Config,
@@ -70,15 +70,15 @@ def sounds_bundle(tmp_path_factory):
         vocab_size=8, mask_time_prob=0.0, id2label=dict(enumerate(WORDS)),
         label2id={word: i for i, word in enumerate(WORDS)},
     )  # fmt: skip
-    room = tmp_path_factory.mktemp("sounds")
+    room = tmp_path_factory.mktemp("audio")
     model = Wav2Vec2ForSequenceClassification(config).eval()
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
     model.save_pretrained(room / "model")
     extractor.save_pretrained(room / "model")
     export_backbone(load_backbone(room / "model"), room / "bundle")
 
-    def logits(sound: np.ndarray) -> np.ndarray:
-        inputs = extractor(sound, sampling_rate=RATE, return_tensors="pt")
+    def logits(clip: np.ndarray) -> np.ndarray:
+        inputs = extractor(clip, sampling_rate=RATE, return_tensors="pt")
         with torch.no_grad():
             return model(**inputs).logits.numpy()
 
@@ -86,28 +86,28 @@ def sounds_bundle(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_sounds(run, sounds_bundle, tmp_path):
+def test_sounds(run, audio_bundle, tmp_path):
     """Each alone, whatever is beside it; torch gives the same probabilities."""
-    bundle, logits = sounds_bundle
+    bundle, logits = audio_bundle
     files = [_sound(tmp_path / f"{n}.wav", n, 300) for n in (900, 1500)]
     result = run(bundle, "--wav", files[0], files[1], "--top", 3, "-o", tmp_path / "o.npz")
     with np.load(tmp_path / "o.npz") as stored:
         found = stored["logits"]
     for row, answer, length in zip(found, result["answers"], (900, 1500), strict=True):
         tone = 0.5 * np.sin(2 * np.pi * 300 * np.arange(length) / RATE)
-        sound = (tone * 32767).astype("<i2") / np.float32(32768)
-        np.testing.assert_allclose(row[None], logits(sound.astype(np.float32)), atol=1e-4)
+        clip = (tone * 32767).astype("<i2") / np.float32(32768)
+        np.testing.assert_allclose(row[None], logits(clip.astype(np.float32)), atol=1e-4)
         assert answer["label"] == WORDS[row.argmax()]
         assert [part["label"] for part in answer["top"]] == [WORDS[i] for i in (-row).argsort()]
         assert sum(part["probability"] for part in answer["top"]) == pytest.approx(1)
 
 
 @pytest.mark.slow
-def test_a_folder_of_sounds_by_class(run, sounds_bundle, tmp_path):
+def test_a_folder_of_sounds_by_class(run, audio_bundle, tmp_path):
     for word in WORDS[:2]:
         _sound(tmp_path / "data" / word / "1.wav", 900, 400)
         _sound(tmp_path / "data" / word / "2.WAV", 1800, 400, 8000)
-    result = run(sounds_bundle[0], "--wav", tmp_path / "data")
+    result = run(audio_bundle[0], "--wav", tmp_path / "data")
     assert [answer["true"] for answer in result["answers"]] == ["high"] * 2 + ["low"] * 2
     assert result["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
 
@@ -119,8 +119,8 @@ def vit_bundle(vit_folder, tmp_path_factory):
     return bundle
 
 
-def test_integer_labels_are_shown_by_name(run, vit_bundle, pictures, tmp_path):
-    pixels, labels = pictures(6, 1)
+def test_integer_labels_are_shown_by_name(run, vit_bundle, images, tmp_path):
+    pixels, labels = images(6, 1)
     np.savez(tmp_path / "x.npz", images=pixels, labels=labels)
     result = run(vit_bundle, "--input", tmp_path / "x.npz")
     assert [answer["true"] for answer in result["answers"]] == ["left", "middle", "right"] * 2
@@ -131,7 +131,7 @@ def test_integer_labels_are_shown_by_name(run, vit_bundle, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures(run, vit_bundle, class_folder, tmp_path):
+def test_images(run, vit_bundle, class_folder, tmp_path):
     data = class_folder(tmp_path / "data", 9, 3)
     result = run(vit_bundle, "--image", data)
     assert result["accuracy"] >= 0.8
@@ -148,7 +148,7 @@ def test_pictures(run, vit_bundle, class_folder, tmp_path):
 @pytest.fixture(scope="module")
 def texts_bundle(reading_folder, tmp_path_factory):
     """(bundle, folder) of a BERT that classifies."""
-    bundle = tmp_path_factory.mktemp("texts") / "bundle"
+    bundle = tmp_path_factory.mktemp("text") / "bundle"
     export_backbone(load_backbone(reading_folder), bundle)
     return bundle, reading_folder
 
@@ -203,12 +203,12 @@ def test_embeddings(run, texts_bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wrong_kind_of_input(vit_bundle, texts_bundle, sounds_bundle, tmp_path):
+def test_the_wrong_kind_of_input(vit_bundle, texts_bundle, audio_bundle, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     wav = _sound(tmp_path / "x.wav", 100, 300)
-    given = {"images": ("--image", tmp_path / "x.png"), "sounds": ("--wav", wav),
-             "texts": ("--text", "hello")}  # fmt: skip
-    bundles = {"images": vit_bundle, "texts": texts_bundle[0], "sounds": sounds_bundle[0]}
+    given = {"images": ("--image", tmp_path / "x.png"), "audio": ("--wav", wav),
+             "text": ("--text", "hello")}  # fmt: skip
+    bundles = {"images": vit_bundle, "text": texts_bundle[0], "audio": audio_bundle[0]}
     for takes, bundle in bundles.items():
         for kind, options in given.items():
             if kind == takes:

@@ -107,7 +107,7 @@ def test_run_on_arrays_with_labels(workshop: Any, run: Run, tmp_path: Path) -> N
     assert [answer["label"] for answer in after["answers"]] == best
 
 
-def test_run_on_pictures(workshop: Any, run: Run) -> None:
+def test_run_on_images(workshop: Any, run: Run) -> None:
     """A folder with folders, and one file; the same answers as from the array."""
     room = workshop.room
     arguments = ("run", room / "bundle", "--adapter", room / "mine.safetensors", "--json")

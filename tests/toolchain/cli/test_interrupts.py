@@ -52,10 +52,10 @@ Program = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def room(
     vit_folder: Path,
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     tmp_path: Path,
 ) -> Path:
-    pixels, labels = pictures(60, 1)
+    pixels, labels = images(60, 1)
     np.savez(tmp_path / "d.npz", images=pixels, labels=labels)
     (tmp_path / "vit").symlink_to(vit_folder)
     return tmp_path

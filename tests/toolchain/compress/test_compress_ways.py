@@ -31,7 +31,7 @@ from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import Backbone, load_backbone, logits_of, save_backbone
 from regrow_toolchain.training import accuracy, batches
 
-Pictures = Callable[..., tuple[np.ndarray, np.ndarray]]
+Images = Callable[..., tuple[np.ndarray, np.ndarray]]
 _QUICK = CompressConfig(ratio=3, epochs=2, batch_size=16, lr=3e-3)
 
 
@@ -79,12 +79,12 @@ def test_lines_of_text_teach_an_encoder(
 
 
 def test_every_form_without_labels(
-    vit_folder: Path, encoder_folder: Path, tmp_path: Path, pictures: Pictures
+    vit_folder: Path, encoder_folder: Path, tmp_path: Path, images: Images
 ) -> None:
-    backbone, pixels = load_backbone(vit_folder), pictures(12, 1)[0]
+    backbone, pixels = load_backbone(vit_folder), images(12, 1)[0]
     (tmp_path / "flat").mkdir()
-    for index, picture in enumerate(pixels):
-        Image.fromarray(picture).save(tmp_path / "flat" / f"{index}.png")
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "flat" / f"{index}.png")
     np.savez(tmp_path / "n.npz", images=pixels)
     encoder = load_backbone(encoder_folder)
     (tmp_path / "t.csv").write_text("text\n" + "\n".join(_texts(12)), encoding="utf-8")
@@ -94,12 +94,12 @@ def test_every_form_without_labels(
         data = load_data(tmp_path / name, model, labels="optional")
         assert data.unlabelled
         assert len(data) == 12
-    assert not load_data(_labelled(tmp_path, pictures), backbone, labels="optional").unlabelled
-    assert load_data(_labelled(tmp_path, pictures), backbone, labels="none").unlabelled
+    assert not load_data(_labelled(tmp_path, images), backbone, labels="optional").unlabelled
+    assert load_data(_labelled(tmp_path, images), backbone, labels="none").unlabelled
 
 
-def _labelled(folder: Path, pictures: Pictures) -> Path:
-    images, labels = pictures(12, 1)
+def _labelled(folder: Path, images: Images) -> Path:
+    images, labels = images(12, 1)
     np.savez(folder / "l.npz", images=images, labels=labels)
     return folder / "l.npz"
 
@@ -267,8 +267,8 @@ def test_half_precision_trains(backbone: Backbone, dataset: Callable[..., Datase
 
 
 @pytest.fixture
-def room(vit_folder: Path, pictures: Pictures, tmp_path: Path) -> Path:
-    images, labels = pictures(90, 1)
+def room(vit_folder: Path, images: Images, tmp_path: Path) -> Path:
+    images, labels = images(90, 1)
     np.savez(tmp_path / "d.npz", images=images, labels=labels)
     shutil.copytree(vit_folder, tmp_path / "vit")
     return tmp_path

@@ -31,7 +31,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
 TEXT = {**SMALL, "vocab_size": 60, "max_position_embeddings": 40}
 PICTURE = {**SMALL, "image_size": 16, "patch_size": 8}
 DECODER = {**TEXT, "num_key_value_heads": 2}
-SOUND = {**SMALL, "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2),
+AUDIO = {**SMALL, "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2),
          "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
          "num_feat_extract_layers": 2}  # fmt: skip
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "vocab_size": 60}
@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "Llama": ("LlamaConfig", DECODER, "LlamaForCausalLM", 14),
     "Qwen2": ("Qwen2Config", DECODER, "Qwen2ForCausalLM", 14),
     "CLIP": ("CLIPConfig", CLIP, "CLIPModel", 24),
-    "Wav2Vec2": ("Wav2Vec2Config", SOUND, "Wav2Vec2ForSequenceClassification", 12),
+    "Wav2Vec2": ("Wav2Vec2Config", AUDIO, "Wav2Vec2ForSequenceClassification", 12),
 }
 
 

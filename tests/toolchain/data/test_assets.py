@@ -76,8 +76,8 @@ def test_a_plain_modules_bundle_has_them(plain, tmp_path):
     assert manifest.labels == LABELS
     assert "preprocessor_config.json" in manifest.files
     reader = InputReader.from_bundle("bundle")
-    assert reader.takes == ("sounds",)
-    assert reader.sounds([np.zeros(10, np.float32)])["mfcc"].shape == (1, 15, 8)
+    assert reader.takes == ("audio",)
+    assert reader.audio([np.zeros(10, np.float32)])["mfcc"].shape == (1, 15, 8)
 
 
 def test_a_compressed_folder_keeps_them(plain, tmp_path):
@@ -198,6 +198,6 @@ def _together(backbone, folder: Path) -> Path:
     return folder
 
 
-def test_pictures_need_no_tokenizer(vit_folder):
+def test_images_need_no_tokenizer(vit_folder):
     backbone = load_backbone(vit_folder)
     assert for_device(backbone) is backbone

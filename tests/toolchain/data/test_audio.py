@@ -1,4 +1,4 @@
-"""Sounds come out as transformers' feature extractors have them."""
+"""Audio comes out as transformers' feature extractors have them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from regrow_format.errors import FormatError
-from regrow_inputs import SoundPreprocessor
+from regrow_inputs import AudioPreprocessor
 from regrow_toolchain.models import quiet_transformers
 
 with quiet_transformers():
@@ -36,9 +36,9 @@ def test_sounds(tmp_path, name, length):
     extractor = EXTRACTORS[name]()
     extractor.save_pretrained(tmp_path)
     draw = np.random.default_rng(length)
-    sound = (0.2 * np.sin(np.arange(length) / 9) + draw.normal(0, 0.05, length)).astype(np.float32)
-    expected = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="np")
-    found = SoundPreprocessor.from_folder(tmp_path).feeds([sound], list(expected))
+    clip = (0.2 * np.sin(np.arange(length) / 9) + draw.normal(0, 0.05, length)).astype(np.float32)
+    expected = extractor(clip, sampling_rate=extractor.sampling_rate, return_tensors="np")
+    found = AudioPreprocessor.from_folder(tmp_path).feeds([clip], list(expected))
     assert found.keys() == expected.keys()
     for key, array in expected.items():
         assert found[key].shape == array.shape
@@ -48,4 +48,4 @@ def test_sounds(tmp_path, name, length):
 def test_extractors_that_are_not_known(tmp_path):
     SeamlessM4TFeatureExtractor().save_pretrained(tmp_path)
     with pytest.raises(FormatError, match="must be one of Wav2Vec2FeatureExtractor, AST"):
-        SoundPreprocessor.from_folder(tmp_path)
+        AudioPreprocessor.from_folder(tmp_path)

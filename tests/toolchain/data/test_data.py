@@ -68,7 +68,7 @@ def _normal(pixels: np.ndarray) -> np.ndarray:
 
 def test_a_folder_of_pictures(
     class_folder: Callable[..., Path],
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     vit: Backbone,
     tmp_path: Path,
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_folder_of_pictures(
     data = load_data(tmp_path / "data", vit)
     assert data.names == ("a", "b", "c")
     assert data.named
-    pixels, labels = pictures(150, 3)
+    pixels, labels = images(150, 3)
     order = np.argsort(np.array([1, 0, 2])[labels], kind="stable")  # "b" is the second folder
     assert data.labels.tolist() == np.array([1, 0, 2])[labels][order].tolist()
     values = data.inputs["pixel_values"]
@@ -97,7 +97,7 @@ def test_a_class_without_pictures(
 ) -> None:
     class_folder(tmp_path, 6, 0)
     (tmp_path / "up").mkdir()
-    with pytest.raises(UsageError, match=r"up must have images or sounds \(.png, .*got none"):
+    with pytest.raises(UsageError, match=r"up must have images or audio \(.png, .*got none"):
         load_data(tmp_path, vit)
 
 
@@ -115,14 +115,14 @@ def test_a_picture_that_is_none(
 
 @pytest.mark.parametrize("name", ["images", "x"])
 @pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
-def test_pictures_in_arrays(
-    pictures: Callable[..., tuple[np.ndarray, np.ndarray]],
+def test_images_in_arrays(
+    images: Callable[..., tuple[np.ndarray, np.ndarray]],
     vit: Backbone,
     tmp_path: Path,
     name: str,
     kind: str,
 ) -> None:
-    pixels, labels = pictures(7, 0)
+    pixels, labels = images(7, 0)
     stored = pixels if kind == "uint8" else (pixels / 255).astype(kind)
     np.savez(tmp_path / "d.npz", labels=labels, **{name: stored})
     data = load_data(tmp_path / "d.npz", vit)

@@ -1,4 +1,4 @@
-"""Folders of sounds, through the front end that the device has too."""
+"""Folders of audio, through the front end that the device has too."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _pcm(values: np.ndarray, width: int) -> bytes:
     return b"".join(int(n).to_bytes(width, "little", signed=True) for n in numbers.ravel())
 
 
-def _write(path: Path, sound: np.ndarray, rate: int = _RATE, width: int = 2) -> Path:
-    """`sound` [length] or [length, channels]."""
+def _write(path: Path, clip: np.ndarray, rate: int = _RATE, width: int = 2) -> Path:
+    """`clip` [length] or [length, channels]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(path), "wb") as stream:
-        stream.setnchannels(1 if sound.ndim == 1 else sound.shape[1])
+        stream.setnchannels(1 if clip.ndim == 1 else clip.shape[1])
         stream.setsampwidth(width)
         stream.setframerate(rate)
-        stream.writeframes(_pcm(sound, width))
+        stream.writeframes(_pcm(clip, width))
     return path
 
 
@@ -46,7 +46,7 @@ def _tone(length: int, pitch: float, rate: int = _RATE) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def wav2vec2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of sounds at 4 kHz; its extractor normalises, and gives no mask."""
+    """A model of audio at 4 kHz; its extractor normalises, and gives no mask."""
     from transformers import (
         Wav2Vec2Config,
         Wav2Vec2FeatureExtractor,
@@ -75,8 +75,8 @@ def wav2vec2(wav2vec2_folder: Path) -> Backbone:
 
 
 @pytest.fixture
-def sounds(tmp_path: Path) -> Callable[..., Path]:
-    """sounds(name): low and high tones of several rates and lengths."""
+def audio(tmp_path: Path) -> Callable[..., Path]:
+    """audio(name): low and high tones of several rates and lengths."""
 
     def make(name: str = "data") -> Path:
         folder = tmp_path / name
@@ -89,10 +89,10 @@ def sounds(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_a_folder_of_sounds(sounds: Callable[..., Path], wav2vec2: Backbone) -> None:
+def test_a_folder_of_audio(audio: Callable[..., Path], wav2vec2: Backbone) -> None:
     assert wav2vec2.task == "audio-classification"
     assert wav2vec2.head == ("classifier",)
-    data = load_data(sounds(), wav2vec2)
+    data = load_data(audio(), wav2vec2)
     assert data.names == ("high", "low")
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     values = data.inputs["input_values"]
@@ -107,21 +107,21 @@ def test_a_folder_of_sounds(sounds: Callable[..., Path], wav2vec2: Backbone) -> 
 
 
 def test_a_mask_where_the_extractor_gives_one(
-    sounds: Callable[..., Path], wav2vec2_folder: Path, tmp_path: Path
+    audio: Callable[..., Path], wav2vec2_folder: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(wav2vec2_folder, tmp_path / "model"))
     _edit(folder, return_attention_mask=True)
-    data = load_data(sounds(), load_backbone(folder))
+    data = load_data(audio(), load_backbone(folder))
     mask = data.inputs["attention_mask"]
     assert mask.dtype == np.int64
     assert mask.sum(axis=1).tolist() == [600, 700, 800] * 2
 
 
-def test_a_folder_per_user_of_sounds(
-    sounds: Callable[..., Path], wav2vec2: Backbone, tmp_path: Path
+def test_a_folder_per_user_of_audio(
+    audio: Callable[..., Path], wav2vec2: Backbone, tmp_path: Path
 ) -> None:
-    sounds("speakers/ann")
-    sounds("speakers/bob")
+    audio("speakers/ann")
+    audio("speakers/bob")
     data = load_data(tmp_path / "speakers", wav2vec2, users="folder")
     assert {user: len(part) for user, part in by_user(data).items()} == {"ann": 6, "bob": 6}
 
@@ -138,21 +138,21 @@ def test_long_sounds_are_cut(
         load_data(tmp_path / "d", wav2vec2)
 
 
-def test_pictures_beside_sounds(sounds: Callable[..., Path], wav2vec2: Backbone) -> None:
-    folder = sounds()
+def test_images_beside_sounds(audio: Callable[..., Path], wav2vec2: Backbone) -> None:
+    folder = audio()
     (folder / "low" / "cover.png").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"must be images or sounds, got both: .*cover\.png"):
+    with pytest.raises(UsageError, match=r"must be images or audio, got both: .*cover\.png"):
         load_data(folder, wav2vec2)
 
 
 def test_backbones_that_take_no_sounds(
-    sounds: Callable[..., Path], backbone: Backbone, wav2vec2: Backbone, bert_folder: Path
+    audio: Callable[..., Path], backbone: Backbone, wav2vec2: Backbone, bert_folder: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"backbone must take sounds .*got one of pixel_values"):
-        load_data(sounds(), backbone)
+    with pytest.raises(UsageError, match=r"backbone must take audio .*got one of pixel_values"):
+        load_data(audio(), backbone)
     plain = Backbone(torch.nn.Linear(2, 2), "sha256:x", "other", (), ())
     with pytest.raises(UsageError, match=r"or ready arrays \(input\) in an \.npz"):
-        load_data(sounds(), plain)
+        load_data(audio(), plain)
 
 
 def test_sounds_backbones_take_no_pictures(
@@ -183,14 +183,14 @@ def _edit(folder: Path, **changes: object) -> None:
     ],
 )
 def test_a_broken_extractor(
-    sounds: Callable[..., Path], wav2vec2_folder: Path, tmp_path: Path, changes: dict
+    audio: Callable[..., Path], wav2vec2_folder: Path, tmp_path: Path, changes: dict
 ) -> None:
     folder = Path(shutil.copytree(wav2vec2_folder, tmp_path / "model"))
     flag = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(flag)!r}, 'w').close()\n")
     _edit(folder, **changes)
     with pytest.raises(FormatError, match=r"preprocessor_config\.json"):
-        load_data(sounds(), load_backbone(folder))
+        load_data(audio(), load_backbone(folder))
     assert not flag.exists()
 
 
@@ -201,7 +201,7 @@ _MFCC = {
 
 
 def test_a_plain_module_hears_what_the_device_hears(
-    sounds: Callable[..., Path], tmp_path: Path
+    audio: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Training's numbers and the device's are the same, to the bit; so are those of a bundle."""
 
@@ -223,11 +223,11 @@ def test_a_plain_module_hears_what_the_device_hears(
         Hears().eval(), "sha256:x", "classification", ("head",), ("0", "1"), function="a:b"
     )
     heard = attach_assets(plain, preprocessor=tmp_path / "front.json")
-    data = load_data(folder := sounds(), heard)
+    data = load_data(folder := audio(), heard)
     assert data.inputs.keys() == {"mfcc"}
     assert data.inputs["mfcc"].shape == (6, 15, 8)
     export_backbone(heard, tmp_path / "bundle", inputs=dummy_inputs(heard))
     files = sorted(folder.rglob("*.[wW][aA][vV]"), key=lambda f: (f.parent.name, f.name))
     reader = InputReader.from_bundle(tmp_path / "bundle")
     for file, row in zip(files, data.inputs["mfcc"], strict=True):
-        np.testing.assert_array_equal(reader.sounds([file])["mfcc"][0], row)
+        np.testing.assert_array_equal(reader.audio([file])["mfcc"][0], row)

@@ -118,7 +118,7 @@ def test_values_and_features(save: Save, plain: Backbone) -> None:
     assert (data.kind, data.labels.tolist()) == ("values", [[0.5, 1], [1, 2.5]])
 
 
-def test_pictures(save: Save, backbone: Backbone) -> None:
+def test_images(save: Save, backbone: Backbone) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (70, 12, 12, 3), dtype=np.uint8)
     rows = {"image": [Image.fromarray(p) for p in pixels], "label": [0, 1] * 35}
@@ -172,7 +172,7 @@ def test_rows_that_do_not_serve(
         load_data(save(rows, classes), plain)
 
 
-def test_pictures_that_are_none(save: Save, backbone: Backbone) -> None:
+def test_images_that_are_none(save: Save, backbone: Backbone) -> None:
     with pytest.raises(FormatError, match="image must be images in every row"):
         load_data(save({"image": ["a.png", "b.png"], "label": [0, 1]}), backbone)
 

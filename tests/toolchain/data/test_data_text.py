@@ -361,7 +361,7 @@ def test_no_code_of_the_tokenizer_is_run(load: Load, bert_text: Path, tmp_path: 
     assert not flag.exists()
 
 
-def test_pictures_backbones_take_no_text(load: Load, vit_folder: Path, tmp_path: Path) -> None:
+def test_images_backbones_take_no_text(load: Load, vit_folder: Path, tmp_path: Path) -> None:
     folder = _bert_tokenizer(Path(shutil.copytree(vit_folder, tmp_path / "vit")))
     with pytest.raises(
         UsageError, match=r"backbone must take text \(input_ids\), got one of pixel"

@@ -59,9 +59,9 @@ def _picture(size: tuple[int, int], mode: str, draw: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _theirs(processor, pictures) -> np.ndarray:
+def _theirs(processor, images) -> np.ndarray:
     # Without the hint, transformers takes a side of 1 or 3 pixels for the channels.
-    found = processor(pictures, return_tensors="np", input_data_format="channels_last")
+    found = processor(images, return_tensors="np", input_data_format="channels_last")
     return found["pixel_values"]
 
 
@@ -73,19 +73,19 @@ def _ours(folder, processor, channels: int) -> ImagePreprocessor:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
-def test_pictures_in_colour(tmp_path, name, size):
-    processor, picture = PROCESSORS[name], _picture(size, "RGB", size[0])
-    expected = _theirs(processor, picture)
-    found = _ours(tmp_path, processor, 3)([picture])
+def test_images_in_colour(tmp_path, name, size):
+    processor, image = PROCESSORS[name], _picture(size, "RGB", size[0])
+    expected = _theirs(processor, image)
+    found = _ours(tmp_path, processor, 3)([image])
     assert found.dtype == expected.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_grey_pictures_are_converted_as_clip_does(tmp_path, size):
-    processor, picture = PROCESSORS["CLIP"], _picture(size, "L", size[1])
-    expected = _theirs(processor, picture)
-    found = _ours(tmp_path, processor, 3)([picture])
+    processor, image = PROCESSORS["CLIP"], _picture(size, "L", size[1])
+    expected = _theirs(processor, image)
+    found = _ours(tmp_path, processor, 3)([image])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -94,29 +94,29 @@ def test_models_of_one_channel(tmp_path, size):
     processor = ViTImageProcessor(
         size={"height": 14, "width": 16}, image_mean=[0.3], image_std=[0.2]
     )
-    picture = _picture(size, "L", 7)
-    grey = np.asarray(picture)[..., None]
+    image = _picture(size, "L", 7)
+    grey = np.asarray(image)[..., None]
     expected = _theirs(processor, grey)
-    found = _ours(tmp_path, processor, 1)([picture])
+    found = _ours(tmp_path, processor, 1)([image])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "1", "LA", "CMYK", "L"])
 def test_every_mode_is_converted_as_pillow_does(tmp_path, mode):
-    processor, picture = PROCESSORS["CLIP"], _picture((33, 40), "RGB", 3).convert(mode)
-    expected = _theirs(processor, picture)
-    found = _ours(tmp_path, processor, 3)([picture])
+    processor, image = PROCESSORS["CLIP"], _picture((33, 40), "RGB", 3).convert(mode)
+    expected = _theirs(processor, image)
+    found = _ours(tmp_path, processor, 3)([image])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_a_batch_is_its_pictures(tmp_path):
     processor = PROCESSORS["CLIP"]
-    pictures = [_picture(size, "RGB", i) for i, size in enumerate(SIZES)]
+    images = [_picture(size, "RGB", i) for i, size in enumerate(SIZES)]
     ours = _ours(tmp_path, processor, 3)
-    found = ours(pictures)
-    expected = _theirs(processor, pictures)
+    found = ours(images)
+    expected = _theirs(processor, images)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
-    np.testing.assert_array_equal(found, np.concatenate([ours([p]) for p in pictures]))
+    np.testing.assert_array_equal(found, np.concatenate([ours([p]) for p in images]))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_thread_of_a_picture_is_refused_before_it_takes_gigabytes(tmp_path):
 _GREY = {"image_mean": [0.5], "image_std": [0.5]}
 
 
-def test_pictures_of_16_bits_are_scaled_not_clipped(tmp_path):
+def test_images_of_16_bits_are_scaled_not_clipped(tmp_path):
     ours = _ours(tmp_path, ViTImageProcessor(size={"height": 8, "width": 8}, **_GREY), 1)
     eight = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
     Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "x.png")
@@ -148,7 +148,7 @@ def test_pictures_of_16_bits_are_scaled_not_clipped(tmp_path):
 
 
 @pytest.mark.parametrize("levels", [np.ones((8, 8), "f4"), np.full((8, 8), 1 << 20, "i4")])
-def test_pictures_whose_range_nobody_knows_are_refused(tmp_path, levels):
+def test_images_whose_range_nobody_knows_are_refused(tmp_path, levels):
     ours = _ours(tmp_path, ViTImageProcessor(size={"height": 8, "width": 8}, **_GREY), 1)
     Image.fromarray(levels).save(tmp_path / "x.tiff")
     with pytest.raises(UsageError, match="must have 8 or 16 bits a channel, got 32"):
@@ -156,10 +156,10 @@ def test_pictures_whose_range_nobody_knows_are_refused(tmp_path, levels):
 
 
 def test_exif_turns_a_picture(tmp_path):
-    picture = _picture((6, 4), "RGB", 2)
+    image = _picture((6, 4), "RGB", 2)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    picture.save(tmp_path / "x.png", exif=exif)
+    image.save(tmp_path / "x.png", exif=exif)
     assert read_image(tmp_path / "x.png").size == (4, 6)
 
 
@@ -188,7 +188,7 @@ def test_a_picture_that_would_unpack_to_gigabytes(tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x89PNG\r\n\x1a\n", b"no picture", _png(8, 8)[:44], b"GIF89a" + bytes(40)]
+    "data", [b"", b"\x89PNG\r\n\x1a\n", b"no image", _png(8, 8)[:44], b"GIF89a" + bytes(40)]
 )
 def test_files_that_are_no_picture(tmp_path, data):
     path = tmp_path / "x.png"

@@ -222,15 +222,15 @@ def test_the_parts_of_the_digits_share_nothing() -> None:
     digits = load_digits(4, seed=1)
     parts = [digits.train, *digits.users, digits.test]
     assert [len(labels) for _, labels in parts] == [1077, 60, 60, 60, 60, 480]
-    for pictures, labels in parts:
-        assert pictures.shape == (len(labels), 8, 8)
-        assert pictures.dtype == np.uint8
+    for images, labels in parts:
+        assert images.shape == (len(labels), 8, 8)
+        assert images.dtype == np.uint8
         assert set(labels.tolist()) == set(range(10))
     # Of 1,797 images none is in two parts: together they are the whole, each as often as there.
     from sklearn.datasets import load_digits as load
 
     whole = np.rint(load().images * (255 / 16)).astype(np.uint8)
-    together = np.concatenate([pictures for pictures, _ in parts])
+    together = np.concatenate([images for images, _ in parts])
     assert sorted(p.tobytes() for p in together) == sorted(p.tobytes() for p in whole)
     again = load_digits(4, seed=1)
     assert np.array_equal(again.test[0], digits.test[0])
@@ -239,19 +239,19 @@ def test_the_parts_of_the_digits_share_nothing() -> None:
 
 @pytest.mark.parametrize("user", USERS, ids=lambda user: user.id)
 def test_users_capture_the_same_signs_their_own_way(user: Any) -> None:
-    pictures, labels = load_digits(1).users[0]
-    seen, meant = capture(user, pictures, labels, seed=5)
-    assert seen.shape == pictures.shape
+    images, labels = load_digits(1).users[0]
+    seen, meant = capture(user, images, labels, seed=5)
+    assert seen.shape == images.shape
     assert seen.dtype == np.uint8
-    again, _ = capture(user, pictures, labels, seed=5)
+    again, _ = capture(user, images, labels, seed=5)
     assert np.array_equal(seen, again)
     if user.labels:
-        assert np.array_equal(seen, pictures)
+        assert np.array_equal(seen, images)
         assert set(meant.tolist()) == set(range(len(user.labels)))
-        # Two signs stand for each command.
+        # Two digits stand for each command.
         assert sorted(np.bincount(user.meaning)) == [2] * len(user.labels)
     else:
-        assert np.abs(seen.astype(int) - pictures).mean() > 5
+        assert np.abs(seen.astype(int) - images).mean() > 5
         assert np.array_equal(meant, labels)
 
 

@@ -26,7 +26,7 @@ _KINDS = {
 def _user(name: str) -> Report:
     title, before, after = _KINDS[name]
     own = name == "labels"
-    sign = [[(37 * row + 11 * column) % 256 for column in range(8)] for row in range(8)]
+    digit = [[(37 * row + 11 * column) % 256 for column in range(8)] for row in range(8)]
     return {
         "id": name,
         "title": title,
@@ -46,8 +46,8 @@ def _user(name: str) -> Report:
         "parity_max_abs": 2.1e-6,
         "agree": 1.0,
         "swap_ms": {"cold": 1.9, "cached": 0.9, "resident": 0.003},
-        "examples": [sign] * 6,
-        "examples_plain": [sign] * 6,
+        "examples": [digit] * 6,
+        "examples_plain": [digit] * 6,
         "example_labels": ["3", "7", "6", "9", "4", "8"],
     }
 

@@ -161,12 +161,12 @@ def test_embeddings_by_classes(model: Model, texts: Arrays, tmp_path: Path) -> N
     assert [score.fp32, score.variant] == pytest.approx(want)
 
 
-def test_pictures_beside_texts(model: Model, tmp_path: Path) -> None:
+def test_images_beside_texts(model: Model, tmp_path: Path) -> None:
     """CLIP, by its image's embedding; its logits are one number a sample, which may be near 0."""
-    picture = {"hidden_size": 35, "num_hidden_layers": 2, "num_attention_heads": 5,
+    image = {"hidden_size": 35, "num_hidden_layers": 2, "num_attention_heads": 5,
                "intermediate_size": 45, "image_size": 18, "patch_size": 6}  # fmt: skip
     text = {**_TEXT, "hidden_size": 30, "eos_token_id": 59, "bos_token_id": 58}
-    settings = {"text_config": text, "vision_config": picture, "projection_dim": 13}
+    settings = {"text_config": text, "vision_config": image, "projection_dim": 13}
     backbone = model("CLIPModel", settings)
     rng = np.random.default_rng(0)
     inputs = {

@@ -119,19 +119,19 @@ def _inputs(name: str, count: int = 4) -> dict[str, np.ndarray]:
     """Of the test's own, with padding where the model takes a mask."""
     rng = np.random.default_rng(3)
     side = {"swin": 32}.get(name, 16)
-    pictures = {"pixel_values": rng.standard_normal((count, 3, side, side)).astype(np.float32)}
+    images = {"pixel_values": rng.standard_normal((count, 3, side, side)).astype(np.float32)}
     ids = rng.integers(3, 57, (count, 11))
     ids[:, -1] = 59
     mask = np.ones_like(ids)
     text = {"input_ids": ids, "attention_mask": mask}
     if name in ("vit", "deit", "swin"):
-        return pictures
+        return images
     if name == "kwt1":
         return {"features": rng.standard_normal((count, 12, 20)).astype(np.float32)}
     if name == "wav2vec2":
         return {"input_values": rng.standard_normal((count, 600)).astype(np.float32)}
     if name == "clip":
-        return text | pictures
+        return text | images
     if name in ("bert", "minilm"):
         text["token_type_ids"] = np.zeros_like(ids)
     if name in ("gpt2", "llama", "qwen2"):

@@ -373,7 +373,7 @@ def test_a_broken_regrow_json(copied: Path, change: Callable[[dict], None], word
     assert str(copied) in str(error.value)
 
 
-def test_pictures_need_preprocessing(bert_folder: Path) -> None:
+def test_images_need_preprocessing(bert_folder: Path) -> None:
     with pytest.raises(UsageError, match=r"model must have preprocessor_config\.json"):
         load_backbone(bert_folder).preprocessor()
 

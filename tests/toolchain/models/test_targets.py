@@ -131,16 +131,16 @@ def _architectures() -> dict[str, tuple[Any, Any, dict[str, list[str]]]]:
     """Config, class, and what the sets are, from a block on."""
     import transformers as t
 
-    picture = {**_WIDTHS, "image_size": 16, "patch_size": 8}
+    image = {**_WIDTHS, "image_size": 16, "patch_size": 8}
     text = {**_WIDTHS, "vocab_size": 60}
-    clip = t.CLIPConfig(text_config=text, vision_config=picture)
+    clip = t.CLIPConfig(text_config=text, vision_config=image)
     swin = t.SwinConfig(
         image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
     )
     qkv = ["attention.q_proj", "attention.v_proj"]
     return {
-        "vit": (t.ViTConfig(**picture), t.ViTForImageClassification, _VIT),
-        "deit": (t.DeiTConfig(**picture), t.DeiTForImageClassification, _VIT),
+        "vit": (t.ViTConfig(**image), t.ViTForImageClassification, _VIT),
+        "deit": (t.DeiTConfig(**image), t.DeiTForImageClassification, _VIT),
         "swin": (swin, t.SwinForImageClassification,
                  {name: [f"blocks.0.{path}" for path in paths] for name, paths in _BERT.items()}),
         "bert": (t.BertConfig(**text), t.BertForSequenceClassification, _BERT),

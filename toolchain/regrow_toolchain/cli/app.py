@@ -27,7 +27,7 @@ COMMANDS = {
     "export": "Export a backbone to ONNX, with slots for adapters.",
     "import": "Make an adapter of one that PEFT trained, without torch.",
     "convert": "Write an adapter as dense tensors, for programs without regrow.",
-    "run": "Run a bundle on images, sounds, texts or arrays, without torch.",
+    "run": "Run a bundle on images, audio, text or arrays, without torch.",
     "verify": "Check a bundle and adapters: files, outputs, what they did at export.",
     "store": "Keep adapters on the device, by user and version.",
     "profile": "Measure a bundle: latency, RAM, swaps, with a page that shows them.",

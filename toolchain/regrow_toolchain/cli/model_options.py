@@ -118,7 +118,7 @@ def asset_options(function: F) -> Callable[..., Any]:
         click.option(
             "--preprocessor", type=click.Path(path_type=Path),
             help="A preprocessor_config.json, or a folder with one or a tokenizer: how images, "
-            "sounds or texts become inputs, for a model that has none.",
+            "audio or text become inputs, for a model that has none.",
         ),
     ):  # fmt: skip
         command = option(command)

@@ -1,4 +1,4 @@
-"""What `regrow run` runs on: arrays, images, sounds or texts, and what to call each sample."""
+"""What `regrow run` runs on: arrays, images, audio or text, and what to call each sample."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Samples:
     mask: NDArray[Any] | None = field(default=None, repr=False)
 
     def run(self, bundle: Bundle) -> dict[str, NDArray[Any]]:
-        """Outputs by name; those of sounds whose shapes differ have a number behind the name."""
+        """Outputs by name; those of audio whose shapes differ have a number behind the name."""
         import numpy as np
 
         parts = [bundle.run(f) if self.choices else bundle.run_all(f) for f in self.feeds()]
@@ -118,7 +118,7 @@ def read_samples(
         return _arrays(bundle, reader, arrays)
     if images:
         return _pictures(reader, images, texts)
-    return _sounds(bundle, reader, wavs) if wavs else _texts(reader, texts, pairs)
+    return _audio(bundle, reader, wavs) if wavs else _texts(reader, texts, pairs)
 
 
 def _pictures(reader: InputReader, images: tuple[Path, ...], texts: tuple[str, ...]) -> Samples:
@@ -127,26 +127,26 @@ def _pictures(reader: InputReader, images: tuple[Path, ...], texts: tuple[str, .
     files, labels = _files(images, IMAGE_ENDINGS, "image")
     if not texts:
         return Samples(_told(files), lambda: _each(files, reader.images, _AT_ONCE), labels)
-    words = reader.texts(texts)  # every image beside every text
+    words = reader.text(texts)  # every image beside every text
     return Samples(
         _told(files), lambda: ({**f, **words} for f in _each(files, reader.images, _AT_ONCE)),
         choices=texts,
     )  # fmt: skip
 
 
-def _sounds(bundle: Bundle, reader: InputReader, wavs: tuple[Path, ...]) -> Samples:
+def _audio(bundle: Bundle, reader: InputReader, wavs: tuple[Path, ...]) -> Samples:
     from regrow_inputs import WAV_ENDINGS
 
     files, labels = _files(wavs, WAV_ENDINGS, "wav")
     # Of any length, one at a time: what fills up a shorter one would change its answer.
     fixed = all(isinstance(size, int) for spec in bundle.graph.inputs for size in spec.shape[1:])
     return Samples(
-        _told(files), lambda: _each(files, reader.sounds, _AT_ONCE if fixed else 1), labels
+        _told(files), lambda: _each(files, reader.audio, _AT_ONCE if fixed else 1), labels
     )
 
 
 def _texts(reader: InputReader, texts: tuple[str, ...], pairs: tuple[str, ...]) -> Samples:
-    feeds = reader.texts(texts, pairs or None)
+    feeds = reader.text(texts, pairs or None)
     names = [f"{a} | {b}" for a, b in zip(texts, pairs, strict=True)] if pairs else list(texts)
     return Samples(names, lambda: iter([feeds]), mask=feeds.get(_MASK))
 
@@ -179,7 +179,7 @@ def _below(path: Path, endings: tuple[str, ...], what: str) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
         if not found:
-            kind = "images" if what == "image" else "sounds"
+            kind = "images" if what == "image" else "audio"
             raise UsageError(f"{path} must have {kind} ({', '.join(endings)}), got none")
         return found
     if not path.is_file():
@@ -188,7 +188,7 @@ def _below(path: Path, endings: tuple[str, ...], what: str) -> list[Path]:
 
 
 def _arrays(bundle: Bundle, reader: InputReader, arrays: Path) -> Samples:
-    from regrow_inputs import as_pictures
+    from regrow_inputs import as_images
     from regrow_runtime.arrays import read_arrays
 
     found = read_arrays(arrays)
@@ -204,7 +204,7 @@ def _arrays(bundle: Bundle, reader: InputReader, arrays: Path) -> Samples:
             f"{', '.join(sorted(found)) or 'none'}: {', '.join(missing)} missing"
         )
     else:
-        pixels = as_pictures(found, arrays, lambda: reader.preprocessor)
+        pixels = as_images(found, arrays, lambda: reader.preprocessor)
         inputs = {bundle.graph.inputs[0].name: pixels}
     count = len(next(iter(inputs.values())))
     labels = next((found[n] for n in ("labels", "label", "y") if n in found), None)

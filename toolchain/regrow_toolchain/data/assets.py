@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from regrow_format.errors import FormatError, UsageError
 from regrow_format.fields import dump_json
 from regrow_format.files import read_bytes
-from regrow_inputs import PREPROCESSOR, ImagePreprocessor, SoundPreprocessor
-from regrow_inputs.audio_settings import is_sound
+from regrow_inputs import PREPROCESSOR, AudioPreprocessor, ImagePreprocessor
+from regrow_inputs.audio_settings import is_audio
 from regrow_toolchain.models import COMPANIONS, Backbone
 
 from .source import arguments
@@ -55,7 +55,7 @@ def attach_assets(
     if labels is not None and (folder / _CONFIG).is_file():
         _write_names(folder / _CONFIG, backbone.labels)
     if (folder / PREPROCESSOR).is_file():
-        (SoundPreprocessor if is_sound(folder) else ImagePreprocessor).from_folder(folder)
+        (AudioPreprocessor if is_audio(folder) else ImagePreprocessor).from_folder(folder)
     files = tuple(folder / name for name in COMPANIONS if (folder / name).is_file())
     return replace(backbone, files=files)
 
@@ -145,10 +145,10 @@ def dummy_inputs(backbone: Backbone) -> dict[str, NDArray[Any]] | None:
     if not backbone.function or folder is None or not (folder / PREPROCESSOR).is_file():
         return None
     wanted, draw = arguments(backbone.model), np.random.default_rng(0)
-    if is_sound(folder):
-        sounds = SoundPreprocessor.from_folder(folder)
-        noise = draw.normal(0, 0.1, (3, sounds.sampling_rate)).astype(np.float32)
-        return sounds.feeds(list(noise), wanted)
+    if is_audio(folder):
+        audio = AudioPreprocessor.from_folder(folder)
+        noise = draw.normal(0, 0.1, (3, audio.sampling_rate)).astype(np.float32)
+        return audio.feeds(list(noise), wanted)
     images = ImagePreprocessor.from_folder(folder)
     size = images.crop or images.size
     if size is None or not wanted:

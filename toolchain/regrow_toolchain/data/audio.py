@@ -1,4 +1,4 @@
-"""Sounds: `.wav` files through the front end that the device uses too, `regrow_inputs`."""
+"""Audio: `.wav` files through the front end that the device uses too, `regrow_inputs`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_format.errors import UsageError
-from regrow_inputs import PREPROCESSOR, SoundPreprocessor, read_wav
-from regrow_inputs.audio import SOUND_INPUTS, sound_input
-from regrow_inputs.audio_settings import is_sound
+from regrow_inputs import PREPROCESSOR, AudioPreprocessor, read_wav
+from regrow_inputs.audio import AUDIO_INPUTS, audio_input
+from regrow_inputs.audio_settings import is_audio
 
 from .source import Source
 
-__all__ = ["read_sounds"]
+__all__ = ["read_audio"]
 
 _MAX_VALUES = 1 << 30  # of one input, all samples together: 4 GiB
 
 
-def read_sounds(source: Source, files: Sequence[Path]) -> dict[str, NDArray[Any]]:
+def read_audio(source: Source, files: Sequence[Path]) -> dict[str, NDArray[Any]]:
     """Inputs of an audio model, padded to the longest sound; what is beyond 30 s is cut off.
 
     Raises:
-        UsageError: the backbone takes no sounds, or has no feature extractor.
+        UsageError: the backbone takes no audio, or has no feature extractor.
         FormatError: a file is no `.wav`, or the extractor's configuration is broken.
     """
     wanted = source.arguments()
     folder = source.backbone.folder
     if folder is None or not (folder / PREPROCESSOR).is_file():
         raise UsageError(
-            f"model must have {PREPROCESSOR} to take sounds, got none: save its feature extractor "
+            f"model must have {PREPROCESSOR} to take audio, got none: save its feature extractor "
             f"beside it, give one with --preprocessor, or ready arrays ({', '.join(wanted)}) in "
             "an .npz"
         )
-    if sound_input(wanted) is None or not is_sound(folder):
+    if audio_input(wanted) is None or not is_audio(folder):
         raise UsageError(
-            f"backbone must take sounds ({', '.join(SOUND_INPUTS)}), got one of {', '.join(wanted)}"
+            f"backbone must take audio ({', '.join(AUDIO_INPUTS)}), got one of {', '.join(wanted)}"
         )
-    prepared = SoundPreprocessor.from_folder(folder)
+    prepared = AudioPreprocessor.from_folder(folder)
     rows = [prepared.feeds([read_wav(file)], wanted) for file in files]
     value = prepared.padding if prepared.front is None else 0.0
     return {
@@ -54,7 +54,7 @@ def _padded(path: Path, rows: list[NDArray[Any]], value: float) -> NDArray[Any]:
     if (size := len(rows) * int(np.prod(shape))) > _MAX_VALUES:
         raise UsageError(
             f"{path} must come to at most {_MAX_VALUES} values, got {size}: "
-            "shorten the longest sounds, or give fewer"
+            "shorten the longest audio, or give fewer"
         )
     found = np.full((len(rows), *shape), value, dtype=rows[0].dtype)
     for into, row in zip(found, rows, strict=True):

@@ -1,4 +1,4 @@
-"""A folder with one folder of images or sounds per class; the folders' names are the classes'."""
+"""A folder with one folder of images or audio per class; the folders' names are the classes'."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from regrow_format.errors import UsageError
 from regrow_inputs import IMAGE_ENDINGS, WAV_ENDINGS, read_image
 
-from .audio import read_sounds
+from .audio import read_audio
 from .dataset import Dataset
 from .labels import no_labels
 from .source import Source
@@ -46,11 +46,11 @@ def read_folder(source: Source) -> Dataset:
     classes = _has_classes(source)
     samples = _samples(source) if classes else [_Sample(f, "", "") for f in _files(source.path)]
     files = [sample.file for sample in samples]
-    if sounds := [file for file in files if file.suffix.lower() in WAV_ENDINGS]:
-        if len(sounds) != len(files):
-            other = next(file for file in files if file not in sounds)
-            raise UsageError(f"data must be images or sounds, got both: {other}, {sounds[0]}")
-        inputs = read_sounds(source, files)
+    if audio := [file for file in files if file.suffix.lower() in WAV_ENDINGS]:
+        if len(audio) != len(files):
+            other = next(file for file in files if file not in audio)
+            raise UsageError(f"data must be images or audio, got both: {other}, {audio[0]}")
+        inputs = read_audio(source, files)
     else:
         inputs = {"pixel_values": _pictures(source, files)}
     if not classes:
@@ -101,7 +101,7 @@ def _files(folder: Path) -> list[Path]:
     endings = (*IMAGE_ENDINGS, *WAV_ENDINGS)
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
     if not found:
-        raise UsageError(f"{folder} must have images or sounds ({', '.join(endings)}), got none")
+        raise UsageError(f"{folder} must have images or audio ({', '.join(endings)}), got none")
     return found
 
 

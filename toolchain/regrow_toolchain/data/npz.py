@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow_format.errors import UsageError
-from regrow_inputs import as_pictures
+from regrow_inputs import as_images
 from regrow_runtime.arrays import read_arrays
 
 from .dataset import Dataset
@@ -27,7 +27,7 @@ def read_npz(source: Source) -> Dataset:
     """Read arrays by name.
 
     Inputs are arrays whose names are arguments of the model's forward; for a model of images
-    also `images` (or `x`), see `as_pictures`. `labels` (or `y`) are integers that mean the model's
+    also `images` (or `x`), see `as_images`. `labels` (or `y`) are integers that mean the model's
     outputs, strings that name classes, floats [n] or [n, m], or tokens [n, tokens]. A language
     model without labels learns its own `input_ids`.
 
@@ -123,7 +123,7 @@ def _inputs(source: Source, arrays: Arrays, others: Collection[str]) -> dict[str
         if name not in others and (name in wanted or source.takes_any())
     }
     if _PIXELS in wanted and (_PIXELS in named or not named):
-        named[_PIXELS] = as_pictures(arrays, source.path, source.backbone.preprocessor)
+        named[_PIXELS] = as_images(arrays, source.path, source.backbone.preprocessor)
     if not named:
         raise UsageError(
             f"{source.path} must have arrays by the names of forward's arguments "

@@ -23,7 +23,7 @@ __all__ = ["is_saved", "read_saved"]
 
 _ONE, _MANY, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"
 _AT_ONCE = 64
-_PICTURES = ("image", "images", "img")
+_IMAGE_ARRAYS = ("image", "images", "img")
 
 
 def is_saved(path: Path) -> bool:
@@ -70,16 +70,16 @@ def _rows(path: Path, count: int) -> str:
 
 def _dataset(source: Source, stored: Any) -> Dataset:
     arguments, columns = source.arguments(), list(stored.column_names)
-    pictures = [name for name in columns if name in _PICTURES and "pixel_values" in arguments]
-    if not pictures and not set(columns) & set(arguments):
+    images = [name for name in columns if name in _IMAGE_ARRAYS and "pixel_values" in arguments]
+    if not images and not set(columns) & set(arguments):
         return table_data(source, _table(source, stored))
     source.refuse("text")
     named = {name for name in (source.label, source.users, *LABEL_NAMES) if name}
     arrays = {
         name: _array(source, stored, name) for name in columns if name in {*arguments, *named}
     }
-    if pictures and "pixel_values" not in arrays:
-        arrays["pixel_values"] = _pictures(source, stored, pictures[0])
+    if images and "pixel_values" not in arrays:
+        arrays["pixel_values"] = _pictures(source, stored, images[0])
     return array_data(source, arrays)
 
 
@@ -118,8 +118,8 @@ def _pictures(source: Source, stored: Any, name: str) -> NDArray[Any]:
     preprocessor = source.backbone.preprocessor()
     parts = []
     for start in range(0, len(stored), _AT_ONCE):
-        pictures = stored[start : start + _AT_ONCE][name]
-        if not all(hasattr(picture, "convert") for picture in pictures):
+        images = stored[start : start + _AT_ONCE][name]
+        if not all(hasattr(image, "convert") for image in images):
             raise FormatError(f"{source.path}: {name} must be images in every row")
-        parts.append(preprocessor(pictures))
+        parts.append(preprocessor(images))
     return np.concatenate(parts)

@@ -42,7 +42,7 @@ class DemoSettings:
             start="svd",
             alpha=100.0,
             features="paper",
-            keep="last",  # what is held back here are the test signs: nothing is chosen on them
+            keep="last",  # what is held back here are the test digits: nothing is chosen on them
         )
         return cls(seed=seed, compress=compress, adapt=AdaptConfig(seed=seed, holdout=0.0, lr=_LR))
 

@@ -36,11 +36,11 @@ def load_digits(users: int, seed: int = 0) -> Digits:
     from sklearn.model_selection import train_test_split
 
     data = load()
-    pictures = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
     labels = data.target.astype(np.int64)
 
     def part(rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        return pictures[rows], labels[rows]
+        return images[rows], labels[rows]
 
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=TEST, stratify=labels, random_state=seed % 2**32

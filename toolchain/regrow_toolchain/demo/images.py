@@ -1,4 +1,4 @@
-"""Tiny images of signs as PNG data URIs, written by hand: no image library is needed."""
+"""Tiny images of digits as PNG data URIs, written by hand: no image library is needed."""
 
 from __future__ import annotations
 

@@ -103,13 +103,13 @@ def _dense(made: Made) -> str:
     shutil.rmtree(folder)
     save_dense(model, folder)
     made.dense = load_backbone(folder)
-    return f"dense model trained on {len(made.digits.train[1])} signs"
+    return f"dense model trained on {len(made.digits.train[1])} digits"
 
 
 def _dataset(part: tuple[Any, Any], preprocess: Any, names: tuple[str, ...] = ()) -> Dataset:
-    pictures, labels = part
+    images, labels = part
     known = names or tuple(str(i) for i in range(10))
-    return Dataset({"pixel_values": preprocess(list(pictures))}, labels, known)
+    return Dataset({"pixel_values": preprocess(list(images))}, labels, known)
 
 
 def _compress(made: Made) -> str:
@@ -147,9 +147,9 @@ def _adapt(made: Made) -> str:
 
 def _save_samples(path: Path, user: User, part: tuple[Any, Any], **more: Any) -> None:
     """What `regrow adapt --data` and `regrow run --input` take; names where the user has own."""
-    pictures, labels = part
+    images, labels = part
     named = np.array(user.labels)[labels] if user.labels else labels
-    np.savez_compressed(path, images=pictures, labels=named, **more)
+    np.savez_compressed(path, images=images, labels=named, **more)
 
 
 def _export(made: Made) -> str:

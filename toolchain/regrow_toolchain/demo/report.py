@@ -118,12 +118,12 @@ def _device_tiles(device: Numbers) -> list[Tile]:
 
 
 def _card(user: Numbers) -> dict[str, Any]:
-    """One user: images of the same signs, plain and as scanned, and the figures."""
+    """One user: images of the same digits, plain and as scanned, and the figures."""
     pairs = zip(user["examples_plain"], user["examples"], user["example_labels"], strict=True)
     return {
         "title": user["title"],
         "condition": user["condition"],
-        "signs": [{"plain": data_uri(a), "seen": data_uri(b), "label": c} for a, b, c in pairs],
+        "digits": [{"plain": data_uri(a), "seen": data_uri(b), "label": c} for a, b, c in pairs],
         "labels": user["labels"] if user["own_head"] else [],
         "before": percent(user["before"]),
         "after": percent(user["after"]),

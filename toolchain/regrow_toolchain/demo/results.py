@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["build_report"]
 
 _LORA_RANK = 4
-_PICTURES = 6
+_IMAGE_ARRAYS = 6
 
 # What the demo promises; the report says of each whether it holds.
 _LEAST_GAIN = 0.10
@@ -112,7 +112,7 @@ def _user(made: Made, user: User) -> dict[str, Any]:
     plain, digit = made.digits.users[index]
     seen, _ = made.samples[user.id]
     # One image of each of the first digits, as written and as captured.
-    rows = [int(np.flatnonzero(digit == d)[0]) for d in range(_PICTURES)]
+    rows = [int(np.flatnonzero(digit == d)[0]) for d in range(_IMAGE_ARRAYS)]
     names = user.labels or tuple(str(d) for d in range(10))
     return {
         "id": user.id,
@@ -127,7 +127,7 @@ def _user(made: Made, user: User) -> dict[str, Any]:
         "storage": adapter.storage,
         "examples": [seen[row].tolist() for row in rows],
         "examples_plain": [plain[row].tolist() for row in rows],
-        "example_labels": [names[user.meaning[d]] for d in range(_PICTURES)],
+        "example_labels": [names[user.meaning[d]] for d in range(_IMAGE_ARRAYS)],
     }
 
 

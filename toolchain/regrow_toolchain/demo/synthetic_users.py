@@ -1,6 +1,6 @@
 """The demo's four users. They are made: the same digits under conditions of capture of their own.
 
-Nobody is behind them. Three differ in how their signs look, one in what their signs mean.
+Nobody is behind them. Three differ in how their digits look, one in what their digits mean.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ _THICKEN = 0.8
 _NOISE = 20.0
 
 
-def _plain(picture: NDArray[np.float64], _noise: np.random.Generator) -> NDArray[np.float64]:
-    return picture
+def _plain(image: NDArray[np.float64], _noise: np.random.Generator) -> NDArray[np.float64]:
+    return image
 
 
-def _slanted(picture: NDArray[np.float64], _noise: np.random.Generator) -> NDArray[np.float64]:
+def _slanted(image: NDArray[np.float64], _noise: np.random.Generator) -> NDArray[np.float64]:
     """Sheared sideways around the middle row, bilinear, empty outside."""
     from scipy import ndimage
 
-    middle = (picture.shape[0] - 1) / 2
+    middle = (image.shape[0] - 1) / 2
     matrix, offset = [[1.0, 0.0], [_SHEAR, 1.0]], [0.0, -_SHEAR * middle]
-    sheared: NDArray[np.float64] = ndimage.affine_transform(picture, matrix, offset, order=1)
+    sheared: NDArray[np.float64] = ndimage.affine_transform(image, matrix, offset, order=1)
     return sheared
 
 
-def _thick(picture: NDArray[np.float64], _noise: np.random.Generator) -> NDArray[np.float64]:
+def _thick(image: NDArray[np.float64], _noise: np.random.Generator) -> NDArray[np.float64]:
     """Mostly what a broader pen leaves: every pixel as dark as its darkest neighbour."""
     from scipy import ndimage
 
     cross = ndimage.generate_binary_structure(2, 1)
-    broad = ndimage.grey_dilation(picture, footprint=cross, mode="constant", cval=0)
-    mixed: NDArray[np.float64] = (1 - _THICKEN) * picture + _THICKEN * broad
+    broad = ndimage.grey_dilation(image, footprint=cross, mode="constant", cval=0)
+    mixed: NDArray[np.float64] = (1 - _THICKEN) * image + _THICKEN * broad
     return mixed
 
 
-def _inverted(picture: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
+def _inverted(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
     """A scan with light and dark exchanged, and noise."""
-    return 255 - picture + noise.normal(0, _NOISE, picture.shape)
+    return 255 - image + noise.normal(0, _NOISE, image.shape)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class User:
     id: str
     title: str
     condition: str
-    picture: Condition
+    image: Condition
     labels: tuple[str, ...] = ()
     meaning: tuple[int, ...] = tuple(range(10))
 
@@ -73,13 +73,13 @@ USERS = (
     User(
         "slanted",
         "Slanted strokes",
-        f"every sign is sheared sideways by {_SHEAR} pixels a row",
+        f"every digit is sheared sideways by {_SHEAR} pixels a row",
         _slanted,
     ),
     User(
         "thick",
         "Thick strokes",
-        f"every sign is drawn with a broader pen (a {_THICKEN:.0%} mix with its dilation)",
+        f"every digit is drawn with a broader pen (a {_THICKEN:.0%} mix with its dilation)",
         _thick,
     ),
     User(
@@ -90,8 +90,8 @@ USERS = (
     ),
     User(
         "relabelled",
-        "Other labels for the same signs",
-        "unchanged signs that stand for five commands, which needs a head of its own",
+        "Other labels for the same digits",
+        "unchanged digits that stand for five commands, which needs a head of its own",
         _plain,
         labels=("lights", "heating", "music", "door", "phone"),
         meaning=(2, 0, 4, 1, 3, 1, 3, 0, 2, 4),
@@ -100,10 +100,10 @@ USERS = (
 
 
 def capture(
-    user: User, pictures: NDArray[np.uint8], labels: NDArray[np.int64], seed: int
+    user: User, images: NDArray[np.uint8], labels: NDArray[np.int64], seed: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 [n, 8, 8] as this user's scanner sees them, and what they mean to the user."""
     noise = np.random.Generator(np.random.PCG64(seed))
-    seen = [user.picture(picture.astype(np.float64), noise) for picture in pictures]
+    seen = [user.image(image.astype(np.float64), noise) for image in images]
     pixels = np.clip(np.rint(np.stack(seen)), 0, 255).astype(np.uint8)
     return pixels, np.array(user.meaning, dtype=np.int64)[labels]

@@ -24,7 +24,7 @@ _TASKS = {
     "LMHeadModel": "text-generation",
     "ForAudioClassification": "audio-classification",
 }
-_SOUNDS = ("input_values", "input_features")  # what models of sounds take
+_AUDIO = ("input_values", "input_features")  # what models of audio take
 
 
 def describe_checkpoint(
@@ -76,6 +76,6 @@ def _task(model: nn.Module) -> str:
     """optimum's name of what a class of transformers does."""
     architecture = type(model).__name__
     found = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
-    if found == "text-classification" and getattr(model, "main_input_name", "") in _SOUNDS:
+    if found == "text-classification" and getattr(model, "main_input_name", "") in _AUDIO:
         return "audio-classification"
     return found or "feature-extraction"

@@ -81,7 +81,7 @@ def example_inputs(model: nn.Module, tokens: int = 128) -> dict[str, Tensor]:
     """One made-up sample on "meta" for a model of transformers; empty for one that is not known.
 
     Args:
-        tokens: of a text; images have the config's size, sounds one second at 16 kHz.
+        tokens: of a text; images have the config's size, audio one second at 16 kHz.
     """
     config = getattr(model, "config", None)
     if config is None:

@@ -48,7 +48,7 @@ _SHOWN = 20
     "wavs",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A sound as a .wav file, or a folder of them (by class, for an accuracy); repeatable.",
+    help="A clip as a .wav file, or a folder of them (by class, for an accuracy); repeatable.",
 )
 @click.option(
     "--text",
@@ -100,7 +100,7 @@ def run_command(
     top: int,
     **generation: Any,
 ) -> None:
-    """Run BUNDLE on images, sounds, texts or arrays; torch is not needed.
+    """Run BUNDLE on images, audio, text or arrays; torch is not needed.
 
     Prints a label and its probability per sample where the model is a classifier. MORE are further
     files for --image or --wav, as a shell makes them of `*`.

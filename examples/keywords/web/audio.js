@@ -1,4 +1,4 @@
-// Sounds to a graph's input, as the bundle's preprocessor_config.json says: what regrow_inputs
+// Audio to a graph's input, as the bundle's preprocessor_config.json says: what regrow_inputs
 // computes in NumPy, with the same formulas (docs/inputs.md). For MelFeatureExtractor.
 
 const HALF = 10, BETA = 5; // of the resampling filter: zero crossings to each side, Kaiser's beta
@@ -6,7 +6,7 @@ const HALF = 10, BETA = 5; // of the resampling filter: zero crossings to each s
 /** {samples: Float64Array, rate} of a .wav's bytes: PCM of 8 to 32 bits or floats; channels are averaged. */
 export function readWav(buffer) {
   const view = new DataView(buffer), tag = (at) => String.fromCharCode(...new Uint8Array(buffer, at, 4));
-  if (buffer.byteLength < 12 || tag(0) !== "RIFF" || tag(8) !== "WAVE") throw new Error("a sound must be a .wav file");
+  if (buffer.byteLength < 12 || tag(0) !== "RIFF" || tag(8) !== "WAVE") throw new Error("a clip must be a .wav file");
   let format;
   for (let at = 12; at + 8 <= buffer.byteLength;) {
     const name = tag(at), size = view.getUint32(at + 4, true), start = at + 8;
@@ -106,7 +106,7 @@ const DEFAULTS = {
  * What a bundle's preprocessor_config.json says, as {rate, seconds, values(samples)}: samples at that
  * rate to {data: Float32Array, dims: [1, frames, features]}; what comes after `seconds` is not heard.
  */
-export function soundPreprocessor(settings) {
+export function audioPreprocessor(settings) {
   const s = { ...DEFAULTS, fft_length: settings.frame_length, max_frequency: settings.sampling_rate / 2, ...settings };
   if (s.feature_extractor_type !== "MelFeatureExtractor") {
     throw new Error(`feature_extractor_type must be MelFeatureExtractor here, got ${s.feature_extractor_type}`);

@@ -1,21 +1,21 @@
 // What tests/web/test_keywords_page.py runs in Node; it prints one JSON line.
 //
-//   node sounds.mjs features FOLDER        cases.json through examples/keywords/web/sounds.js
-//   node sounds.mjs drive ADDRESS CHROMIUM USER [FOLDER]
+//   node audio.mjs features FOLDER        cases.json through examples/keywords/web/audio.js
+//   node audio.mjs drive ADDRESS CHROMIUM USER [FOLDER]
 //                                          the page in a browser; screenshots with USER in FOLDER
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 
-const [, , command, where, chromium, user, pictures] = process.argv;
+const [, , command, where, chromium, user, images] = process.argv;
 
 async function features() {
-  const { readWav, resample, soundPreprocessor } = await import("./sounds.js");
+  const { readWav, resample, audioPreprocessor } = await import("./audio.js");
   const cases = JSON.parse(readFileSync(join(where, "cases.json"), "utf8"));
   return cases.map(({ settings, wav }) => {
     const file = readFileSync(join(where, wav));
     const { samples, rate } = readWav(file.buffer.slice(file.byteOffset, file.byteOffset + file.length));
-    const prepare = soundPreprocessor(settings);
+    const prepare = audioPreprocessor(settings);
     const { data, dims } = prepare.values(resample(samples, rate, prepare.rate));
     return { dims, values: [...data] };
   });
@@ -59,11 +59,11 @@ async function drive() {
     }
     await page.selectOption("#user", user);
     await answered(user);
-    if (pictures) {
-      await page.screenshot({ path: `${pictures}/phone.png`, fullPage: true });
+    if (images) {
+      await page.screenshot({ path: `${images}/phone.png`, fullPage: true });
       await page.setViewportSize({ width: 1080, height: 760 });
       await page.waitForTimeout(300);
-      await page.screenshot({ path: `${pictures}/desktop.png`, fullPage: true });
+      await page.screenshot({ path: `${images}/desktop.png`, fullPage: true });
       await page.setViewportSize({ width: 360, height: 780 });
     }
     await page.click("#record");

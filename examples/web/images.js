@@ -1,7 +1,7 @@
-// From a picture to a model's `pixel_values`, as the bundle's preprocessor_config.json says: the
-// steps of regrow_runtime's preprocess.py, and pillow's own integers where a picture is resized.
+// From an image to a model's `pixel_values`, as the bundle's preprocessor_config.json says: the
+// steps of regrow_runtime's preprocess.py, and pillow's own integers where an image is resized.
 //
-// A picture is {data, width, height, channels}: 0 to 255, row by row, channels last; 1 or 3 of them.
+// An image is {data, width, height, channels}: 0 to 255, row by row, channels last; 1 or 3 of them.
 
 const sinc = (x) => (x ? Math.sin(Math.PI * x) / (Math.PI * x) : 1);
 
@@ -51,43 +51,43 @@ function along(data, out, lines, step, from, to, filter) {
   return out;
 }
 
-/** The picture at another size, with pillow's filter `resample`, and pillow's pixels. */
-export function resize(picture, height, width, resample = 2) {
-  const { channels } = picture;
-  if (picture.height === height && picture.width === width) return picture;
+/** The image at another size, with pillow's filter `resample`, and pillow's pixels. */
+export function resize(image, height, width, resample = 2) {
+  const { channels } = image;
+  if (image.height === height && image.width === width) return image;
   const filter = FILTERS[resample] ?? stop(`resample must be 1, 2, 3 or 4, got ${resample}`);
   const space = (high, wide) => new Uint8ClampedArray(high * wide * channels);
-  let { data } = picture;
-  if (picture.width !== width) {
-    const out = space(picture.height, width);
-    data = along(data, out, picture.height * channels, channels, picture.width, width, filter);
+  let { data } = image;
+  if (image.width !== width) {
+    const out = space(image.height, width);
+    data = along(data, out, image.height * channels, channels, image.width, width, filter);
   }
-  if (picture.height !== height) {
+  if (image.height !== height) {
     const out = space(height, width);
-    data = along(data, out, width * channels, width * channels, picture.height, height, filter);
+    data = along(data, out, width * channels, width * channels, image.height, height, filter);
   }
   return { data, width, height, channels };
 }
 
-/** The middle of a picture; black around it where it is too small. */
-function crop(picture, height, width) {
-  const { channels } = picture, data = new Uint8ClampedArray(height * width * channels);
+/** The middle of an image; black around it where it is too small. */
+function crop(image, height, width) {
+  const { channels } = image, data = new Uint8ClampedArray(height * width * channels);
   // What is missing is added first, the larger half before; what is over is halved, rounded down.
   const first = (has, wants) => (wants > has ? -Math.ceil((wants - has) / 2) : (has - wants) >> 1);
-  const top = first(picture.height, height), left = first(picture.width, width);
+  const top = first(image.height, height), left = first(image.width, width);
   for (let i = 0; i < data.length; i++) {
     const c = i % channels, x = (Math.floor(i / channels) % width) + left;
     const y = Math.floor(i / channels / width) + top;
-    const inside = x >= 0 && x < picture.width && y >= 0 && y < picture.height;
-    if (inside) data[i] = picture.data[(y * picture.width + x) * channels + c];
+    const inside = x >= 0 && x < image.width && y >= 0 && y < image.height;
+    if (inside) data[i] = image.data[(y * image.width + x) * channels + c];
   }
   return { data, width, height, channels };
 }
 
 /** Grey to RGB, or RGB to grey as pillow weighs it. */
-function withChannels(picture, channels) {
-  const { data, width, height } = picture;
-  if (picture.channels === channels) return picture;
+function withChannels(image, channels) {
+  const { data, width, height } = image;
+  if (image.channels === channels) return image;
   const out = new Uint8ClampedArray(width * height * channels);
   for (let i = 0; i < width * height; i++) {
     if (channels === 3) out.fill(data[i], 3 * i, 3 * i + 3);
@@ -107,7 +107,7 @@ const KNOWN = ["do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_
 
 /**
  * Of the bundle's preprocessor_config.json and config.json: {sized, values}. `sized` brings a
- * picture to the model's channels and size, `values` makes {data, dims} of it for `pixel_values`.
+ * image to the model's channels and size, `values` makes {data, dims} of it for `pixel_values`.
  */
 export function preprocessor(settings, { num_channels: channels = 3 } = {}) {
   const unknown = Object.keys(settings).filter((name) =>
@@ -121,8 +121,8 @@ export function preprocessor(settings, { num_channels: channels = 3 } = {}) {
   }
   const pair = (one) => (typeof one === "number" ? [one, one] : [one.height, one.width]);
 
-  function sized(picture) {
-    let found = withChannels(picture, channels);
+  function sized(image) {
+    let found = withChannels(image, channels);
     if (settings.do_resize && edge) {
       const { height, width } = found;
       const longer = Math.trunc((edge * Math.max(height, width)) / Math.min(height, width));
