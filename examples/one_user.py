@@ -59,7 +59,9 @@ def main() -> None:
         print(f"dense {compressed.dense_score:.1%}, compressed {compressed.score:.1%}")
 
         user = load_data(folder / "user.npz", backbone)
-        done = adapt(backbone, user, AdaptConfig(steps=40 if small else 180, storage="int4"))
+        done = adapt(
+            backbone, user, AdaptConfig(steps=40 if small else 180, coefficient_dtype="int4")
+        )
         size = done.adapter.save(folder / "user.safetensors")
         print(f"adapter of {size} bytes: {done.before:.1%} before, {done.after:.1%} after")
 

@@ -77,7 +77,9 @@ class Result:
 
 def fp32(variant: Variant) -> Variant:
     return replace(
-        variant, label=f"{variant.label}, fp32", config={**variant.config, "storage": "fp32"}
+        variant,
+        label=f"{variant.label}, fp32",
+        config={**variant.config, "coefficient_dtype": "fp32"},
     )
 
 
@@ -120,7 +122,7 @@ def _run(tasks: Sequence[Task], variant: Variant, seed: int) -> Result:
 
 
 def _adapters(task: Task, variant: Variant, seed: int) -> tuple[Any, ...]:
-    settings = {"storage": "int4", **task.settings, **variant.config}
+    settings = {"coefficient_dtype": "int4", **task.settings, **variant.config}
     config = AdaptConfig(
         method=variant.method,
         seed=seed,

@@ -97,7 +97,12 @@ def one_rule(
     start = time.process_time()
     base, adapted, written = [], [], []
     for task in tasks:
-        settings = {"storage": "int4", **task.settings, **variant.config, "holdout": HOLDOUT}
+        settings = {
+            "coefficient_dtype": "int4",
+            **task.settings,
+            **variant.config,
+            "holdout": HOLDOUT,
+        }
         config = AdaptConfig(
             method=variant.method, seed=seed, targets=variant.targets,
             method_settings=variant.settings, **settings,

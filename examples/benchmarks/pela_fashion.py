@@ -48,7 +48,7 @@ SETTINGS = CompressConfig(
     epochs=1, batch_size=64, lr=1e-3, weight_decay=0.05, label_smoothing=0.1, shift=1.0,
     warmup=0.05,
 )  # fmt: skip
-PLAIN = {"start": "svd", "alpha": 0.0, "beta": 0.0}
+PLAIN = {"init": "svd", "alpha": 0.0, "beta": 0.0}
 FD = {"alpha": 10.0}
 RWP = {"beta": 0.1}
 ROWS: dict[str, Mapping[str, Any]] = {

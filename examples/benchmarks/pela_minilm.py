@@ -150,7 +150,7 @@ def run(
     keep: Path | None,
 ) -> dict[str, Any]:
     if name != "trained":
-        config = replace(config, start=name, epochs=0)
+        config = replace(config, init=name, epochs=0)
     state = keep / "state" if keep and name == "trained" else None
     start = time.process_time()
     done = compress(backbone, train, config, held=held, checkpoint=state,

@@ -14,7 +14,7 @@ here="--preprocessor examples/keywords"
 PS4='$ '
 set -x
 python $spotter "$2" "$out" "$one" "$two"
-regrow adapt $module:published --data "$out/base" --method head --head new --storage fp16 \
+regrow adapt $module:published --data "$out/base" --method head --head new --coefficient-dtype fp16 \
   $here --labels "$KWT/labels.txt" --threads 1 -o "$WORDS"
 ls "$out/base" > "$out/labels.txt"
 regrow export $module:with_words -o "$out/bundle" --precision int8 $here --labels "$out/labels.txt"

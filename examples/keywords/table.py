@@ -101,8 +101,8 @@ class Table:
             PYTHONPATH=str(ROOT / "runtime")))  # fmt: skip
         self.once(path, lambda: regrow(
             "adapt", "examples.keywords.spotter:published", "--data", clips / "base", "--method",
-            "head", "--head", "new", "--storage", "fp16", "--preprocessor", HERE, "--labels",
-            self.given.model / "labels.txt", "--threads", 1, "-o", path,
+            "head", "--head", "new", "--coefficient-dtype", "fp16", "--preprocessor", HERE,
+            "--labels", self.given.model / "labels.txt", "--threads", 1, "-o", path,
             KWT=str(self.given.model)))  # fmt: skip
 
     def bundle(self, new, base):

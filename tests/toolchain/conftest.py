@@ -231,7 +231,7 @@ def backbone(vit_folder: Path) -> Backbone:
 @pytest.fixture(scope="session")
 def compressed(vit_folder: Path, dataset: Callable[..., Dataset]) -> Compressed:
     """The tiny ViT at ratio 3, with a few epochs of distillation."""
-    config = CompressConfig(ratio=3, epochs=8, lr=3e-3, start="svd")
+    config = CompressConfig(ratio=3, epochs=8, lr=3e-3, init="svd")
     return compress(load_backbone(vit_folder), dataset(240, 1), config, held=dataset(120, 2))
 
 
@@ -358,7 +358,8 @@ def workshop(
         "adapt": (room / "small", "-o", room / "mine.safetensors", "--data", room / "mine",
                   *options),
         "adapt own": (room / "small", "-o", room / "own.safetensors", "--data", room / "own.npz",
-                      "--storage", "int8", "--set", "k=16", "--target", "query", *options),
+                      "--coefficient-dtype", "int8", "--set", "k=16", "--target", "query",
+                      *options),
         "export": (room / "small", "-o", room / "bundle", "--json"),
     }  # fmt: skip
     said = {name: run(name.partition(" ")[0], *rest) for name, rest in commands.items()}

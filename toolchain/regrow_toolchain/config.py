@@ -59,7 +59,7 @@ class CompressConfig(_Checked):
     """PELA (arXiv 2310.10700): low-rank factors, then distillation from the dense model."""
 
     ratio: float = setting(2.0, "Compression ratio: the parameters of layers fall by it.", low=1.0)
-    start: str = setting(
+    init: str = setting(
         "auto",
         "Where factors start: the weights' SVD, one that keeps what layers give on samples "
         "(activations), or what the model gives (outputs); auto: outputs, or svd without data.",
@@ -161,12 +161,12 @@ class AdaptConfig(_Checked):
         "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
         choices=("nola", "vera", "fourierft", "lora", "bitfit", "head"),
     )
-    storage: str = setting(
+    coefficient_dtype: str = setting(
         "int4",
         "How coefficients are stored.",
         choices=("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"),
     )
-    group: int = setting(
+    group_size: int = setting(
         0, "Coefficients that share a scale; 0 gives every vector one.", shown="a vector's"
     )
     head: str = setting(
@@ -227,8 +227,8 @@ class AdaptConfig(_Checked):
             from regrow_format.philox import check_seed  # not above: it loads numpy
 
             check_seed(self.seed)
-        if self.group:
-            _check_group(self.group, self.storage)
+        if self.group_size:
+            _check_group(self.group_size, self.coefficient_dtype)
         if self.method == "head" and self.head == "keep":
             raise _refusal("{head} must be auto, new or tune for {method} head, got keep")
 
@@ -237,7 +237,7 @@ class AdaptConfig(_Checked):
 class ImportConfig(_Checked):
     """Bringing in an adapter that another library trained."""
 
-    storage: str = setting(
+    coefficient_dtype: str = setting(
         "fp32",
         "How coefficients are stored; fp32 keeps every number.",
         choices=("fp32", "fp16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"),
@@ -270,14 +270,15 @@ class ProfileConfig(_Checked):
     )
 
 
-def _check_group(group: int, storage: str) -> None:
+def _check_group(group_size: int, coefficient_dtype: str) -> None:
     from regrow_format.adapter import STORAGE  # not above: it loads numpy
 
-    if group < 8 or STORAGE[storage] > 8:
+    if group_size < 8 or STORAGE[coefficient_dtype] > 8:
         raise _refusal(
-            "{group} must be 0, or 8 or more with a {storage} of 8 bits or fewer, got {0} with {1}",
-            group,
-            storage,
+            "{group_size} must be 0, or 8 or more with a {coefficient_dtype} of 8 bits or fewer, "
+            "got {0} with {1}",
+            group_size,
+            coefficient_dtype,
         )
 
 

@@ -336,7 +336,9 @@ def _everybody(parts: list[Dataset]) -> Dataset:
 
 def _adapted(parts: list[Dataset], **settings: object) -> list[Adapted]:
     config = replace(
-        AdaptConfig(steps=30, batch_size=32, storage="fp32", users_at_once=300, head_lr=0.05),
+        AdaptConfig(
+            steps=30, batch_size=32, coefficient_dtype="fp32", users_at_once=300, head_lr=0.05
+        ),
         **settings,  # type: ignore[arg-type]
     )
     return [done for _, done in adapt_each(_backbone(), _everybody(parts), config)]
@@ -377,7 +379,7 @@ def test_a_rule_is_learnt_and_written(names: tuple[str, ...], count: int) -> Non
 def test_of_few_samples_all_train_the_adapter() -> None:
     """The result of five folds is what training on everything gives."""
     data = _rule(40, 0, _OWN)
-    config = AdaptConfig(method="head", head="new", steps=20, storage="fp32")
+    config = AdaptConfig(method="head", head="new", steps=20, coefficient_dtype="fp32")
     judged = adapt(_backbone(), data, config)
     whole = adapt(_backbone(), data, replace(config, holdout=0.0))
     assert judged.folds == 5
@@ -396,7 +398,7 @@ def test_scores_are_those_of_adapters_that_did_not_see_the_sample() -> None:
     from regrow_toolchain.training import predict
 
     backbone, data = _backbone(), _rule(30, 1, _KNOWN)
-    config = AdaptConfig(method="lora", steps=10, lr=0.05, storage="fp32")
+    config = AdaptConfig(method="lora", steps=10, lr=0.05, coefficient_dtype="fp32")
     done = adapt(backbone, data, config)
     data, _ = fit_labels(data, backbone.labels, "keep")
     folds, right, nats = fold_numbers(data, 5, config.seed), 0, []

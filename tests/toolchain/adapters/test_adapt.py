@@ -261,7 +261,7 @@ def test_the_scores_are_those_of_the_file(
 ) -> None:
     """From the same data, with the adapter as it comes from disk."""
     data = dataset(126, 5, names=_OWN)  # 51 are held back: enough without folds
-    config = replace(_QUICK, method=method, storage=storage, holdout=0.4, steps=10)
+    config = replace(_QUICK, method=method, coefficient_dtype=storage, holdout=0.4, steps=10)
     done = adapt(small, data, config)
     written = done.adapter.save(tmp_path / "a.safetensors")
     assert written == (tmp_path / "a.safetensors").stat().st_size
@@ -362,7 +362,9 @@ def test_training_and_the_file_are_one_computation(
         self.hooks.detach()
 
     monkeypatch.setattr(AdapterTrainer, "run", run)
-    config = replace(_QUICK, method=method, holdout=0, storage="int4", noise=0.0, shift=0.0)
+    config = replace(
+        _QUICK, method=method, holdout=0, coefficient_dtype="int4", noise=0.0, shift=0.0
+    )
     adapter = adapt(small, dataset(24, 5), config).adapter
     ((inputs, outputs),) = seen
     with torch.no_grad():

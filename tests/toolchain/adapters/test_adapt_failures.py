@@ -62,7 +62,7 @@ def test_the_last_good_adapter_is_kept(
         return found * math.inf if len(copies) == 6 else found
 
     monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
-    data, config = dataset(45, 5), replace(_QUICK, method=method, storage=storage)
+    data, config = dataset(45, 5), replace(_QUICK, method=method, coefficient_dtype=storage)
     with pytest.raises(TrainingStopped) as error:
         adapt(shared, data, config)
     assert str(error.value) == "loss must be finite, got inf at step 5: lower --lr"
@@ -118,7 +118,7 @@ def test_numbers_that_break_in_the_last_step_are_not_kept(
                 value.grad[0] *= math.nan
 
     monkeypatch.setattr(AdapterTrainer, "_drop_noise", breaks)
-    config = replace(_QUICK, method="lora", storage=storage, steps=30)
+    config = replace(_QUICK, method="lora", coefficient_dtype=storage, steps=30)
     with pytest.raises(TrainingStopped, match="got nan at step 30: lower --lr") as error:
         adapt(shared, dataset(24, 5), config)
     assert error.value.adapted is not None
@@ -139,7 +139,7 @@ def test_numbers_that_break_in_the_last_step_are_not_kept(
     ("change", "words"),
     [
         ({"method": "dora"}, "method must be one of nola, vera, .*, head, got 'dora'"),
-        ({"storage": "int9"}, "storage must be one of fp32, .*int2, got 'int9'"),
+        ({"coefficient_dtype": "int9"}, "dtype must be one of fp32, .*int2, got 'int9'"),
         ({"head": "maybe"}, "head must be one of auto, keep, new, tune, got 'maybe'"),
         ({"task": "sorting"}, "task must be one of auto, .*, got 'sorting'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
@@ -162,10 +162,10 @@ def test_numbers_that_break_in_the_last_step_are_not_kept(
         ({"label_smoothing": 1.5}, r"label_smoothing must be from 0 to 1, got 1\.5"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**64}, "seed must be"),
-        ({"group": 4}, "group must be 0, or 8 or more with a storage of 8 bits or fewer, got 4"),
-        ({"group": -8}, "group must be at least 0, got -8"),
-        ({"group": 16, "storage": "fp32"}, "got 16 with fp32"),
-        ({"group": 16, "storage": "fp16"}, "got 16 with fp16"),
+        ({"group_size": 4}, "group_size must be 0, or 8 or more .* of 8 bits or fewer, got 4"),
+        ({"group_size": -8}, "group_size must be at least 0, got -8"),
+        ({"group_size": 16, "coefficient_dtype": "fp32"}, "got 16 with fp32"),
+        ({"group_size": 16, "coefficient_dtype": "fp16"}, "got 16 with fp16"),
         ({"method": "head", "head": "keep"}, "head must be auto, new or tune for method head"),
         ({"method_settings": {"speed": 1}}, "settings of nola must be among"),
         ({"method_settings": {"k": 0}}, "nola: config: k must be from 1 to 65536, got 0"),
@@ -195,7 +195,9 @@ def test_numpys_numbers_are_numbers(shared: Backbone, dataset: Data, tmp_path: P
 @pytest.mark.parametrize("storage", ["int8", "int3"])
 def test_groups_of_any_size(shared: Backbone, dataset: Data, storage: str, group: int) -> None:
     """Longer than the vectors too; training sees them as the file has them."""
-    done = adapt(shared, dataset(24, 5), replace(_QUICK, storage=storage, group=group))
+    done = adapt(
+        shared, dataset(24, 5), replace(_QUICK, coefficient_dtype=storage, group_size=group)
+    )
     read = Adapter.from_bytes(done.adapter.to_bytes())
     assert read.group == group
     assert read.coefficients["alpha"].scale.shape == (12, -(-64 // group))

@@ -33,8 +33,8 @@ from regrow_toolchain.training import Checkpoint, StateFile
 _KNOWN, _OWN = ("a", "b", "c"), ("open", "shut", "stop")
 _STEPS = 4
 _CONFIG = AdaptConfig(
-    method="lora", method_settings={"rank": 2}, storage="fp32", steps=_STEPS, batch_size=8, lr=0.05,
-    label_smoothing=0.1,
+    method="lora", method_settings={"rank": 2}, coefficient_dtype="fp32", steps=_STEPS,
+    batch_size=8, lr=0.05, label_smoothing=0.1,
 )  # fmt: skip
 
 

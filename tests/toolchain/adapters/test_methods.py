@@ -61,7 +61,7 @@ def _start(
     method: str, seed: int = BIG_SEED, users: int = 1, targets: tuple[Target, ...] = TARGETS,
     **more: Any,
 ) -> TrainableAdapter:  # fmt: skip
-    return get_trainable(method).start(targets, {**SETTINGS[method], **more}, seed, users)
+    return get_trainable(method).init(targets, {**SETTINGS[method], **more}, seed, users)
 
 
 def _moved(trained: TrainableAdapter, scale: float = 1.0) -> TrainableAdapter:
@@ -288,9 +288,9 @@ def test_parameter_counts_are_the_papers() -> None:
         ("bitfit", ()): 24 * 768,
     }
     for (method, settings), count in wanted.items():
-        trained = get_trainable(method).start(base, dict(settings), 0)
+        trained = get_trainable(method).init(base, dict(settings), 0)
         assert sum(p.numel() for p in trained.parameters()) == count
-    nothing = get_trainable("head").start((), {}, 0, 3)
+    nothing = get_trainable("head").init((), {}, 0, 3)
     assert list(nothing.parameters()) == []
     assert nothing.changes() == nothing.values() == {}
 
@@ -314,7 +314,7 @@ def test_nola_against_a_basis_written_out(shared: bool) -> None:
 
 
 def test_nola_starts_at_a_normal_alpha() -> None:
-    alpha = get_trainable("nola").start(TARGETS, {"k": 4000}, 0).get_parameter("alpha")
+    alpha = get_trainable("nola").init(TARGETS, {"k": 4000}, 0).get_parameter("alpha")
     assert alpha.mean().item() == pytest.approx(0, abs=0.03)
     assert alpha.std().item() == pytest.approx(1, rel=0.02)
 
@@ -340,7 +340,7 @@ def test_nola_keeps_one_bit_per_sign_for_the_backward_pass() -> None:
     target = Target("x", 768, 768)
     settings = {"k": 1000, "l": 1000, "rank": 8}
     signs_each = 1000 * 768 * 8
-    trained = get_trainable("nola").start((target,), settings, 0)
+    trained = get_trainable("nola").init((target,), settings, 0)
     with _saved_bytes() as saved:
         out = _gain(trained.changes()["x"], torch.randn(1, 4, 768))
     assert out.requires_grad
@@ -354,7 +354,7 @@ def test_more_layers_of_a_shared_basis_keep_no_more_of_it() -> None:
     kept = []
     for count in (1, 4):
         targets = tuple(Target(f"x{i}", 768, 768) for i in range(count))
-        trained = get_trainable("nola").start(targets, settings, 0)
+        trained = get_trainable("nola").init(targets, settings, 0)
         with _saved_bytes() as saved:
             changes = trained.changes()
             _ = [_gain(changes[t.name], torch.zeros(1, 4, 768)) for t in targets]
@@ -369,7 +369,7 @@ from regrow_toolchain.adapters import get_trainable
 torch.set_num_threads(1)
 targets = tuple(Target(f"x{i}", 768, 768) for i in range(4))
 def step(k):
-    trained = get_trainable("nola").start(targets, {"k": k, "l": k, "rank": 16}, 0)
+    trained = get_trainable("nola").init(targets, {"k": k, "l": k, "rank": 16}, 0)
     changes = trained.changes()
     total = 0
     for t in targets:
@@ -432,7 +432,7 @@ def test_vera_computes_as_peft_does() -> None:
     model = Model()
     plain = Model()
     plain.load_state_dict(model.state_dict())
-    ours = _moved(get_trainable("vera").start((target,), {"rank": 11}, 5))
+    ours = _moved(get_trainable("vera").init((target,), {"rank": 11}, 5))
     theirs = get_peft_model(model, VeraConfig(r=11, target_modules=["query"]))
     layer = theirs.base_model.model.query
     a = torch.from_numpy(_vera_signs(5, Role.VERA_A, 11, 24)).float()
@@ -512,11 +512,11 @@ def test_targets_of_one_shape_share_places_and_the_rest_repeats() -> None:
 
 
 def test_fourierft_may_start_as_in_the_paper() -> None:
-    trained = get_trainable("fourierft").start(TARGETS, {"n": 135, "init": "paper"}, 3)
+    trained = get_trainable("fourierft").init(TARGETS, {"n": 135, "init": "paper"}, 3)
     c = trained.get_parameter("c").detach()
     assert c.std().item() == pytest.approx(1, rel=0.15)
     assert c.mean().item() == pytest.approx(0, abs=0.15)
-    again = get_trainable("fourierft").start(TARGETS, {"n": 135, "init": "paper"}, 3)
+    again = get_trainable("fourierft").init(TARGETS, {"n": 135, "init": "paper"}, 3)
     assert torch.equal(again.get_parameter("c"), c)
     assert trained.config == {"n": 135, "alpha": 64.0}
     assert any(_delta(trained, target).any() for target in TARGETS)
@@ -623,7 +623,7 @@ def test_lora_is_scaled_by_alpha_over_the_rank(rslora: bool, scale: float) -> No
 def test_lora_starts_as_kaiming_uniform() -> None:
     """With a = sqrt(5): uniform up to 1 / sqrt(in), in every layer another draw."""
     targets = (Target("x", 400, 30), Target("y", 400, 30))
-    trained = get_trainable("lora").start(targets, {}, 0)
+    trained = get_trainable("lora").init(targets, {}, 0)
     one, other = trained.get_parameter("A_400")[0].detach().unflatten(0, (2, 4))
     for a in (one, other):
         assert a.abs().max() <= 1 / 20
@@ -644,7 +644,7 @@ def test_bitfit_adds_a_vector_whatever_comes_in() -> None:
 
 
 def test_head_only_has_a_file_with_a_head_alone() -> None:
-    trained = get_trainable("head").start((), {}, 1)
+    trained = get_trainable("head").init((), {}, 1)
     layer = HeadLayer("head", np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
     adapter = Adapter(
         "head", trained.config, 1, "sha256:0", trained.targets, {}, head=Head((layer,), ("a", "b"))
@@ -744,14 +744,14 @@ def test_gradients_pass_straight_through(storage: str, group: int) -> None:
 def test_settings_are_converted_from_text() -> None:
     config = (
         get_trainable("nola")
-        .start(TARGETS, {"k": "13", "c": "2", "shared": "False", "rank": "2"}, 0)
+        .init(TARGETS, {"k": "13", "c": "2", "shared": "False", "rank": "2"}, 0)
         .config
     )
     assert config == {"k": 13, "l": 64, "rank": 2, "c": 2.0, "shared": False}
     assert get_method("nola").check_config(config, "it") == config
-    lora = get_trainable("lora").start(TARGETS, {"rslora": "true"}, 0).config
+    lora = get_trainable("lora").init(TARGETS, {"rslora": "true"}, 0).config
     assert lora == {"rank": 4, "alpha": 4.0, "rslora": True}
-    fourier = get_trainable("fourierft").start(TARGETS, {"alpha": "3", "bias_width": "2"}, 0)
+    fourier = get_trainable("fourierft").init(TARGETS, {"alpha": "3", "bias_width": "2"}, 0)
     assert fourier.config == {"n": 128, "alpha": 3.0}
     assert fourier.basis.kind == "stored"
 
@@ -797,7 +797,7 @@ def test_settings_are_converted_from_text() -> None:
 )
 def test_settings_that_make_no_sense(method: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        get_trainable(method).start(TARGETS, settings, 0)
+        get_trainable(method).init(TARGETS, settings, 0)
 
 
 def test_an_unknown_method_lists_those_there_are() -> None:

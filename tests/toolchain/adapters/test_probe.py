@@ -245,7 +245,7 @@ def test_a_model_that_cannot_take_the_probe_gives_none() -> None:
 def test_training_writes_what_a_bundle_gives(
     backbone: Backbone, dataset: Callable[..., Dataset], tmp_path: Path
 ) -> None:
-    config = replace(_QUICK, head="new", precision="int4", storage="int2")
+    config = replace(_QUICK, head="new", precision="int4", coefficient_dtype="int2")
     done = adapt(backbone, dataset(40, 5), config)
     export_backbone(backbone, tmp_path / "b")
     bundle = Bundle.open(tmp_path / "b", threads=1)

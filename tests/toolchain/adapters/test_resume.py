@@ -162,7 +162,7 @@ def test_without_resume_it_starts_anew(shared: Backbone, data: Dataset, tmp_path
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1}, {"steps": 11}, {"lr": 0.01}, {"storage": "int8"}, {"noise": 0.0},
+        {"seed": 1}, {"steps": 11}, {"lr": 0.01}, {"coefficient_dtype": "int8"}, {"noise": 0.0},
         {"method_settings": {"k": 16, "l": 17}}, {"head": "new"}, {"holdout": 0.3},
         {"precision": "int8"}, {"accumulate": 2},
     ],
@@ -526,7 +526,7 @@ def test_the_last_good_adapter_is_the_same_after_an_interruption(
 # -- early stopping -------------------------------------------------------------------------------
 
 _EARLY = replace(
-    _CONFIG, steps=40, eval_every=2, patience=3, validation=0.3, lr=0.5, storage="fp32"
+    _CONFIG, steps=40, eval_every=2, patience=3, validation=0.3, lr=0.5, coefficient_dtype="fp32"
 )
 
 
@@ -731,7 +731,7 @@ def test_accumulation_changes_nothing_but_memory(
     the processor's: with AVX2 it came to 1.2e-4, with SSE alone to 2.4e-4.
     """
     samples, _ = split(_users(dataset, {"ann": 4, "bob": 30, "cy": 21}), 0.2, 0)
-    config = _of(method, storage="fp32", lr=0.01, steps=4)
+    config = _of(method, coefficient_dtype="fp32", lr=0.01, steps=4)
     with _gradients() as wanted:
         whole = adapt_users(shared, samples, config)
     with _gradients() as found:

@@ -33,7 +33,7 @@ _NAMES = ("open", "shut", "stop")
 # Samples by user, in the order of their ids: more and fewer than a batch, all different.
 _COUNTS = {"ann": 6, "bob": 30, "cy": 12, "dee": 9}
 _CONFIG = AdaptConfig(
-    storage="fp32", steps=6, batch_size=8, shift=0.8, noise=0.1, holdout=0, lr=0.01
+    coefficient_dtype="fp32", steps=6, batch_size=8, shift=0.8, noise=0.1, holdout=0, lr=0.01
 )
 _SMALL = {
     "nola": {"k": 16, "l": 16, "rank": 3},
@@ -205,7 +205,7 @@ def test_results_equal_with_the_backbones_head(
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_company_changes_nothing(shared: Backbone, own: Dataset, count: int) -> None:
     """In groups of one, training users is training them alone: to the byte."""
-    config = _with("nola", users_at_once=1, storage="int4", holdout=0.3)
+    config = _with("nola", users_at_once=1, coefficient_dtype="int4", holdout=0.3)
     users = sorted(_COUNTS)[:count]
     some = own.take(np.flatnonzero(np.isin(own.users, users)))
     found = adapt_users(shared, some, config)
@@ -308,13 +308,13 @@ def test_a_user_whose_loss_breaks_later_keeps_what_was_good(
             losses[self.batches.counts.index(bobs)] *= torch.nan
         return losses
 
-    clean = adapt_users(shared, own, _with("nola", storage=storage))
+    clean = adapt_users(shared, own, _with("nola", coefficient_dtype=storage))
     monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
-    found = adapt_users(shared, own, _with("nola", storage=storage))
+    found = adapt_users(shared, own, _with("nola", coefficient_dtype=storage))
     assert found["bob"].stopped is not None
     assert found["bob"].stopped.step == 4
     with pytest.raises(TrainingStopped, match="got nan at step 4") as alone:
-        adapt(shared, _of(own, "bob"), _with("nola", storage=storage))
+        adapt(shared, _of(own, "bob"), _with("nola", coefficient_dtype=storage))
     assert alone.value.adapted is not None
     _check_same(found["bob"], alone.value.adapted)
     for user in ("ann", "cy", "dee"):

@@ -78,7 +78,7 @@ def test_options_say_settings() -> None:
          {"mode": "merged", "methods": ("lora",)}),
         (CompressConfig, ["--ratio", "0.5"], {"ratio": 0.5}),
         (CompressConfig, ["--holdout", "nan"], {"holdout": float("nan")}),
-        (AdaptConfig, ["--group", "4"], {"group": 4}),
+        (AdaptConfig, ["--group-size", "4"], {"group_size": 4}),
         (AdaptConfig, ["--method", "head", "--head", "keep"], {"method": "head", "head": "keep"}),
         (AdaptConfig, ["--eval-every", "0"], {"eval_every": 0}),
     ],

@@ -31,7 +31,7 @@ def test_training_beats_plain_svd(backbone: Backbone, dataset: Callable[..., Dat
     """At a ratio that hurts: more held-back samples right, and logits nearer to the dense ones."""
     data, held = dataset(240, 1), dataset(150, 2)
     trained = compress(
-        backbone, data, CompressConfig(ratio=10, epochs=10, lr=3e-3, start="svd"), held=held
+        backbone, data, CompressConfig(ratio=10, epochs=10, lr=3e-3, init="svd"), held=held
     )
     plain = compress(backbone, held=held, config=CompressConfig(ratio=10))
     assert plain.score == plain.start_score == trained.start_score
@@ -73,7 +73,7 @@ def test_without_data_it_is_plain_svd(backbone: Backbone) -> None:
 def test_no_epochs_are_plain_svd_with_scores(
     backbone: Backbone, dataset: Callable[..., Dataset]
 ) -> None:
-    scored = compress(backbone, dataset(60, 1), CompressConfig(epochs=0, start="svd"))
+    scored = compress(backbone, dataset(60, 1), CompressConfig(epochs=0, init="svd"))
     assert _same(scored.backbone, compress(backbone).backbone)
     assert scored.samples == 6  # a tenth, of every class
     assert scored.score == scored.start_score
@@ -122,7 +122,7 @@ def test_a_loss_that_breaks_stops(backbone: Backbone, dataset: Callable[..., Dat
     data = dataset(24, 1)
     data.inputs["pixel_values"][3] = np.nan
     with pytest.raises(RegrowError, match="loss must be finite, got nan at step 0"):
-        compress(backbone, data, CompressConfig(epochs=1, start="svd"))
+        compress(backbone, data, CompressConfig(epochs=1, init="svd"))
     with pytest.raises(RegrowError, match=r"what flows through .*query must be finite"):
         compress(backbone, data, CompressConfig(epochs=1))
     assert not any(module._forward_hooks for module in backbone.model.modules())

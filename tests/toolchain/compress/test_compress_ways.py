@@ -128,7 +128,7 @@ def test_a_classifier_is_distilled_without_labels(
     plain = dataset(240, 1)
     data = replace(plain, labels=np.full(240, -1), names=())
     held = replace(dataset(150, 2), labels=np.full(150, -1), names=())
-    config = replace(_QUICK, ratio=10, epochs=8, start="svd")
+    config = replace(_QUICK, ratio=10, epochs=8, init="svd")
     done = compress(backbone, data, config, held=held)
     assert done.metric == "agreement"
     assert done.dense_score == 1
@@ -364,7 +364,7 @@ def test_it_is_tuned_whole_adapted_and_exported(
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert accuracy(model, dataset(120, 2)) > before + 0.05
     small = load_backbone(tmp_path / "small")
-    done = adapt(small, dataset(60, 3), AdaptConfig(steps=3, storage="fp32", holdout=0))
+    done = adapt(small, dataset(60, 3), AdaptConfig(steps=3, coefficient_dtype="fp32", holdout=0))
     assert len(done.adapter.targets) == 12
     for precision in ("fp32", "int8"):
         export_backbone(small, tmp_path / precision, ExportConfig(precision=precision))

@@ -164,7 +164,7 @@ def test_looking_at_samples_starts_better(
     config = CompressConfig(ratio=4, epochs=0, multiple=1, slow_layers="factor")
     far = {}
     for name in ("svd", "activations", "outputs"):
-        made = compress(backbone, data, replace(config, start=name)).backbone
+        made = compress(backbone, data, replace(config, init=name)).backbone
         with torch.no_grad():
             far[name] = float((made.model(x).logits - backbone.model(x).logits).square().mean())
         far[f"{name} size"] = made.parameters
@@ -218,7 +218,7 @@ def test_one_sample_is_no_calibration(backbone: Backbone, dataset: Callable[...,
 
 def test_what_needs_samples_says_so(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="data must be given for start outputs"):
-        compress(backbone, config=CompressConfig(start="outputs"))
+        compress(backbone, config=CompressConfig(init="outputs"))
     with pytest.raises(UsageError, match="must be paper or kernels for start svd, got global"):
         compress(backbone, config=CompressConfig(ranks="global"))
 

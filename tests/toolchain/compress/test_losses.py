@@ -130,7 +130,7 @@ def test_one_forward_of_each_model_a_step(
             handle.remove()
 
     monkeypatch.setattr(DistillationTrainer, "_step", counting)
-    config = CompressConfig(epochs=2, batch_size=16, holdout=0, start="svd")
+    config = CompressConfig(epochs=2, batch_size=16, holdout=0, init="svd")
     compress(backbone, dataset(40, 1), config)
     # 2 epochs of 16 + 16 + 8, filled up
     assert calls == [("teacher", False, False), ("student", False, True)] * 6
@@ -195,7 +195,7 @@ def test_the_terms_are_those_of_a_plain_computation(
 
 
 def test_the_loss_is_the_weighted_sum(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
-    config = CompressConfig(epochs=1, alpha=7.0, beta=0.3, epsilon=0.0, holdout=0, start="svd")
+    config = CompressConfig(epochs=1, alpha=7.0, beta=0.3, epsilon=0.0, holdout=0, init="svd")
     (epoch,) = compress(backbone, dataset(24, 1), config).history[1:]
     whole = epoch.base + 7 * epoch.fd + 0.3 * epoch.rwp
     assert min(epoch.base, epoch.fd, epoch.rwp) > 0

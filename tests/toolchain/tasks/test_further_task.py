@@ -162,7 +162,7 @@ def _labelled(count: int = 150) -> Dataset:
 
 
 def _config(**more: Any) -> AdaptConfig:
-    start = {"method": "lora", "storage": "fp32", "noise": 0.0, "shift": 0.0, "lr": 0.02,
+    start = {"method": "lora", "coefficient_dtype": "fp32", "noise": 0.0, "shift": 0.0, "lr": 0.02,
              "steps": 60, "holdout": 0.4, "task": "multi-label"}  # fmt: skip
     return AdaptConfig(**{**start, **more})
 
@@ -223,7 +223,7 @@ def test_the_least_that_a_task_must_say(registered: None) -> None:
 
 
 def test_compression_learns_it(registered: None) -> None:
-    config = CompressConfig(task="multi-label", ratio=1.5, epochs=2, start="svd", holdout=0.3)
+    config = CompressConfig(task="multi-label", ratio=1.5, epochs=2, init="svd", holdout=0.3)
     done = compress(_backbone(), _labelled(), config)
     assert done.metric == done.backbone.report["metric"] == "micro-F1"
     assert 0 < done.dense_score < 1

@@ -28,7 +28,13 @@ _ALL = ("classification", "metric", "regression", "distillation", "causal-lm")
 
 def _config(**more: Any) -> AdaptConfig:
     settings = {"rank": 2} if more.get("method", "lora") == "lora" else {}
-    start = {"method": "lora", "storage": "fp32", "noise": 0.0, "shift": 0.0, "batch_size": 16}
+    start = {
+        "method": "lora",
+        "coefficient_dtype": "fp32",
+        "noise": 0.0,
+        "shift": 0.0,
+        "batch_size": 16,
+    }
     return AdaptConfig(**{**start, "method_settings": settings, **more})
 
 
@@ -451,7 +457,7 @@ def test_a_causal_lm_learns_a_sequence(make: Callable[[], nn.Module], method: st
     if make is _llama and method == "bitfit":
         return  # no layer of it has a bias
     rates = {"nola": 0.1, "vera": 0.3, "fourierft": 0.3, "lora": 0.05, "bitfit": 0.1}
-    config = _config(method=method, steps=30, lr=rates[method], storage="int8",
+    config = _config(method=method, steps=30, lr=rates[method], coefficient_dtype="int8",
                      method_settings={"rank": 4} if method == "nola" else {})  # fmt: skip
     done = adapt(_causal(make), _sequences(32), config, held=_sequences(24, 1))
     assert done.metric == "nats per token"

@@ -27,7 +27,7 @@ from regrow_toolchain.training.threads import step_macs, suited_threads, usable_
 
 Data = Callable[..., Dataset]
 _ADAPT = AdaptConfig(steps=6, batch_size=8, method="lora", shift=0, noise=0)
-_COMPRESS = CompressConfig(ratio=3, epochs=2, batch_size=32, start="svd")
+_COMPRESS = CompressConfig(ratio=3, epochs=2, batch_size=32, init="svd")
 
 
 @pytest.fixture

@@ -134,8 +134,8 @@ class GroupTraining:
 
     def _fitting(self, trainings: Sequence[Training]) -> AdapterTrainer:
         config, method = self.config, get_trainable(self.config.method)
-        trained = method.start(self.layers, config.method_settings, config.seed, len(trainings))
-        trained.storage, trained.group = config.storage, config.group
+        trained = method.init(self.layers, config.method_settings, config.seed, len(trainings))
+        trained.storage, trained.group = config.coefficient_dtype, config.group_size
         return AdapterTrainer(
             self.backbone.model, trained, self._heads(trainings), self.task,
             self._cohort(trainings, "train"), config, accelerator=self.accelerator,
@@ -252,8 +252,8 @@ class GroupTraining:
             backbone_id=self.backbone.backbone_id,
             targets=trained.targets,
             coefficients=_stored(trained.values(row), constants, config),
-            storage=config.storage,
-            group=config.group or None,
+            storage=config.coefficient_dtype,
+            group=config.group_size or None,
             basis=trained.basis,
             stored_basis=trained.stored_basis,
             head=heads.stored(row, names) if heads else None,
@@ -286,6 +286,8 @@ def _stored(
     config: AdaptConfig,
 ) -> dict[str, Coefficients]:
     return {
-        name: Coefficients.store(rows, constants[name], config.storage, config.group or None)
+        name: Coefficients.store(
+            rows, constants[name], config.coefficient_dtype, config.group_size or None
+        )
         for name, rows in values.items()
     }

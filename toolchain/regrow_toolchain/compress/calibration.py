@@ -53,7 +53,7 @@ def calibrated(
     if count < _LEAST:
         raise UsageError(
             f"calibration must have {_LEAST} samples or more, got {count}: give more data, or "
-            "--start svd"
+            "--init svd"
         )
     rows = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(data))[:count])
     chosen = data.take(rows)

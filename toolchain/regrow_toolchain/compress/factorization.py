@@ -120,7 +120,7 @@ def factor(
 
 
 def _start(config: CompressConfig, data: Dataset | None) -> str:
-    start = config.start
+    start = config.init
     if start == "auto":
         start = "svd" if data is None else "outputs"
     if start != "svd" and data is None:
@@ -128,7 +128,7 @@ def _start(config: CompressConfig, data: Dataset | None) -> str:
     if start == "svd" and config.ranks == "global":
         raise UsageError(
             "ranks must be paper or kernels for start svd, got global: for one budget, give --data "
-            "and --start outputs or activations"
+            "and --init outputs or activations"
         )
     return start
 

@@ -39,7 +39,7 @@ class DemoSettings:
             lr=2e-3,
             shift=0.8,
             noise=0.05,
-            start="svd",
+            init="svd",
             alpha=100.0,
             features="paper",
             keep="last",  # what is held back here are the test digits: nothing is chosen on them

@@ -37,7 +37,7 @@ def test_from_a_bundle_and_from_a_backbone(room: Room) -> None:
 
 
 def test_the_choices_of_storage_are_the_formats() -> None:
-    field = ImportConfig.__dataclass_fields__["storage"]
+    field = ImportConfig.__dataclass_fields__["coefficient_dtype"]
     assert set(field.metadata["choices"]) == set(STORAGE)
 
 
@@ -51,7 +51,7 @@ def test_the_command(room: Room, cli: Cli) -> None:
     again = cli(*arguments, room.path / "bundle")
     assert (again.code, again.out) == (2, "")
     assert "--force replaces it" in again.err
-    done = cli(*arguments, room.path / "backbone", "--force", "--storage", "int8")
+    done = cli(*arguments, room.path / "backbone", "--force", "--coefficient-dtype", "int8")
     assert done.code == 0, done.err
     assert done.out.startswith(f"wrote {room.path}/a.safetensors: ")
     assert f"the weights of {room.path}/backbone is your word" in done.out.splitlines()[-1]
@@ -153,8 +153,8 @@ def test_padding_is_bounded(room: Room, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_numbers_too_large_for_the_storage(room: Room) -> None:
     room.write(tensors={f"{K}.lora_B.weight": np.full((4, 2), 1e6, "f4")})
-    assert "must be finite, got NaN or infinity" in room.refusal(storage="fp16")
-    assert "storage must be one of fp32, fp16" in room.refusal(storage="bf16")
+    assert "must be finite, got NaN or infinity" in room.refusal(coefficient_dtype="fp16")
+    assert "coefficient_dtype must be one of fp32, fp16" in room.refusal(coefficient_dtype="bf16")
 
 
 def _cut(folder: Path) -> None:

@@ -296,7 +296,7 @@ def test_smaller_storage(
     tmp_path: Path,
 ) -> None:
     folder = trained("bert")
-    adapter = import_peft(folder, dense("bert"), storage=storage)
+    adapter = import_peft(folder, dense("bert"), coefficient_dtype=storage)
     whole = import_peft(folder, dense("bert"))
     assert len(adapter.to_bytes()) < len(whole.to_bytes())
     model = load_backbone(dense("bert")).model

@@ -199,7 +199,8 @@ def test_dtypes_that_there_are_not(vera_room: Room) -> None:
 def test_the_command(vera_room: Room, cli: Callable[..., Any]) -> None:
     done = cli(
         "import", vera_room.path / "peft", "-o", vera_room.path / "a.safetensors",
-        "--backbone", vera_room.path / "bundle", "--base-dtype", "bfloat16", "--storage", "int8",
+        "--backbone", vera_room.path / "bundle", "--base-dtype", "bfloat16",
+        "--coefficient-dtype", "int8",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "vera (rank 2) in int8, 2 layers, own head of 5 classes" in done.out

@@ -106,7 +106,7 @@ class TrainableMethod(Protocol):
         """The dataclass of the method's own settings."""
         ...
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """Fresh adapters: delta W is 0 and its gradient is not.

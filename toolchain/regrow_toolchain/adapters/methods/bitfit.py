@@ -28,7 +28,7 @@ class Bitfit:
     default_lr = 5e-3
     settings = BitfitSettings
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """Changes of 0."""

@@ -44,7 +44,7 @@ class Fourierft:
     default_lr = 5e-2
     settings = FourierftSettings
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """c = 0: delta W is 0 and its gradient is not. `init=paper` starts at N(0, 1)."""

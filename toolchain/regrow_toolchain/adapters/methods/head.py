@@ -25,7 +25,7 @@ class HeadOnly:
     default_lr = 1e-2
     settings = HeadSettings
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """No coefficients at all."""

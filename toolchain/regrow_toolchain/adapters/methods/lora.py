@@ -34,7 +34,7 @@ class Lora:
     default_lr = 5e-3
     settings = LoraSettings
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """A Kaiming-uniform with a = sqrt(5), B = 0, as in the paper's code."""

@@ -39,7 +39,7 @@ class Nola:
     default_lr = 3e-2
     settings = NolaSettings
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """alpha ~ N(0, 1), beta = 0: delta W is 0, and beta's gradient is not."""

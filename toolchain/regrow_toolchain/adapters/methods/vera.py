@@ -36,7 +36,7 @@ class Vera:
     default_lr = 3e-2
     settings = VeraSettings
 
-    def start(
+    def init(
         self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
     ) -> TrainableAdapter:
         """lambda_d = d_initial, lambda_b = 0: delta W is 0, and lambda_b's gradient is not."""

@@ -253,7 +253,7 @@ def _users_result(folder: UserFolder, config: AdaptConfig) -> dict[str, Any]:
         "written": sum(row["file"] is not None for row in folder.rows),
         "bytes": sum(row["bytes"] for row in folder.rows),
         "method": config.method,
-        "storage": config.storage,
+        "storage": config.coefficient_dtype,
         "metric": folder.rows[0]["metric"],
         "before": fmean(row["before"] for row in scored) if scored else None,
         "after": fmean(row["after"] for row in scored) if scored else None,

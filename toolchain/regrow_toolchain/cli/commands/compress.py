@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from regrow_toolchain.models import Backbone
 
 _WITHOUT_DATA = {
-    "ratio", "start", "ranks", "multiple", "slow_layers", "precision", "threads", "only",
+    "ratio", "init", "ranks", "multiple", "slow_layers", "precision", "threads", "only",
     "keep_dense",
 }  # fmt: skip
 _WITH_DATA = {item.name for item in fields(CompressConfig)} - _WITHOUT_DATA

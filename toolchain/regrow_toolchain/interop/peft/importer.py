@@ -36,7 +36,7 @@ def import_peft(
     folder: str | Path,
     backbone: str | Path,
     *,
-    storage: str = "fp32",
+    coefficient_dtype: str = "fp32",
     base_dtype: str = "float32",
 ) -> Adapter:
     """An adapter that computes what the PEFT directory `folder` does.
@@ -45,17 +45,17 @@ def import_peft(
         folder: what PEFT's `save_pretrained` wrote, of a method in `KINDS`.
         backbone: the bundle, the compressed backbone or (with torch) the Hugging Face directory
             that the adapter is for: it gives the identity, the layers' widths and the labels.
-        storage: a key of `STORAGE`; "fp32" keeps every number, and the head's.
+        coefficient_dtype: a key of `STORAGE`; "fp32" keeps every number, and the head's.
         base_dtype: what the base was loaded in; PEFT rounds what VeRA draws, and did not save, to
             it.
 
     Raises:
-        UsageError: there is no such folder, storage or dtype.
+        UsageError: there is no such folder or dtype.
         FormatError: the files are broken, or of a kind that is not read.
         MismatchError: layers or the head do not fit the backbone; all are listed.
     """
     for name, value, choices in (
-        ("storage", storage, tuple(STORAGE)),
+        ("coefficient_dtype", coefficient_dtype, tuple(STORAGE)),
         ("base_dtype", base_dtype, DTYPES),
     ):
         if value not in choices:
@@ -77,10 +77,10 @@ def import_peft(
         basis=basis,
         backbone_id=base.backbone_id,
         targets=targets,
-        coefficients=_coefficients(layout, rows, storage),
-        storage=storage,
+        coefficients=_coefficients(layout, rows, coefficient_dtype),
+        storage=coefficient_dtype,
         stored_basis=tensors,
-        head=read_head(stored.saved, base, "fp32" if storage == "fp32" else "fp16"),
+        head=read_head(stored.saved, base, "fp32" if coefficient_dtype == "fp32" else "fp16"),
         user={"imported": f"PEFT {kind.title}"},
     )
     return with_probe(adapter, Path(backbone), base)
