@@ -50,7 +50,8 @@ class Custom(Task):
         way_out: str = "",
     ) -> Fitted:
         """The outputs are the backbone's, whatever the loss makes of them."""
-        return Fitted(data, held, backbone.labels or numbered(_width(backbone)))
+        width, names = _width(backbone), backbone.labels
+        return Fitted(data, held, names if len(names) == width else numbered(width))
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         result = outputs_of(model, inputs)
@@ -97,7 +98,6 @@ class Custom(Task):
 
 
 def _width(backbone: Backbone) -> int:
-    """How many outputs the backbone's own head has; 0 without one."""
-    if not backbone.head:
-        return 0
-    return int(getattr(backbone.model.get_submodule(backbone.head[-1]), "out_features", 0))
+    """How many outputs the backbone's own head has."""
+    last = backbone.model.get_submodule(backbone.head[-1]) if backbone.head else None
+    return int(getattr(last, "out_features", len(backbone.labels)))

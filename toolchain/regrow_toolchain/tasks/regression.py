@@ -46,7 +46,7 @@ class Regression(Task):
     ) -> Fitted:
         """An output for each value: the backbone's if it has as many."""
         count = 1 if data.labels.ndim == 1 else data.labels.shape[1]
-        known = len(backbone.labels) == count
+        known = 0 < len(backbone.labels) == count
         return Fitted(data, held, backbone.labels if known else numbered(count), known)
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
