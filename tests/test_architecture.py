@@ -7,6 +7,7 @@ Every import counts, also one within a function or for type checkers alone.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -176,6 +177,13 @@ def test_nobody_reaches_behind_a_face():
         if _reaches_behind(module, other)
     }
     assert wrong == set()
+
+
+def test_the_page_on_tests_names_every_file_with_slow_ones():
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    files = (path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__))
+    slow = {path.name for path in files if "mark.slow" in path.read_text(encoding="utf-8")}
+    assert set(re.findall(r"test_\w+\.py", text.partition("| slow tests |")[2])) == slow
 
 
 def test_few_modules_stand_beside_the_sub_packages():

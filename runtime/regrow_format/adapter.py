@@ -19,7 +19,6 @@ from .adapter_contents import (
     Validated,
 )
 from .adapter_parser import parse_adapter
-from .adapter_writer import adapter_bytes
 from .errors import FormatError
 from .files import read_bytes, write_bytes
 from .target_rows import Target
@@ -49,6 +48,8 @@ class Adapter(AdapterContents):
         Raises:
             RegrowError: the file could not be read again, such as with a number that is not finite.
         """
+        from .adapter_writer import adapter_bytes  # not above: a device that reads never needs it
+
         data = adapter_bytes(self)
         if self.from_bytes(data).targets != tuple(self.targets):
             raise FormatError("adapter: targets must be sorted by the UTF-8 bytes of their names")

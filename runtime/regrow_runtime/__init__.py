@@ -7,6 +7,8 @@ Open a bundle, swap personal adapters without reloading the model, run it:
     logits = bundle.run({"pixel_values": x})["logits"]
 """
 
+from typing import TYPE_CHECKING, Any
+
 from regrow_format.adapter import (
     Adapter,
     Coefficients,
@@ -22,8 +24,10 @@ from regrow_format.manifest import Manifest, Slot
 
 from .bundle import Bundle, SwapStats
 from .checks import Check
-from .generate import Generated, Generation
 from .sessions import PROFILES, Profile
+
+if TYPE_CHECKING:
+    from .generate import Generated, Generation
 
 __all__ = [
     "PROFILES",
@@ -53,3 +57,12 @@ __all__ = [
     "sign_bits",
     "signs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads text generation on use: most bundles are no language models."""
+    if name in ("Generated", "Generation"):
+        from . import generate
+
+        return getattr(generate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

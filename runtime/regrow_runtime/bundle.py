@@ -19,7 +19,6 @@ from regrow_format.manifest import GraphSpec, Manifest
 
 from .adapter_loader import AdapterLoader, Source
 from .checks import Check, Prober
-from .generate import Generated, Generation, Ids, Settings
 from .graph_runner import GraphRunner
 from .health import History, SwapStats, recorded, report
 from .loaded_adapters import LoadedAdapters
@@ -29,6 +28,8 @@ from .slots import Feeds, LoadedAdapter
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+    from .generate import Generated, Generation, Ids, Settings
 
 __all__ = ["Bundle", "SwapStats"]
 
@@ -309,6 +310,8 @@ class Bundle:
 
     def chat(self, **settings: Unpack[Settings]) -> Generation:
         """A conversation: its `generate` goes on where the last call ended; see `Generation`."""
+        from .generate import Generation  # not above: most bundles are no language models
+
         return Generation(self, **settings)
 
     # -- for `Generation`, and for loops of one's own ----------------------------------------------

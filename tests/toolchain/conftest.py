@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regrow_toolchain.compress import Compressed, compress
 from regrow_toolchain.config import CompressConfig
@@ -47,6 +48,19 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"the toolchain must not use the network, got {args[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def before_steps() -> Iterator[Callable[[Callable[..., None]], None]]:
+    """before_steps(hook): calls hook(optimizer, ...) before every step of an optimizer of torch."""
+    handles = []
+
+    def register(hook: Callable[..., None]) -> None:
+        handles.append(register_optimizer_step_pre_hook(hook))
+
+    yield register
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture(autouse=True, scope="session")

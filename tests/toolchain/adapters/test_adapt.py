@@ -19,9 +19,8 @@ from regrow_format.adapter import STORAGE, Adapter, HeadLayer
 from regrow_format.basis import BasisCache
 from regrow_format.errors import MismatchError, UsageError
 from regrow_format.methods import get_method
-from regrow_toolchain.adapters import adapt, applied
+from regrow_toolchain.adapters import AdapterTrainer, adapt, applied
 from regrow_toolchain.adapters.methods.registry import METHODS
-from regrow_toolchain.adapters.trainer import AdapterTrainer
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset, fit_labels, split
 from regrow_toolchain.models import Backbone, load_backbone
@@ -358,7 +357,7 @@ def test_training_and_the_file_are_one_computation(
         original(self, *arguments, **more)
         self.hooks.attach([target.name for target in self.trained.targets])
         with torch.no_grad():
-            seen.append((inputs, self._outputs(self.batches.batch(0))[0]))
+            seen.append((inputs, self.outputs(self.batches.batch(0))[0]))
         self.hooks.detach()
 
     monkeypatch.setattr(AdapterTrainer, "run", run)

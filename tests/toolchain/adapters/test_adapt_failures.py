@@ -15,9 +15,15 @@ import torch
 from regrow_format.adapter import Adapter, Coefficients
 from regrow_format.errors import RegrowError, UsageError
 from regrow_format.methods import get_method
-from regrow_toolchain.adapters import Adapted, TrainingStopped, adapt, adapt_users, applied
+from regrow_toolchain.adapters import (
+    Adapted,
+    AdapterTrainer,
+    TrainingStopped,
+    adapt,
+    adapt_users,
+    applied,
+)
 from regrow_toolchain.adapters.methods.registry import METHODS
-from regrow_toolchain.adapters.trainer import AdapterTrainer
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone, load_backbone
@@ -54,14 +60,14 @@ def test_the_last_good_adapter_is_kept(
     shared: Backbone, dataset: Data, monkeypatch: pytest.MonkeyPatch, method: str, storage: str
 ) -> None:
     """The coefficients with which the loss was last a number: those before the step that broke."""
-    losses, copies = AdapterTrainer._losses, list[dict[str, np.ndarray]]()
+    losses, copies = AdapterTrainer.losses, list[dict[str, np.ndarray]]()
 
     def breaks(self: AdapterTrainer, batch: Batch) -> torch.Tensor:
-        copies.append({n: v[0].detach().numpy().copy() for n, v in self._parameters().items()})
+        copies.append({n: v[0].detach().numpy().copy() for n, v in self.parameters().items()})
         found = losses(self, batch)
         return found * math.inf if len(copies) == 6 else found
 
-    monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
+    monkeypatch.setattr(AdapterTrainer, "losses", breaks)
     data, config = dataset(45, 5), replace(_QUICK, method=method, coefficient_dtype=storage)
     with pytest.raises(TrainingStopped) as error:
         adapt(shared, data, config)
@@ -105,19 +111,17 @@ def test_a_rate_that_breaks_the_loss_stops(shared: Backbone, dataset: Data) -> N
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "int4"])
 def test_numbers_that_break_in_the_last_step_are_not_kept(
-    shared: Backbone, dataset: Data, monkeypatch: pytest.MonkeyPatch, storage: str
+    shared: Backbone, dataset: Data, before_steps: Callable[..., None], storage: str
 ) -> None:
     """The loss was finite, what the optimizer made of its gradient was not."""
-    original = AdapterTrainer._drop_noise
 
-    def breaks(self: AdapterTrainer) -> None:
-        original(self)
-        if self.optimizer.param_groups[0]["lr"] < 1e-2 * self.optimizer.param_groups[0]["peak"]:
-            for value in self._parameters().values():
-                assert value.grad is not None
-                value.grad[0] *= math.nan
+    def breaks(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if optimizer.param_groups[0]["lr"] < 1e-2 * optimizer.param_groups[0]["peak"]:
+            for group in optimizer.param_groups:
+                for value in group["params"]:
+                    value.grad[0] *= math.nan
 
-    monkeypatch.setattr(AdapterTrainer, "_drop_noise", breaks)
+    before_steps(breaks)
     config = replace(_QUICK, method="lora", coefficient_dtype=storage, steps=30)
     with pytest.raises(TrainingStopped, match="got nan at step 30: lower --lr") as error:
         adapt(shared, dataset(24, 5), config)

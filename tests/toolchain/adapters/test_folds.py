@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,15 @@ from torch.nn import functional
 
 from regrow_format.adapter import Adapter
 from regrow_format.errors import UsageError
-from regrow_toolchain.adapters import Adapted, adapt, adapt_each, adapt_users, adaptation, applied
-from regrow_toolchain.adapters.trainer import AdapterTrainer
+from regrow_toolchain.adapters import (
+    Adapted,
+    AdapterTrainer,
+    adapt,
+    adapt_each,
+    adapt_users,
+    adaptation,
+    applied,
+)
 from regrow_toolchain.adapters.user_data import UserData, prepare
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset, by_user, equal_samples, fold_numbers, split
@@ -330,19 +338,37 @@ class _Killed(Exception):
 
 
 @contextmanager
-def _killed_at(call: int, name: str = "_step") -> Iterator[list[int]]:
-    """Raise instead of the call of this number, from 1 on; gives the steps of calls before."""
-    original, seen = getattr(AdapterTrainer, name), list[int]()
+def _killed_at(call: int) -> Iterator[list[int]]:
+    """Raise instead of the step of this number, from 1 on; gives the steps before."""
+    original, seen = AdapterTrainer.step, list[int]()
 
-    def run(self: AdapterTrainer, *arguments: Any) -> Any:
+    def step(self: AdapterTrainer, number: int) -> Any:
         if len(seen) + 1 == call:
             raise _Killed
-        seen.append(*arguments or (0,))
-        return original(self, *arguments)
+        seen.append(number)
+        return original(self, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, name, run)
+        patch.setattr(AdapterTrainer, "step", step)
         yield seen
+
+
+@contextmanager
+def _killed_between(number: int, *, ends: bool) -> Iterator[None]:
+    """Raise where the pass of this number, from 1 on, begins or ends."""
+    original, passes = AdapterTrainer.run, count(1)
+
+    def run(self: AdapterTrainer, *arguments: Any, **more: Any) -> None:
+        found = next(passes)
+        if found == number and not ends:
+            raise _Killed
+        original(self, *arguments, **more)
+        if found == number:
+            raise _Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterTrainer, "run", run)
+        yield
 
 
 @pytest.fixture
@@ -372,14 +398,14 @@ def test_a_kill_in_any_pass_loses_nothing(tmp_path: Path, call: int) -> None:
 
 
 @pytest.mark.usefixtures("_every_step")
-@pytest.mark.parametrize("name", ["_keep", "_copies"])
-@pytest.mark.parametrize("call", [1, 2, 5, 6])
-def test_a_kill_between_passes_loses_nothing(tmp_path: Path, call: int, name: str) -> None:
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("number", [1, 2, 5, 6])
+def test_a_kill_between_passes_loses_nothing(tmp_path: Path, number: int, ends: bool) -> None:
     """As a pass ends, or the next begins; with patience, too, which ends passes early."""
     data, state = _data(15, names=_OWN), tmp_path / "state"
     config = replace(_CONFIG, users_at_once=1, steps=8, patience=1, eval_every=2, lr=1.0)
     whole = adapt(_backbone(), data, config)
-    with pytest.raises(_Killed), _killed_at(call, name):
+    with pytest.raises(_Killed), _killed_between(number, ends=ends):
         adapt(_backbone(), data, config, checkpoint=state)
     done = adapt(_backbone(), data, config, checkpoint=state, resume=True)
     assert _bytes({"": done}) == _bytes({"": whole})

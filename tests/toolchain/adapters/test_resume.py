@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from regrow_export.quantization.schemes import round_weight
 from regrow_format.errors import UsageError
 from regrow_toolchain.adapters import (
     Adapted,
+    AdapterTrainer,
     TrainingStopped,
     adapt,
     adapt_each,
@@ -31,7 +33,6 @@ from regrow_toolchain.adapters import (
     applied,
 )
 from regrow_toolchain.adapters.methods.registry import METHODS
-from regrow_toolchain.adapters.trainer import AdapterTrainer
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset, split
 from regrow_toolchain.models import Backbone, load_backbone
@@ -80,7 +81,7 @@ class _Killed(Exception):
 @contextmanager
 def _killed_at(step: int) -> Iterator[list[int]]:
     """Raise instead of the step of this number; gives the numbers of those that were run."""
-    original = AdapterTrainer._step
+    original = AdapterTrainer.step
     seen: list[int] = []
 
     def run(self: AdapterTrainer, number: int) -> torch.Tensor:
@@ -90,7 +91,7 @@ def _killed_at(step: int) -> Iterator[list[int]]:
         return original(self, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, "_step", run)
+        patch.setattr(AdapterTrainer, "step", run)
         yield seen
 
 
@@ -135,17 +136,19 @@ def test_after_the_last_step_nothing_is_trained_again(
     shared: Backbone, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = adapt(shared, data, _CONFIG).adapter.to_bytes()
+    run = AdapterTrainer.run
+
+    def killed_after(self: AdapterTrainer, *arguments: Any, **more: Any) -> None:
+        run(self, *arguments, **more)
+        raise _Killed
+
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "_keep", _raise)
+        patch.setattr(AdapterTrainer, "run", killed_after)
         with pytest.raises(_Killed):
             adapt(shared, data, _CONFIG, checkpoint=tmp_path / "state")
     with _killed_at(-1) as seen:
         done = adapt(shared, data, _CONFIG, checkpoint=tmp_path / "state", resume=True)
     assert (seen, done.adapter.to_bytes()) == ([], whole)
-
-
-def _raise(*_: object) -> None:
-    raise _Killed
 
 
 def test_without_resume_it_starts_anew(shared: Backbone, data: Dataset, tmp_path: Path) -> None:
@@ -445,7 +448,7 @@ def test_users_go_on_to_the_same_bytes(
     config = replace(_CONFIG, users_at_once=at_once)
     whole = {user: done.adapter.to_bytes() for user, done in adapt_each(shared, samples, config)}
     state = tmp_path / "state"
-    original, calls = AdapterTrainer._step, [0]
+    original, calls = AdapterTrainer.step, [0]
 
     def breaks(self: AdapterTrainer, number: int) -> torch.Tensor:
         calls[0] += 1
@@ -455,7 +458,7 @@ def test_users_go_on_to_the_same_bytes(
 
     early = {}
     with pytest.MonkeyPatch.context() as patch, suppress(_Killed):
-        patch.setattr(AdapterTrainer, "_step", breaks)
+        patch.setattr(AdapterTrainer, "step", breaks)
         for user, done in adapt_each(shared, samples, config, state=StateFile(state)):
             early[user] = done.adapter.to_bytes()
     assert list(early) == (["ann", "bob"] if at_once else [])
@@ -471,7 +474,7 @@ def test_who_had_stopped_stays_stopped(
 ) -> None:
     """A user's loss broke before the interruption: the step and the coefficients are known."""
     samples = _users(dataset, {"ann": 9, "bob": 20})
-    original = AdapterTrainer._losses
+    original = AdapterTrainer.losses
 
     def breaks(self: AdapterTrainer, batch: Any) -> torch.Tensor:
         losses = original(self, batch)
@@ -479,7 +482,7 @@ def test_who_had_stopped_stays_stopped(
             losses[1] *= torch.nan  # at the end of the rise: step 0 of 10 steps
         return losses
 
-    monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
+    monkeypatch.setattr(AdapterTrainer, "losses", breaks)
     whole = adapt_users(shared, samples, _CONFIG)
     assert whole["bob"].stopped is not None
     with pytest.raises(_Killed), _killed_at(6):
@@ -497,20 +500,20 @@ def test_the_last_good_adapter_is_the_same_after_an_interruption(
     shared: Backbone, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Also where the loss breaks in the very first step after it."""
-    original = AdapterTrainer._losses
+    original = AdapterTrainer.losses
 
     def breaks(self: AdapterTrainer, batch: Any) -> torch.Tensor:
         losses = original(self, batch)
-        return losses * torch.nan if self._step_number == 7 else losses  # type: ignore[attr-defined]
+        return losses * torch.nan if numbers[-1] == 7 else losses
 
-    inner = AdapterTrainer._step
+    inner, numbers = AdapterTrainer.step, list[int]()
 
     def counted(self: AdapterTrainer, number: int) -> torch.Tensor:
-        self._step_number = number  # type: ignore[attr-defined]
+        numbers.append(number)
         return inner(self, number)
 
-    monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
-    monkeypatch.setattr(AdapterTrainer, "_step", counted)
+    monkeypatch.setattr(AdapterTrainer, "losses", breaks)
+    monkeypatch.setattr(AdapterTrainer, "step", counted)
     with pytest.raises(TrainingStopped, match="got nan at step 7") as whole:
         adapt(shared, data, _CONFIG)
     with pytest.raises(_Killed), _killed_at(step):
@@ -533,7 +536,7 @@ _EARLY = replace(
 @contextmanager
 def _evaluations(scores: Callable[[int, int], float] | None = None) -> Iterator[list[list[float]]]:
     """Every evaluation's scores by user; `scores(user's samples, evaluation)` instead of real."""
-    original = AdapterTrainer._validate
+    original = AdapterTrainer.evaluate
     seen: list[list[float]] = []
 
     def validate(self: AdapterTrainer, validation: Any) -> list[float]:
@@ -545,7 +548,7 @@ def _evaluations(scores: Callable[[int, int], float] | None = None) -> Iterator[
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, "_validate", validate)
+        patch.setattr(AdapterTrainer, "evaluate", validate)
         yield seen
 
 
@@ -557,16 +560,16 @@ def test_the_best_is_kept(shared: Backbone, data: Dataset) -> None:
     """Evaluations get better until the third, then no more: patience is over after the sixth."""
     order = [0.1, 0.2, 0.5, 0.4, 0.5, 0.3, 0.9]
     copies: list[dict[str, np.ndarray]] = []
-    original = AdapterTrainer._validate
+    original = AdapterTrainer.evaluate
 
     def keeps(self: AdapterTrainer, validation: Any) -> list[float]:
         values = {n.removeprefix("adapter."): v[0].detach().numpy().copy()
-                  for n, v in self._parameters().items()}  # fmt: skip
+                  for n, v in self.parameters().items()}  # fmt: skip
         copies.append(values)
         return original(self, validation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, "_validate", keeps)
+        patch.setattr(AdapterTrainer, "evaluate", keeps)
         with _evaluations(lambda _, number: order[number]) as seen, _killed_at(-1) as steps:
             done = adapt(shared, data, _EARLY)
     assert len(seen) == 6
@@ -646,15 +649,15 @@ def test_who_is_done_may_break_no_more(
     shared: Backbone, dataset: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others go on after a user's patience is over; what its loss does then is nobody's concern."""
-    original = AdapterTrainer._losses
+    original = AdapterTrainer.losses
 
     def breaks(self: AdapterTrainer, batch: Any) -> torch.Tensor:
         losses = original(self, batch)
-        if torch.is_grad_enabled() and bool(self._best.done[0]) and self.users > 1:
+        if torch.is_grad_enabled() and bool(self.best.done[0]) and self.users > 1:
             losses[0] *= torch.nan
         return losses
 
-    monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
+    monkeypatch.setattr(AdapterTrainer, "losses", breaks)
     samples = _users(dataset, {"ann": 12, "bob": 30})
     with _evaluations(lambda count, number: float(number if count > 12 else -number)):
         found = adapt_users(shared, samples, _EARLY)
@@ -667,20 +670,18 @@ def test_who_is_done_may_break_no_more(
 
 
 def test_what_broke_is_never_the_best(
-    shared: Backbone, data: Dataset, monkeypatch: pytest.MonkeyPatch
+    shared: Backbone, data: Dataset, before_steps: Callable[..., None]
 ) -> None:
     """A step makes NaN of the coefficients right before an evaluation that scores well."""
-    original = AdapterTrainer._drop_noise
+    steps = itertools.count(1)
 
-    def breaks(self: AdapterTrainer) -> None:
-        original(self)
-        vars(self)["steps"] = vars(self).get("steps", 0) + 1
-        if vars(self)["steps"] == 4:
-            for value in self._parameters().values():
-                assert value.grad is not None
-                value.grad *= torch.nan
+    def breaks(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if next(steps) == 4:
+            for group in optimizer.param_groups:
+                for value in group["params"]:
+                    value.grad *= torch.nan
 
-    monkeypatch.setattr(AdapterTrainer, "_drop_noise", breaks)
+    before_steps(breaks)
     with (
         _evaluations(lambda _, number: float(number)),
         pytest.raises(TrainingStopped, match="got nan at step 4") as error,
@@ -706,16 +707,17 @@ def test_validation_needs_samples(shared: Backbone, dataset: Data) -> None:
 @contextmanager
 def _gradients() -> Iterator[list[dict[str, torch.Tensor]]]:
     """Those of every step, as the optimizer gets them."""
-    original = AdapterTrainer._drop_noise
+    original = AdapterTrainer.step
     seen: list[dict[str, torch.Tensor]] = []
 
-    def note(self: AdapterTrainer) -> None:
-        found = {name: value.grad for name, value in self._parameters().items()}
+    def note(self: AdapterTrainer, number: int) -> torch.Tensor:
+        losses = original(self, number)
+        found = {name: value.grad for name, value in self.parameters().items()}
         seen.append({name: grad.clone() for name, grad in found.items() if grad is not None})
-        original(self)
+        return losses
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, "_drop_noise", note)
+        patch.setattr(AdapterTrainer, "step", note)
         yield seen
 
 

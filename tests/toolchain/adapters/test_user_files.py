@@ -13,10 +13,9 @@ import pytest
 
 from regrow_format.adapter import Adapter
 from regrow_format.errors import FormatError, UsageError
-from regrow_toolchain.adapters import UserFolder
-from regrow_toolchain.adapters.trainer import AdapterTrainer
+from regrow_toolchain.adapters import AdapterTrainer, UserFolder
 from regrow_toolchain.adapters.user_folder import SUMMARY, file_name
-from regrow_toolchain.compress.trainer import DistillationTrainer
+from regrow_toolchain.compress import DistillationTrainer
 from regrow_toolchain.training import Checkpoint, TrainingIdentity
 
 Cli = Callable[..., Any]
@@ -46,7 +45,7 @@ def _adapt(cli: Cli, room: Path, *more: object, out: str = "out") -> Any:
 
 
 def _kill(cli: Cli, room: Path, step: int, *more: object) -> None:
-    original, calls = AdapterTrainer._step, [0]
+    original, calls = AdapterTrainer.step, [0]
 
     def breaks(self: AdapterTrainer, number: int) -> Any:
         calls[0] += 1
@@ -55,7 +54,7 @@ def _kill(cli: Cli, room: Path, step: int, *more: object) -> None:
         return original(self, number)
 
     with pytest.MonkeyPatch.context() as patch, suppress(_KilledError):
-        patch.setattr(AdapterTrainer, "_step", breaks)
+        patch.setattr(AdapterTrainer, "step", breaks)
         _adapt(cli, room, *more)
 
 
@@ -139,7 +138,7 @@ def test_an_interrupt_says_how_to_go_on(
     cli: Cli, room: Path, monkeypatch: pytest.MonkeyPatch, many: bool
 ) -> None:
     monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
-    monkeypatch.setattr(AdapterTrainer, "_step", _interrupted(AdapterTrainer._step, at=3))
+    monkeypatch.setattr(AdapterTrainer, "step", _interrupted(AdapterTrainer.step, at=3))
     quick = _QUICK if many else ("--steps", "6")
     done = cli("adapt", room / "small", "--data", room / "d.npz", "-o", room / "out", *quick)
     assert done.code == 130
@@ -209,7 +208,7 @@ def test_what_is_wrong_before_the_first_step_leaves_nothing(
     elif first == "seed":
         more = ("--seed", -1)
     else:
-        monkeypatch.setattr(AdapterTrainer, "_step", _interrupted(AdapterTrainer._step, at=1))
+        monkeypatch.setattr(AdapterTrainer, "step", _interrupted(AdapterTrainer.step, at=1))
     before = sorted(room.iterdir())
     done = _adapt(cli, room, *more)
     assert done.code == (130 if first == "step" else 2), done.err
@@ -229,9 +228,9 @@ def test_a_state_is_there_after_the_first_step(
         words = ("adapt", room / "small", "--steps", 4, "--keep-anyway")
     else:
         words = ("compress", vit_folder, "--ratio", 3, "--epochs", 1, "--batch-size", 9)
-    before, original = sorted(room.iterdir()), of._step
+    before, original = sorted(room.iterdir()), of.step
     for step, more in ((1, []), (2, [room / "out.resume"])):
-        monkeypatch.setattr(of, "_step", _interrupted(original, at=step))
+        monkeypatch.setattr(of, "step", _interrupted(original, at=step))
         done = cli(*words, "--data", room / "d.npz", "-o", room / "out")
         assert done.code == 130, done.err
         assert ("--resume goes on with it" in done.err) == bool(more)

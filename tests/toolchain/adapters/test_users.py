@@ -15,6 +15,7 @@ from torch import nn
 from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.adapters import (
     Adapted,
+    AdapterTrainer,
     TrainingStopped,
     Verdict,
     adapt,
@@ -22,7 +23,6 @@ from regrow_toolchain.adapters import (
     adapt_users,
 )
 from regrow_toolchain.adapters.methods.registry import METHODS
-from regrow_toolchain.adapters.trainer import AdapterTrainer
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone, load_backbone
@@ -125,26 +125,26 @@ def _check_verdict(together: Verdict | None, alone: Verdict | None) -> None:
 def _gradients(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[Any, np.ndarray]:
     """By (samples of the user, parameter), the gradient of a step from coefficients that moved."""
     found: dict[Any, np.ndarray] = {}
-    original = AdapterTrainer._step
+    original = AdapterTrainer.step
 
     def step(self: AdapterTrainer, number: int) -> torch.Tensor:
         with torch.no_grad():
             for user, count in enumerate(self.batches.counts):
                 generator = torch.Generator().manual_seed(count)
-                for name, value in self._parameters().items():
+                for name, value in self.parameters().items():
                     width = self.heads.classes[user] if self.heads and "head" in name else None
                     value[user, ..., :width] += 0.3 * torch.randn(
                         value[user, ..., :width].shape, generator=generator
                     )
         losses = original(self, number)
-        for name, value in self._parameters().items():
+        for name, value in self.parameters().items():
             for user, count in enumerate(self.batches.counts):
                 assert value.grad is not None
                 found[count, name] = value.grad[user].numpy().copy()
         return losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "_step", step)
+        patch.setattr(AdapterTrainer, "step", step)
         run()
     return found
 
@@ -298,7 +298,7 @@ def test_a_user_whose_samples_are_not_numbers_stops_alone(shared: Backbone, own:
 def test_a_user_whose_loss_breaks_later_keeps_what_was_good(
     shared: Backbone, own: Dataset, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
-    original = AdapterTrainer._losses
+    original = AdapterTrainer.losses
     bobs = _COUNTS["bob"]
 
     def breaks(self: AdapterTrainer, batch: Batch) -> torch.Tensor:
@@ -309,7 +309,7 @@ def test_a_user_whose_loss_breaks_later_keeps_what_was_good(
         return losses
 
     clean = adapt_users(shared, own, _with("nola", coefficient_dtype=storage))
-    monkeypatch.setattr(AdapterTrainer, "_losses", breaks)
+    monkeypatch.setattr(AdapterTrainer, "losses", breaks)
     found = adapt_users(shared, own, _with("nola", coefficient_dtype=storage))
     assert found["bob"].stopped is not None
     assert found["bob"].stopped.step == 4

@@ -23,8 +23,7 @@ from torch import nn
 
 from regrow_format.errors import UsageError
 from regrow_toolchain.adapters import adapt
-from regrow_toolchain.compress import compress
-from regrow_toolchain.compress.trainer import DistillationTrainer
+from regrow_toolchain.compress import DistillationTrainer, compress
 from regrow_toolchain.config import AdaptConfig, CompressConfig, ExportConfig
 from regrow_toolchain.data import Dataset, load_data
 from regrow_toolchain.interop import export_backbone
@@ -204,7 +203,7 @@ def test_it_goes_on_to_the_same_weights(
     data = dataset(120, 1)
     config = replace(_QUICK, ema=0.9, shift=0.5, noise=0.1, accumulate=2)
     whole = compress(backbone, data, config)
-    plain = DistillationTrainer._step
+    plain = DistillationTrainer.step
 
     def stopping(self: DistillationTrainer, number: int, *rest: Any) -> None:
         if number == step:
@@ -213,7 +212,7 @@ def test_it_goes_on_to_the_same_weights(
 
     monkeypatch.setattr("regrow_toolchain.compress.compression.Checkpoint", _often)
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "_step", stopping)
+        patch.setattr(DistillationTrainer, "step", stopping)
         with pytest.raises(_Killed):
             compress(backbone, data, config, checkpoint=tmp_path / "state")
     with monkeypatch.context() as patch:  # the ranks are those of the first try: nothing is timed

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from regrow_format.errors import UsageError
-from regrow_toolchain.compress import compress, plan_layers
+from regrow_toolchain.compress import DistillationTrainer, compress, plan_layers
 from regrow_toolchain.compress.losses import (
     BlockFeatures,
     feature_blocks,
     feature_loss,
     perturbation_loss,
 )
-from regrow_toolchain.compress.trainer import DistillationTrainer
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone, apply_plan, weight_of
@@ -115,7 +114,7 @@ def test_one_forward_of_each_model_a_step(
 ) -> None:
     """Both as in use; the frozen teacher without a graph."""
     calls: list[tuple[str, bool, bool]] = []
-    plain = DistillationTrainer._step
+    plain = DistillationTrainer.step
 
     def counting(self: DistillationTrainer, *rest: object) -> None:
         def note(name: str) -> Callable[..., None]:
@@ -129,7 +128,7 @@ def test_one_forward_of_each_model_a_step(
         for handle in handles:
             handle.remove()
 
-    monkeypatch.setattr(DistillationTrainer, "_step", counting)
+    monkeypatch.setattr(DistillationTrainer, "step", counting)
     config = CompressConfig(epochs=2, batch_size=16, holdout=0, init="svd")
     compress(backbone, dataset(40, 1), config)
     # 2 epochs of 16 + 16 + 8, filled up
@@ -153,8 +152,8 @@ def step_terms(
             )
             seen = BlockFeatures(student), BlockFeatures(backbone.model)
             parts = [
-                job._terms(batch, seen, first=number == 0)
-                for number, batch in enumerate(job._pieces(0))
+                job.terms(batch, seen, first=number == 0)
+                for number, batch in enumerate(job.pieces(0))
             ]
         return tuple(sum(float(part[i].detach()) for part in parts) for i in range(3))
 

@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.adapters import adapt, training_threads
-from regrow_toolchain.adapters.trainer import AdapterTrainer
-from regrow_toolchain.compress import compress
-from regrow_toolchain.compress.trainer import DistillationTrainer
+from regrow_toolchain.adapters import AdapterTrainer, adapt, training_threads
+from regrow_toolchain.compress import DistillationTrainer, compress
 from regrow_toolchain.config import AdaptConfig, CompressConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone
@@ -151,8 +149,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return step
 
-    monkeypatch.setattr(AdapterTrainer, "_step", watched(AdapterTrainer._step))
-    monkeypatch.setattr(DistillationTrainer, "_step", watched(DistillationTrainer._step))
+    monkeypatch.setattr(AdapterTrainer, "step", watched(AdapterTrainer.step))
+    monkeypatch.setattr(DistillationTrainer, "step", watched(DistillationTrainer.step))
     return seen
 
 
@@ -206,7 +204,7 @@ def test_another_number_of_threads_is_no_resuming(
     monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
     data, state = dataset(48, 1), tmp_path / "state"
     of, calls = (AdapterTrainer if kind == "adapt" else DistillationTrainer), [0]
-    original = of._step
+    original = of.step
 
     def breaks(*arguments: Any) -> Any:
         calls[0] += 1
@@ -215,7 +213,7 @@ def test_another_number_of_threads_is_no_resuming(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(of, "_step", breaks)
+        patch.setattr(of, "step", breaks)
         with pytest.raises(_Killed):
             _trained(kind, backbone, data, checkpoint=state)
     left = state.read_bytes()

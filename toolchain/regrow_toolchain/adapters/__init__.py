@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .parameter_count import count_parameters as count_parameters
     from .probe_record import probe_of as probe_of
     from .prober import Prober as Prober
+    from .trainer import AdapterTrainer as AdapterTrainer
     from .user_folder import UserFolder as UserFolder
 else:
     __all__, __getattr__, __dir__ = load_on_use(
@@ -40,6 +41,7 @@ else:
             ".parameter_count": ("count_parameters",),
             ".probe_record": ("probe_of",),
             ".prober": ("Prober",),
+            ".trainer": ("AdapterTrainer",),
             ".user_folder": ("UserFolder",),
         },
     )

@@ -19,11 +19,12 @@ from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import Augmentation, Checkpoint, MultiUserBatches, evaluate
 
 from .acceptance import Evidence, Verdict, judge
+from .early_stopping import Stopped
 from .heads import Heads
 from .hooks import applied
 from .methods import TrainableAdapter, get_trainable
 from .prober import Prober
-from .trainer import AdapterTrainer, Stopped
+from .trainer import AdapterTrainer
 from .user_data import Training, UserData
 
 __all__ = ["Adapted", "GroupTraining", "Shared"]

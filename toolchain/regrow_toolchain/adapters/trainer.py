@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +11,6 @@ from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError
 from regrow_toolchain.config import AdaptConfig
-from regrow_toolchain.models import outputs_of
 from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
     Batch,
@@ -25,32 +21,26 @@ from regrow_toolchain.training import (
     progress,
 )
 
+from .early_stopping import BestParameters, Stopped
+from .head_features import FEATURES, feature_reader, gives_outputs
 from .heads import Heads
 from .hooks import Hooks
 from .methods import TrainableAdapter
+from .optimizer_state import optimizer_state, restore_optimizer
 
-__all__ = ["AdapterTrainer", "Stopped"]
+__all__ = ["AdapterTrainer"]
 
 # From this share of the steps on, training sees the coefficients as the file will hold them.
 _ROUNDED_FROM = 0.5
 # Of a user's largest gradient in a tensor: below it float32 has no digits left.
 _NOISE = 1e-6
-_FEATURES = "features"  # a batch's input where only what a head sees is kept
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """Why a user's training ended before its last step."""
-
-    step: int
-    loss: float
-
-    def __str__(self) -> str:
-        return f"loss must be finite, got {self.loss} at step {self.step}: lower --lr"
 
 
 class AdapterTrainer:
     """Trains the adapters, and heads, of a group of users.
+
+    `run` is made of `step`, which calls `losses`, and of `evaluate`; they may be wrapped to watch a
+    training.
 
     Args:
         accelerator: accelerate's, with the model on its device.
@@ -93,7 +83,7 @@ class AdapterTrainer:
         } if heads else {}  # fmt: skip
         self.hooks = Hooks(model, replaced, self.users)
         self._from_features = False
-        self._best = _Best(self.users, task.higher_is_better)
+        self.best = BestParameters(self.users, task.higher_is_better)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -114,7 +104,7 @@ class AdapterTrainer:
                 self._keep_features()
             with progress(name, self.config.steps) as advance:
                 for step in range(start, self.config.steps):
-                    losses = self._step(step)
+                    losses = self.step(step)
                     alive = [loss for loss in losses.tolist() if loss == loss]
                     mean = sum(alive) / max(len(alive), 1)
                     advance(f"loss {mean:.3f}")
@@ -127,21 +117,21 @@ class AdapterTrainer:
         self._note_broken()
         self._keep()
 
-    def _step(self, step: int) -> Tensor:
-        """One update; each user's loss before it, [users]."""
+    def step(self, number: int) -> Tensor:
+        """The update of this number, from 0 on; each user's loss before it, [users]."""
         config = self.config
-        self.trained.rounded = step >= _ROUNDED_FROM * config.steps
+        self.trained.rounded = number >= _ROUNDED_FROM * config.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine_factor(step, config.steps)
+            group["lr"] = group["peak"] * cosine_factor(number, config.steps)
         self.optimizer.zero_grad()
         losses = torch.zeros(self.users, device=self.accelerator.device)
         parts = min(config.accumulate, max(self.batches.sizes))
         for part in range(parts):
-            batch = self.batches.batch(step, part, parts)
-            loss = self._losses(batch)
+            batch = self.batches.batch(number, part, parts)
+            loss = self.losses(batch)
             self.accelerator.backward(loss.sum())
             losses += loss.detach()
-        self._note_failures(losses, step)
+        self._note_failures(losses, number)
         if len(self.stopped) < self.users:
             self._last_good = self._copies()
             self._drop_noise()
@@ -154,23 +144,23 @@ class AdapterTrainer:
         Where the true gradient is 0, as of a key's bias or of a shift that the next norm takes
         away, Adam would make whole steps of what rounding leaves, others in company than alone.
         """
-        for value in self._parameters().values():
+        for value in self.parameters().values():
             if value.grad is not None:
                 size = value.grad.abs()
                 largest = size.amax(dim=(1, 2), keepdim=True)
                 value.grad.masked_fill_(size < _NOISE * largest, 0.0)
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """[users]: the weighted means of the samples' losses."""
-        outputs = self._outputs(batch)
+        outputs = self.outputs(batch)
         mask = self.heads.mask() if self.heads else None
         losses = self.task.losses(outputs, batch.labels, mask, batch.weights > 0)
         return (losses.float() * batch.weights).sum(1)
 
-    def _outputs(self, batch: Batch) -> Tensor:
+    def outputs(self, batch: Batch) -> Tensor:
         """[users, samples, ...]."""
         if self._from_features and self.heads:
-            x = batch.inputs[_FEATURES]
+            x = batch.inputs[FEATURES]
             with self.accelerator.autocast():
                 return self.heads.layer(0, x.reshape(self.users, -1, x.shape[-1]))
         self.hooks.changes = self.trained.changes()
@@ -193,24 +183,16 @@ class AdapterTrainer:
             return False
         if sum(batches.counts) > self.config.steps * sum(batches.sizes):
             return False
-        with _calls(self.model, heads.paths[0]) as calls:
-            outputs = self._outputs(batches.batch(0)).flatten(0, 1)
-        given = calls[-1][1]
-        same = outputs.data_ptr() == given.data_ptr() and outputs.shape == given.shape
-        return len(calls) == 1 and given.dim() == 2 and same
+        return gives_outputs(
+            self.model, heads.paths[0], lambda: self.outputs(batches.batch(0)).flatten(0, 1)
+        )
 
     @torch.no_grad()
     def _keep_features(self) -> None:
         """Have batches give what the head sees, float [samples, in], in place of the inputs."""
         assert self.heads is not None
-        path = self.heads.paths[0]
         self.hooks.detach()
-
-        def features(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            with _calls(self.model, path) as calls, self.accelerator.autocast():
-                outputs_of(self.model, inputs)
-            return {_FEATURES: calls[0][0].clone()}  # not a view of every token's
-
+        features = feature_reader(self.model, self.heads.paths[0], self.accelerator)
         self.batches = self.batches.mapped(features)
         self.validation = self.validation.mapped(features) if self.validation else None
         self._from_features = True
@@ -234,7 +216,7 @@ class AdapterTrainer:
         try:
             self.hooks.attach([target.name for target in self.trained.targets])
             self._check_users()
-            self._losses(self.batches.batch(0))
+            self.losses(self.batches.batch(0))
         except RegrowError:
             return False  # if it is something else, training says so
         finally:
@@ -245,20 +227,20 @@ class AdapterTrainer:
 
     def _note_failures(self, losses: Tensor, step: int) -> None:
         for user in (~torch.isfinite(losses)).nonzero().flatten().tolist():
-            if user not in self.stopped and not self._best.done[user]:
+            if user not in self.stopped and not self.best.done[user]:
                 self.stopped[user] = Stopped(step, float(losses[user]))
-                self._best.keep(user, self._last_good)
+                self.best.keep(user, self._last_good)
 
     def _note_broken(self) -> None:
         """The last step has no loss after it: look at the numbers themselves."""
         for user in range(self.users):
-            if user in self.stopped or user in self._best.kept or self._is_finite(user):
+            if user in self.stopped or user in self.best.kept or self._is_finite(user):
                 continue
             self.stopped[user] = Stopped(self.config.steps, math.nan)
-            self._best.keep(user, self._last_good)
+            self.best.keep(user, self._last_good)
 
     def _is_finite(self, user: int) -> bool:
-        return all(bool(value[user].isfinite().all()) for value in self._parameters().values())
+        return all(bool(value[user].isfinite().all()) for value in self.parameters().values())
 
     def _is_over(self, step: int) -> bool:
         if len(self.stopped) == self.users:
@@ -267,16 +249,16 @@ class AdapterTrainer:
             return False
         scores = [
             score if self._is_finite(user) else math.nan
-            for user, score in enumerate(self._validate(self.validation))
+            for user, score in enumerate(self.evaluate(self.validation))
         ]
-        self._best.update(scores, self._copies(), self.config.patience, set(self.stopped))
-        return self._best.all_done(set(self.stopped))
+        self.best.update(scores, self._copies(), self.config.patience, set(self.stopped))
+        return self.best.all_done(set(self.stopped))
 
     @torch.no_grad()
-    def _validate(self, validation: MultiUserBatches) -> list[float]:
+    def evaluate(self, validation: MultiUserBatches) -> list[float]:
         """Each user's score on the validation samples, with coefficients as they are trained."""
         batch = validation.batch(0)
-        outputs = self._outputs(batch)
+        outputs = self.outputs(batch)
         mask = self.heads.mask() if self.heads else None
         if mask is not None:
             outputs = outputs.masked_fill(~mask, -torch.inf)
@@ -288,7 +270,7 @@ class AdapterTrainer:
             scores.append(self.task.score(measured, labels.cpu().numpy()))
         return scores
 
-    def _parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, the first dimension users."""
         found: dict[str, Tensor] = {f"adapter.{n}": p for n, p in self.trained.named_parameters()}
         if self.heads:
@@ -296,19 +278,16 @@ class AdapterTrainer:
         return found
 
     def _copies(self) -> State:
-        return {name: value.detach().clone() for name, value in self._parameters().items()}
+        return {name: value.detach().clone() for name, value in self.parameters().items()}
 
     def state(self) -> State:
         """All that a resumed training needs; batches and noise follow from the step alone."""
-        state = {f"value.{name}": value for name, value in self._parameters().items()}
-        for name, value in self._parameters().items():
-            for key, moment in self.optimizer.state[value].items():
-                state[f"adam.{key}.{name}"] = moment
+        state = optimizer_state(self.parameters(), self.optimizer)
         state |= {f"good.{name}": value for name, value in self._last_good.items()}
         ends = [self.stopped.get(user, Stopped(-1, 0.0)) for user in range(self.users)]
         state["stopped.step"] = torch.tensor([end.step for end in ends])
         state["stopped.loss"] = torch.tensor([end.loss for end in ends], dtype=torch.float64)
-        return {**state, **self._best.state()}
+        return {**state, **self.best.state()}
 
     def _resumed(self, checkpoint: Checkpoint) -> int:
         found = checkpoint.load()
@@ -316,97 +295,16 @@ class AdapterTrainer:
             return 0
         step, state = found
         device = self.accelerator.device
-        for name, value in self._parameters().items():
-            with torch.no_grad():
-                value.copy_(state[f"value.{name}"])
-            moments = {
-                key: _moment(key, state[f"adam.{key}.{name}"], device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"adam.{key}.{name}" in state
-            }
-            if moments:  # none for what has had no gradient yet
-                self.optimizer.state[value] = moments
+        restore_optimizer(self.parameters(), self.optimizer, state, device)
         self._last_good = {name: state[f"good.{name}"].to(device) for name in self._last_good}
         ends = zip(state["stopped.step"].tolist(), state["stopped.loss"].tolist(), strict=True)
         self.stopped = {user: Stopped(*end) for user, end in enumerate(ends) if end[0] >= 0}
-        self._best.restore(state, device)
+        self.best.restore(state, device)
         return step
 
     def _keep(self) -> None:
         """Put back what was kept for users who stopped early."""
         with torch.no_grad():
-            for name, value in self._parameters().items():
-                for user, kept in self._best.kept.items():
+            for name, value in self.parameters().items():
+                for user, kept in self.best.kept.items():
                     value[user] = kept[name]
-
-
-@contextmanager
-def _calls(model: nn.Module, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """What a layer takes and gives within the block, call by call."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def note(_module: nn.Module, args: Any, named: Any, output: Tensor) -> None:
-        found.append((args[0] if args else next(iter(named.values())), output))
-
-    handle = model.get_submodule(path).register_forward_hook(note, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def _moment(key: str, value: Tensor, device: torch.device) -> Tensor:
-    return value if key == "step" else value.to(device)  # Adam keeps its step on the CPU
-
-
-class _Best:
-    """By user: the best validation score so far, its parameters, and evaluations since."""
-
-    def __init__(self, users: int, higher: bool) -> None:
-        self.sign = 1.0 if higher else -1.0
-        self.scores = torch.full((users,), -torch.inf, dtype=torch.float64)
-        self.stale = torch.zeros(users, dtype=torch.int64)
-        self.done = torch.zeros(users, dtype=torch.bool)
-        self.kept: dict[int, State] = {}
-
-    def keep(self, user: int, copies: State) -> None:
-        """A user's rows of `copies`, unless something was kept already."""
-        self.kept.setdefault(user, {name: value[user].clone() for name, value in copies.items()})
-
-    def update(
-        self, scores: Sequence[float], copies: State, patience: int, stopped: set[int]
-    ) -> None:
-        """Note an evaluation; a user whose patience is over keeps what was best then."""
-        for user, score in enumerate(scores):
-            if self.done[user] or user in stopped:
-                continue
-            if self.sign * score > self.scores[user]:
-                self.scores[user] = self.sign * score
-                self.stale[user] = 0
-                self.kept.pop(user, None)
-                self.keep(user, copies)
-            else:
-                self.stale[user] += 1
-                self.done[user] = bool(self.stale[user] >= patience)
-                if self.done[user]:  # no evaluation was good: what there is now, as if alone
-                    self.keep(user, copies)
-
-    def all_done(self, stopped: set[int]) -> bool:
-        """Whether nobody is left to train."""
-        return all(bool(done) or user in stopped for user, done in enumerate(self.done))
-
-    def state(self) -> State:
-        """For a checkpoint."""
-        state = {"best.scores": self.scores, "best.stale": self.stale, "best.done": self.done}
-        for user, kept in self.kept.items():
-            state |= {f"kept.{user}.{name}": value for name, value in kept.items()}
-        return state
-
-    def restore(self, state: State, device: torch.device) -> None:
-        """From a checkpoint."""
-        self.scores, self.stale = state["best.scores"], state["best.stale"]
-        self.done = state["best.done"]
-        for name, value in state.items():
-            if name.startswith("kept."):
-                _, user, key = name.split(".", 2)
-                self.kept.setdefault(int(user), {})[key] = value.to(device)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .layer_selection import survey as survey
     from .report import build_report as build_report
     from .report import write_report as write_report
+    from .trainer import DistillationTrainer as DistillationTrainer
 else:
     __all__, __getattr__, __dir__ = load_on_use(
         __name__,
@@ -19,5 +20,6 @@ else:
             ".compression": ("Compressed", "compress"),
             ".layer_selection": ("plan_layers", "plans_of", "survey"),
             ".report": ("build_report", "write_report"),
+            ".trainer": ("DistillationTrainer",),
         },
     )

@@ -129,7 +129,7 @@ class DistillationTrainer:
         try:
             with progress("compress", self.steps, start) as advance:
                 for step in range(start, self.steps):
-                    self._step(step, seen)
+                    self.step(step, seen)
                     if (step + 1) % self.per_epoch == 0:
                         seen[0].paused = True  # the teacher is not scored
                         self._evaluate((step + 1) // self.per_epoch)
@@ -144,25 +144,26 @@ class DistillationTrainer:
             checkpoint.save(self.steps, self._state, now=True)
         self._keep()
 
-    def _step(self, step: int, seen: tuple[BlockFeatures, BlockFeatures]) -> None:
+    def step(self, number: int, seen: tuple[BlockFeatures, BlockFeatures]) -> None:
+        """The update of this number, from 0 on; `seen`: features of the student, the teacher."""
         config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * cosine_factor(step, self.steps, config.warmup)
+            group["lr"] = config.lr * cosine_factor(number, self.steps, config.warmup)
         self.optimizer.zero_grad()
-        torch.manual_seed(mixed(config.seed, step))
+        torch.manual_seed(mixed(config.seed, number))
         sums = torch.zeros(1 + len(_PARTS), dtype=torch.float64)
-        for piece, batch in enumerate(self._pieces(step)):
-            terms = self._terms(batch, seen, first=piece == 0)
+        for piece, batch in enumerate(self.pieces(number)):
+            terms = self.terms(batch, seen, first=piece == 0)
             loss = terms[0] + config.alpha * terms[1] + config.beta * terms[2]
-            check_loss(loss, step)
+            check_loss(loss, number)
             self.accelerator.backward(loss)
             sums += torch.stack([loss, *terms]).detach().double().cpu()
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _LARGEST_NORM)
         self.optimizer.step()
-        self._average(step)
+        self._average(number)
         self._sums += sums
 
-    def _pieces(self, step: int) -> Iterator[Batch]:
+    def pieces(self, step: int) -> Iterator[Batch]:
         """The samples of a step; texts are cut by length, so that little of them is padding."""
         count = min(self.config.accumulate, self.batches.sizes[0])
         whole = self.batches.batch(step)
@@ -175,7 +176,7 @@ class DistillationTrainer:
             inputs = {name: value[piece] for name, value in whole.inputs.items()}
             yield Batch(inputs, whole.labels[:, piece], whole.weights[:, piece])
 
-    def _terms(
+    def terms(
         self, batch: Batch, seen: tuple[BlockFeatures, BlockFeatures], *, first: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """L_base, L_fd and L_rwp of a piece, which add up over the pieces of a step."""
