@@ -44,10 +44,11 @@ class GraphRunner:
         """
         if self._cache is not None:
             inputs = self._cache.filled(inputs)
+        feeds: Feeds = {}
         for spec in self.graph.inputs:
             if spec.name not in inputs:
                 raise UsageError(f"inputs must have {spec.name}, got {sorted(inputs)}")
-        feeds = {spec.name: spec.taken(inputs[spec.name]) for spec in self.graph.inputs}
+            feeds[spec.name] = spec.taken(inputs[spec.name])
         if unknown := set(inputs) - set(feeds):
             raise UsageError(f"inputs must be {sorted(feeds)}, got also {sorted(unknown)}")
         return feeds
