@@ -7,7 +7,7 @@ Open a bundle, swap personal adapters without reloading the model, run it:
     logits = bundle.run({"pixel_values": x})["logits"]
 """
 
-from typing import TYPE_CHECKING, Any
+import typing
 
 from regrow_format.adapter import (
     Adapter,
@@ -26,7 +26,7 @@ from .bundle import Bundle, SwapStats
 from .checks import Check
 from .sessions import PROFILES, Profile
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from .generate import Generated, Generation
 
 __all__ = [
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Loads text generation on use: most bundles are no language models."""
     if name in ("Generated", "Generation"):
         from . import generate

@@ -21,7 +21,10 @@ UPPER = ("regrow_inputs", "regrow_export", "regrow_toolchain")
 
 
 def test_all_names_what_is_public():
-    public = {
+    for name in regrow_runtime.__all__:
+        assert getattr(regrow_runtime, name).__class__ is not types.ModuleType
+    loaded_on_use = {"Generated", "Generation"}
+    public = loaded_on_use | {
         name
         for name, value in vars(regrow_runtime).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
