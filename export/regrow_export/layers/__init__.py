@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .types import NORM as NORM
     from .types import LayerType as LayerType
     from .types import LowRankLinear as LowRankLinear
+    from .types import LowRankPair as LowRankPair
     from .types import layer_type as layer_type
 else:
     __all__, __getattr__, __dir__ = load_on_use(
@@ -21,6 +22,6 @@ else:
         {
             ".blocks": ("BlockWeight", "block_lists", "block_weights"),
             ".find": ("find_biased", "find_layers", "find_linears"),
-            ".types": ("NORM", "LayerType", "LowRankLinear", "layer_type"),
+            ".types": ("NORM", "LayerType", "LowRankLinear", "LowRankPair", "layer_type"),
         },
     )

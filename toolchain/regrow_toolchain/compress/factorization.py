@@ -15,9 +15,9 @@ from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import (
-    LowRankLinear,
     Plan,
     apply_plan,
+    empty_pair,
     example_inputs,
     finite_weight,
     quiet_if_loaded,
@@ -71,10 +71,7 @@ def restored(model: nn.Module, stored: torch.Tensor, config: CompressConfig) -> 
         for layer in found
     )
     student, plans = copy.deepcopy(model), plans_of(layers)
-    pairs = {
-        plan.name: LowRankLinear(plan.in_features, plan.out_features, plan.rank, bias=plan.bias)
-        for plan in plans
-    }
+    pairs = {plan.name: empty_pair(model.get_submodule(plan.name), plan.rank) for plan in plans}
     apply_plan(student, plans, pairs=pairs)
     return Factored(student, layers, plans, known["lost"], known["samples"])
 

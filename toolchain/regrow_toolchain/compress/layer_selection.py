@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from regrow_export.layers import LowRankLinear, block_lists, layer_type
+from regrow_export.layers import LowRankPair, block_lists, layer_type
 from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.models import Plan, find_targets, rank_for, weight_of
 
@@ -123,7 +123,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         layer = layer_type(module)
         if layer and layer.is_linear and layer.has_one_weight:
             parent = model.get_submodule(name.rpartition(".")[0])
-            if not isinstance(parent, LowRankLinear):
+            if not isinstance(parent, LowRankPair):
                 yield name, module
 
 

@@ -16,7 +16,7 @@ from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import (
     WEIGHTS,
     Backbone,
-    LowRankLinear,
+    LowRankPair,
     count_macs,
     example_inputs,
     weight_of,
@@ -89,7 +89,7 @@ def _error(done: Compressed, source: Backbone, name: str) -> float:
     """||V Uᵀ - W|| / ||W|| in Frobenius' norm, of the trained factors."""
     weight = weight_of(source.model.get_submodule(name))
     pair = done.backbone.model.get_submodule(name)
-    assert isinstance(pair, LowRankLinear)
+    assert isinstance(pair, LowRankPair)
     return float((pair.weight - weight).norm() / weight.norm().clamp_min(1e-30))
 
 

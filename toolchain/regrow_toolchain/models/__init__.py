@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .huggingface import quiet_transformers as quiet_transformers
     from .identity import StoredTensor as StoredTensor
     from .identity import stored_tensors as stored_tensors
-    from .low_rank import LowRankLinear as LowRankLinear
+    from .low_rank import LowRankPair as LowRankPair
     from .low_rank import Plan as Plan
     from .low_rank import apply_plan as apply_plan
+    from .low_rank import empty_pair as empty_pair
     from .low_rank import finite_weight as finite_weight
     from .low_rank import pair_of as pair_of
     from .low_rank import rank_for as rank_for
@@ -45,9 +46,10 @@ else:
             ".huggingface": ("quiet_if_loaded", "quiet_transformers"),
             ".identity": ("StoredTensor", "stored_tensors"),
             ".low_rank": (
-                "LowRankLinear",
+                "LowRankPair",
                 "Plan",
                 "apply_plan",
+                "empty_pair",
                 "weight_of",
                 "finite_weight",
                 "pair_of",
