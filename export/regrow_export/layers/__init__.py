@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .find import find_biased as find_biased
     from .find import find_layers as find_layers
     from .find import find_linears as find_linears
+    from .types import LINEAR_TITLES as LINEAR_TITLES
     from .types import NORM as NORM
     from .types import LayerType as LayerType
     from .types import LowRankLinear as LowRankLinear
@@ -22,6 +23,13 @@ else:
         {
             ".blocks": ("BlockWeight", "block_lists", "block_weights"),
             ".find": ("find_biased", "find_layers", "find_linears"),
-            ".types": ("NORM", "LayerType", "LowRankLinear", "LowRankPair", "layer_type"),
+            ".types": (
+                "LINEAR_TITLES",
+                "NORM",
+                "LayerType",
+                "LowRankLinear",
+                "LowRankPair",
+                "layer_type",
+            ),
         },
     )

@@ -15,13 +15,23 @@ from .pair import PairType
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LAYER_TYPES", "NORM", "LayerType", "LowRankLinear", "LowRankPair", "layer_type"]
+__all__ = [
+    "LAYER_TYPES",
+    "LINEAR_TITLES",
+    "NORM",
+    "LayerType",
+    "LowRankLinear",
+    "LowRankPair",
+    "layer_type",
+]
 
 # Linear layers whose weight is one parameter; each may be a factor of a pair.
 SINGLE_TYPES: tuple[LayerType, ...] = (
     CONV1D,
     LINEAR,
 )
+# What messages call them.
+LINEAR_TITLES = ", ".join(found.title for found in SINGLE_TYPES)
 # The first that knows a module has it.
 LAYER_TYPES: tuple[LayerType, ...] = (*SINGLE_TYPES, PairType(SINGLE_TYPES), CUSTOM, NORM)
 

@@ -17,6 +17,7 @@ class LayerType(ABC):
     """A type of layer. Instances hold no state; every method takes the module that it is about.
 
     Attributes:
+        title: what messages call it.
         is_linear: it maps `in` features to `out` features; else it scales and shifts each of them,
             as norms do, and in = out.
         has_one_weight: its weight is one parameter, which a graph can take another tensor for.
@@ -24,6 +25,7 @@ class LayerType(ABC):
             where there is no such product. Below fp32, bundles round these.
     """
 
+    title: ClassVar[str] = ""
     is_linear: ClassVar[bool] = True
     has_one_weight: ClassVar[bool] = False
     product: ClassVar[str | None] = None

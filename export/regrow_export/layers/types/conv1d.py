@@ -13,6 +13,7 @@ __all__ = ["CONV1D"]
 class Conv1DType(LayerType):
     """Known by its name and its width `nf`: transformers takes a second to import."""
 
+    title = "Conv1D"
     has_one_weight = True
     product = "in_out"
 

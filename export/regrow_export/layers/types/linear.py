@@ -13,6 +13,7 @@ __all__ = ["LINEAR"]
 class LinearType(LayerType):
     """And what inherits from it."""
 
+    title = "Linear"
     has_one_weight = True
     product = "out_in"
 
