@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow_format.errors import RegrowError
 
-from .types import layer_type
+from .types import LowRankPair, layer_type
 
 __all__ = ["BlockWeight", "block_lists", "block_weights"]
 
@@ -63,11 +63,17 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequenti
 def _is_stack(modules: nn.ModuleList | nn.Sequential) -> bool:
     kinds = {type(module) for module in modules}
     has_weights = any(True for module in modules for _ in module.parameters())
-    if len(kinds) != 1 or not has_weights or issubclass(next(iter(kinds)), nn.Linear):
+    if len(kinds) != 1 or not has_weights or any(map(_is_linear, modules)):
         return False  # a list of single linear layers is no stack
     # A model of one layer in a list is still one; a sequence may be any chain of layers.
     listed = isinstance(modules, nn.ModuleList)
     return listed or (len(modules) > 1 and all(any(m.children()) for m in modules))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or the pair that compression made of one."""
+    kind = layer_type(module)
+    return isinstance(module, LowRankPair) or bool(kind and kind.is_linear and kind.has_one_weight)
 
 
 def block_weights(model: nn.Module) -> list[BlockWeight]:

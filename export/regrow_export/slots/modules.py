@@ -72,11 +72,14 @@ class TargetSlot(nn.Module):
         for slot in self._with("on_input"):
             x = self._by_rows(x, partial(KINDS[slot.kind].on_input, tensors=self._own(slot)), slot)
         whole = next((slot for slot in self.slots if KINDS[slot.kind].replaces_weight), None)
-        y: Tensor = self.base(x) if whole is None else self._by_rows(x, self._dense(whole), whole)
+        seen = self._type.seen(self.base, x)
+        y: Tensor = (
+            self.base(x) if whole is None else self._by_rows(seen, self._dense(whole), whole)
+        )
         for slot in self._with("added"):
             if slot is not whole:
                 add = partial(KINDS[slot.kind].added, tensors=self._own(slot))
-                y = y + self._by_rows(self._type.seen(self.base, x), add, slot)
+                y = y + self._by_rows(seen, add, slot)
         for slot in self._with("on_output"):
             y = self._by_rows(y, partial(KINDS[slot.kind].on_output, tensors=self._own(slot)), slot)
         return y
@@ -92,7 +95,7 @@ class TargetSlot(nn.Module):
 
     def _by_rows(self, value: Tensor, change: Callable[[Tensor], Tensor], slot: Slot) -> Tensor:
         fold = 0 if slot.fixed else self.fold
-        return self._type.by_rows(value, lambda rows: _apply(rows, change, fold))
+        return self._type.by_rows(self.base, value, lambda rows: _apply(rows, change, fold))
 
     def _dense(self, slot: Slot) -> Callable[[Tensor], Tensor]:
         """The layer with the slot's weight, and its own bias."""

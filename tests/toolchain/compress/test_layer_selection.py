@@ -17,7 +17,7 @@ from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.compress import compress, plan_layers, plans_of, survey
 from regrow_toolchain.compress.calibration import first_tensor
 from regrow_toolchain.models import (
-    LowRankLinear,
+    LowRankPair,
     apply_plan,
     count_macs,
     example_inputs,
@@ -211,7 +211,7 @@ def test_every_family_there_and_back(family: str, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "small" / "regrow.safetensors")
     assert not {f"{plan.name}.weight" for plan in small.layers} & stored.keys()
     again = load_backbone(tmp_path / "small")
-    assert sum(isinstance(m, LowRankLinear) for m in again.model.modules()) == len(small.layers)
+    assert sum(isinstance(m, LowRankPair) for m in again.model.modules()) == len(small.layers)
     with torch.no_grad():
         assert torch.equal(first_tensor(again.model(**inputs)), wanted)
 

@@ -19,7 +19,7 @@ from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import (
     Backbone,
-    LowRankLinear,
+    LowRankPair,
     load_backbone,
     logits_of,
     quiet_transformers,
@@ -75,7 +75,7 @@ def test_saved_and_loaded_gives_the_same_bits(any_folder: Path, tmp_path: Path) 
     inputs = _inputs(loaded)
     with torch.no_grad():
         assert torch.equal(logits_of(loaded.model, inputs), logits_of(made.model, inputs))
-    assert any(isinstance(module, LowRankLinear) for module in loaded.model.modules())
+    assert any(isinstance(module, LowRankPair) for module in loaded.model.modules())
 
 
 def test_nothing_is_left_without_memory(any_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.compress import plan_layers
 from regrow_toolchain.models import (
     Backbone,
-    LowRankLinear,
+    LowRankPair,
     apply_plan,
     load_backbone,
     rank_for,
@@ -208,7 +208,7 @@ def test_applying_replaces_the_planned_layers_alone(backbone: Backbone) -> None:
     model = backbone.model
     head = model.classifier.weight.clone()
     apply_plan(model, plan_layers(model, 2))
-    pairs = {name for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    pairs = {name for name, m in model.named_modules() if isinstance(m, LowRankPair)}
     assert pairs == _VIT_LAYERS
     assert torch.equal(model.classifier.weight, head)
     assert not any(module.training for module in model.modules())

@@ -55,7 +55,7 @@ class Hooks:
             layer = layer_type(module)
             if layer is None:
                 raise MismatchError(f"{name} must be a layer, got {type(module).__name__}")
-            self._hook_before(module, partial(self._before, name, layer))
+            self._hook_before(module, partial(self._before, name, layer, module))
             self._hook(module, partial(self._after, name, layer, module))
         for name in self._heads:
             self._hook(self.model.get_submodule(name), partial(self._replaced, name))
@@ -92,10 +92,11 @@ class Hooks:
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _before(self, name: str, layer: LayerType, x: Tensor) -> Tensor:
+    def _before(self, name: str, layer: LayerType, module: nn.Module, x: Tensor) -> Tensor:
         """What the layer sees."""
         for kind, tensors in self._with("on_input", name, x):
-            x = layer.by_rows(x, partial(self._by_user, partial(kind.on_input, tensors=tensors)))
+            change = partial(self._by_user, partial(kind.on_input, tensors=tensors))
+            x = layer.by_rows(module, x, change)
         return x
 
     def _after(
@@ -105,9 +106,10 @@ class Hooks:
         self._note(name, x)
         for kind, tensors in self._with("added", name, x):
             add = partial(self._by_user, partial(kind.added, tensors=tensors))
-            y = y + layer.by_rows(layer.seen(module, x), add)
+            y = y + layer.by_rows(module, layer.seen(module, x), add)
         for kind, tensors in self._with("on_output", name, y):
-            y = layer.by_rows(y, partial(self._by_user, partial(kind.on_output, tensors=tensors)))
+            change = partial(self._by_user, partial(kind.on_output, tensors=tensors))
+            y = layer.by_rows(module, y, change)
         return y
 
     def _with(self, step: str, name: str, like: Tensor) -> Iterator[tuple[TorchKind, Tensors]]:

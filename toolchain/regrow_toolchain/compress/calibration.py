@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regrow_export.layers import LayerType, layer_type
 from regrow_format.errors import UsageError
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import outputs_of
@@ -81,6 +83,30 @@ def _groups(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
         yield group
 
 
+@dataclass(frozen=True)
+class _Features:
+    """Where a layer's inputs and outputs have their features."""
+
+    module: nn.Module
+    kind: LayerType
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Features:
+        """Those of a layer that can be factored."""
+        kind = layer_type(module)
+        if kind is None:
+            raise TypeError(f"layer must be of a known type, got {type(module).__name__}")
+        return cls(module, kind)
+
+    def last(self, value: Tensor) -> Tensor:
+        """[..., features]."""
+        return self.kind.features_last(self.module, value)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """[..., in], the inputs that are multiplied."""
+        return self.last(self.kind.seen(self.module, x))
+
+
 class _Moments:
     """Sums over tokens, taken by hooks while samples run."""
 
@@ -95,10 +121,11 @@ class _Moments:
 
     def of(self, data: Dataset, seed: int) -> dict[str, Moments]:
         """Means over the samples."""
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(self._hook(name))
-            for name in self.names
-        ]
+        handles = []
+        for name in self.names:
+            module = self.model.get_submodule(name)
+            hook = self._hook(name, _Features.of(module))
+            handles.append(module.register_forward_hook(hook))
         try:
             generator = torch.Generator().manual_seed(seed % 2**63)
             for start in range(0, len(data), _BATCH):
@@ -141,16 +168,16 @@ class _Moments:
         rows = x[counted] if counted is not None else x.flatten(0, -2)
         return rows.detach().double()
 
-    def _hook(self, name: str) -> Callable[..., Any]:
+    def _hook(self, name: str, features: _Features) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            rows, product = self._product(args[0])
+            rows, product = self._product(features.seen(args[0]))
             self.inputs[name] = self.inputs.get(name, 0) + product
             self.counts[name] = self.counts.get(name, 0) + rows
             if not self.gradients:
                 return None
             output = output + self._zero  # so that gradients flow though no weight has any
             hooked: Any = output
-            hooked.register_hook(lambda gradient: self._add(name, gradient))
+            hooked.register_hook(lambda gradient: self._add(name, features.last(gradient)))
             return output
 
         return hook
@@ -184,8 +211,11 @@ def tokens_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[st
     found = dict.fromkeys(names, 0)
 
     def counter(name: str) -> Callable[..., None]:
+        features = _Features.of(model.get_submodule(name))
+
         def count(_module: nn.Module, args: Any, _output: Any) -> None:
-            found[name] += args[0].numel() // args[0].shape[-1]
+            seen = features.seen(args[0])
+            found[name] += seen.numel() // seen.shape[-1]
 
         return count
 

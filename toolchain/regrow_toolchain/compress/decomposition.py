@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError
-from regrow_toolchain.models import LowRankLinear, finite_weight, pair_of
+from regrow_toolchain.models import LowRankPair, finite_weight, pair_of
 
 __all__ = ["Moments", "Spectrum", "decompose"]
 
@@ -61,7 +61,7 @@ class Spectrum:
         """Share of the energy that rank `rank` leaves out, 0 to 1."""
         return float(self.energies[rank:].sum()) / max(self.total, 1e-300)
 
-    def pair(self, module: nn.Module, rank: int) -> LowRankLinear:
+    def pair(self, module: nn.Module, rank: int) -> LowRankPair:
         """The best pair of a rank, its product's singular values split evenly over the factors."""
         outer, upper = torch.linalg.qr(self.left[:, :rank].double())
         inner, lower = torch.linalg.qr(self.right[:rank].double().T)

@@ -15,9 +15,9 @@ from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import (
-    LowRankLinear,
     Plan,
     apply_plan,
+    empty_pair,
     example_inputs,
     finite_weight,
     quiet_if_loaded,
@@ -71,10 +71,7 @@ def restored(model: nn.Module, stored: torch.Tensor, config: CompressConfig) -> 
         for layer in found
     )
     student, plans = copy.deepcopy(model), plans_of(layers)
-    pairs = {
-        plan.name: LowRankLinear(plan.in_features, plan.out_features, plan.rank, bias=plan.bias)
-        for plan in plans
-    }
+    pairs = {plan.name: empty_pair(model.get_submodule(plan.name), plan.rank) for plan in plans}
     apply_plan(student, plans, pairs=pairs)
     return Factored(student, layers, plans, known["lost"], known["samples"])
 
@@ -178,6 +175,7 @@ def _ranked(
     tokens = tokens_by_layer(model, free, sample)
     cost = _cost(config, tokens, times)
     if config.budget == "time":
+        _check_timed(free)
         for layer in free:
             ends = (layer.in_features, layer.out_features)
             times.measure(*ends, tokens[layer.name], candidates(layer, config.multiple))
@@ -188,6 +186,15 @@ def _ranked(
     return tuple(_with_rank(layer, ranks.get(layer.name)) for layer in layers)
 
 
+def _check_timed(layers: Sequence[LayerPlan]) -> None:
+    """Raise `UsageError` for a layer whose time is not measured."""
+    if other := next((layer.name for layer in layers if not layer.is_timed), None):
+        raise UsageError(
+            f"budget must be parameters or macs where a convolution is factored, got time and "
+            f"{other}, of which no time is measured; or keep it dense (--keep-dense)"
+        )
+
+
 def _suited(
     model: nn.Module,
     layers: tuple[LayerPlan, ...],
@@ -195,8 +202,10 @@ def _suited(
     config: CompressConfig,
     times: LayerTimes,
 ) -> tuple[LayerPlan, ...]:
-    """Ranks near the paper's that are computed faster."""
-    free = [layer for layer in layers if layer.rank]
+    """Ranks near the paper's that are computed faster; convolutions keep the paper's."""
+    free = [layer for layer in layers if layer.rank and layer.is_timed]
+    if not free:
+        return layers
     tokens = tokens_by_layer(model, free, sample)
 
     def shape(layer: LayerPlan) -> Shape:
@@ -204,7 +213,8 @@ def _suited(
 
     ranks = times.suited_ranks(Counter(map(shape, free)), config.multiple)
     return tuple(
-        replace(layer, rank=ranks[shape(layer)]) if layer.rank else layer for layer in layers
+        replace(layer, rank=ranks[shape(layer)]) if layer.rank and layer.is_timed else layer
+        for layer in layers
     )
 
 
@@ -240,15 +250,18 @@ def _fast(
     config: CompressConfig,
     times: LayerTimes,
 ) -> tuple[LayerPlan, ...]:
-    """Layers whose factors would be no faster stay dense, unless that is not wanted."""
+    """Layers whose factors would be no faster stay dense, unless that is not wanted.
+
+    Of convolutions no time is measured: they are factored.
+    """
     if config.slow_layers == "factor":
         return layers
-    free = [layer for layer in layers if layer.rank]
+    free = [layer for layer in layers if layer.rank and layer.is_timed]
     tokens = tokens_by_layer(model, free, sample)
     slow = times.slower(_shape(layer, tokens) for layer in free)
     return tuple(
         layer.kept_dense("factors are no faster")
-        if layer.rank and _shape(layer, tokens) in slow
+        if layer.rank and layer.is_timed and _shape(layer, tokens) in slow
         else layer
         for layer in layers
     )

@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from regrow_export.layers import LowRankLinear, block_lists, layer_type
+from regrow_export.layers import LayerType, LowRankPair, block_lists, layer_type
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.models import Plan, find_targets, rank_for, weight_of
+from regrow_toolchain.models import Plan, find_targets, rank_for
 
 __all__ = ["LayerPlan", "plan_layers", "plans_of", "survey"]
 
@@ -40,6 +40,7 @@ class LayerPlan:
     Attributes:
         rank: of its factors; 0 if it stays dense.
         skip_reason: the reason, empty for a layer that is factored.
+        is_timed: it is a product in a graph, which `kernel_timing` measures; convolutions are none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerPlan:
     bias: bool
     rank: int = 0
     skip_reason: str = ""
+    is_timed: bool = True
 
     @property
     def dense(self) -> int:
@@ -90,9 +92,10 @@ def survey(
     kept = {target.name for target in find_targets(model, keep_dense)} if keep_dense else set()
     outcome = _Rule(model, named, kept)
     found = []
-    for name, module in _linears(model):
-        high, wide = weight_of(module).shape
-        layer = LayerPlan(name, wide, high, module.bias is not None)
+    for name, module, kind in _linears(model):
+        wide, high = kind.sizes(module)
+        biased = kind.bias(module) is not None
+        layer = LayerPlan(name, wide, high, biased, is_timed=kind.product is not None)
         why = outcome.skip_reason(layer)
         found.append(layer.kept_dense(why) if why else replace(layer, rank=_rank(layer, ratio)))
     _check_ranks(found, ratio)
@@ -118,13 +121,13 @@ def _check_ranks(layers: Sequence[LayerPlan], ratio: float) -> None:
     )
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerType]]:
     for name, module in model.named_modules():
         layer = layer_type(module)
         if layer and layer.is_linear and layer.has_one_weight:
             parent = model.get_submodule(name.rpartition(".")[0])
-            if not isinstance(parent, LowRankLinear):
-                yield name, module
+            if not isinstance(parent, LowRankPair):
+                yield name, module, layer
 
 
 class _Rule:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow_export.layers import block_lists
 from regrow_format.errors import UsageError
-from regrow_toolchain.models import LowRankLinear, matching
+from regrow_toolchain.models import LowRankPair, matching
 
 __all__ = ["BlockFeatures", "feature_blocks", "feature_loss", "perturbation_loss"]
 
@@ -46,7 +46,7 @@ def feature_blocks(model: nn.Module, pattern: str = "") -> tuple[str, ...]:
 def _inner(model: nn.Module, name: str) -> list[str]:
     """The stack itself, or the stacks in it where they have all of its factored layers."""
     stack = model.get_submodule(name)
-    pairs = [n for n, m in stack.named_modules(prefix=name) if isinstance(m, LowRankLinear)]
+    pairs = [n for n, m in stack.named_modules(prefix=name) if isinstance(m, LowRankPair)]
     if not pairs:
         return []
     deeper = [f"{name}.{key}{n}" for key, block in stack.named_children()
@@ -153,7 +153,7 @@ def perturbation_loss(
     distances = []
     for name, weight in dense.items():
         pair = model.get_submodule(name)
-        if isinstance(pair, LowRankLinear):
+        if isinstance(pair, LowRankPair):
             distances.append((pair.weight - weight).abs().max() - epsilon)
     distance = torch.stack(distances)
     if form == "hinge":

@@ -16,7 +16,7 @@ from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import (
     WEIGHTS,
     Backbone,
-    LowRankLinear,
+    LowRankPair,
     count_macs,
     example_inputs,
     weight_of,
@@ -37,7 +37,7 @@ def build_report(done: Compressed, source: Backbone, data: Dataset | None) -> di
 
     Multiplications and latencies are those of one sample: the data's first, else a made-up one.
     What cannot be known is None. Latencies are medians of interleaved repeats in ONNX Runtime, on
-    one thread of this machine, of the layer alone, in `precision`.
+    one thread of this machine, of the layer alone, in `precision`; of convolutions there are none.
     """
     inputs = one_sample(data) if data is not None else example_inputs(source.model)
     names = [layer.name for layer in done.factored.layers]
@@ -77,8 +77,9 @@ def _layer(done: Compressed, source: Backbone, name: str, tokens: int | None) ->
     row["relative_error"] = _error(done, source, name)
     row["start_error"] = math.sqrt(done.factored.lost[name]) if done.factored.lost else None
     if tokens:
-        shape = (layer.in_features, layer.out_features, layer.rank, tokens)
         row["tokens"] = tokens
+    if tokens and layer.is_timed:
+        shape = (layer.in_features, layer.out_features, layer.rank, tokens)
         times = latency(*shape, done.backbone.report["precision"])
         row["milliseconds"] = dict(zip(("dense", "factored"), times, strict=True))
     return row
@@ -89,7 +90,7 @@ def _error(done: Compressed, source: Backbone, name: str) -> float:
     """||V Uᵀ - W|| / ||W|| in Frobenius' norm, of the trained factors."""
     weight = weight_of(source.model.get_submodule(name))
     pair = done.backbone.model.get_submodule(name)
-    assert isinstance(pair, LowRankLinear)
+    assert isinstance(pair, LowRankPair)
     return float((pair.weight - weight).norm() / weight.norm().clamp_min(1e-30))
 
 

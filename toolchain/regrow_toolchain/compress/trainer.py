@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
-from regrow_toolchain.models import LowRankLinear, weight_of
+from regrow_toolchain.models import LowRankPair, weight_of
 from regrow_toolchain.tasks import Task
 from regrow_toolchain.training import (
     Augmentation,
@@ -97,7 +97,7 @@ class DistillationTrainer:
         self._dense = {
             name: weight_of(teacher.get_submodule(name))
             for name, module in student.named_modules()
-            if isinstance(module, LowRankLinear)
+            if isinstance(module, LowRankPair)
         }
 
     def _groups(self) -> list[dict[str, Any]]:

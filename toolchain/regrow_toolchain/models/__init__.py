@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .identity import stored_tensors as stored_tensors
     from .loading import load_backbone as load_backbone
     from .loading import load_structure as load_structure
-    from .low_rank import LowRankLinear as LowRankLinear
+    from .low_rank import LowRankPair as LowRankPair
     from .low_rank import Plan as Plan
     from .low_rank import apply_plan as apply_plan
+    from .low_rank import empty_pair as empty_pair
     from .low_rank import finite_weight as finite_weight
     from .low_rank import pair_of as pair_of
     from .low_rank import rank_for as rank_for
@@ -39,9 +40,10 @@ else:
             ".identity": ("StoredTensor", "stored_tensors"),
             ".loading": ("load_backbone", "load_structure"),
             ".low_rank": (
-                "LowRankLinear",
+                "LowRankPair",
                 "Plan",
                 "apply_plan",
+                "empty_pair",
                 "weight_of",
                 "finite_weight",
                 "pair_of",

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow_export.layers import LowRankLinear, layer_type
+from regrow_export.layers import LowRankPair, layer_type
 from regrow_format.errors import MismatchError, RegrowError
 
 from .structure import replace_module
 
 __all__ = [
-    "LowRankLinear",
+    "LowRankPair",
     "Plan",
     "apply_plan",
+    "empty_pair",
     "factorize",
     "finite_weight",
     "pair_of",
@@ -55,7 +56,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
-def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankLinear:
+def factorize(module: nn.Module, rank: int, name: str = "layer") -> LowRankPair:
     """The pair closest to a linear layer: truncated SVD, square roots on both sides.
 
     Raises:
@@ -75,18 +76,19 @@ def finite_weight(module: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def pair_of(module: nn.Module, down: Tensor, up: Tensor) -> LowRankLinear:
+def pair_of(module: nn.Module, down: Tensor, up: Tensor) -> LowRankPair:
     """The pair of `down` [rank, in] and `up` [out, rank], with the bias of the layer."""
-    pair = _empty_pair(module, len(down))
+    pair = empty_pair(module, len(down))
     with torch.no_grad():
-        for factor, weight in ((pair.down, down), (pair.up, up)):
-            factor.weight.copy_(weight.reshape(factor.weight.shape))
+        for name, values in (("down", down), ("up", up)):
+            weight = pair.get_parameter(f"{name}.weight")
+            weight.copy_(values.reshape(weight.shape))
         if pair.up.bias is not None:
-            pair.up.bias.copy_(module.get_parameter("bias"))
+            pair.get_parameter("up.bias").copy_(module.get_parameter("bias"))
     return pair
 
 
-def _planned_pair(module: nn.Module, plan: Plan) -> LowRankLinear:
+def _planned_pair(module: nn.Module, plan: Plan) -> LowRankPair:
     """Without weights; `MismatchError` unless the layer is the one that was factored."""
     layer = layer_type(module)
     want = (plan.in_features, plan.out_features, plan.bias)
@@ -96,10 +98,11 @@ def _planned_pair(module: nn.Module, plan: Plan) -> LowRankLinear:
             f"{plan.out_features} {'with' if plan.bias else 'without'} a bias, as the layer that "
             f"was factored, got {module}: give the model that was compressed"
         )
-    return _empty_pair(module, plan.rank, "meta")
+    return empty_pair(module, plan.rank, "meta")
 
 
-def _empty_pair(module: nn.Module, rank: int, device: str = "cpu") -> LowRankLinear:
+def empty_pair(module: nn.Module, rank: int, device: str = "cpu") -> LowRankPair:
+    """The pair that can take the place of a layer; its weights hold no useful numbers."""
     layer = layer_type(module)
     pair = layer.pair(module, rank, device) if layer else None
     if pair is None:
@@ -112,7 +115,7 @@ def apply_plan(
     plans: tuple[Plan, ...],
     *,
     empty: bool = False,
-    pairs: Mapping[str, LowRankLinear] | None = None,
+    pairs: Mapping[str, LowRankPair] | None = None,
 ) -> None:
     """Replace the planned layers in place.
 

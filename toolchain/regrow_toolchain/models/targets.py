@@ -37,7 +37,7 @@ def find_targets(
             (`*.layer.0.*.query`), or sets of layers in the blocks: `@qv` (query and value; where
             they are fused with others in one layer, that layer), `@attention` (`@qv`, key and
             output), `@mlp`, `@all` (every linear layer; the default). PEFT's `all-linear` is every
-            linear layer of the model but its head.
+            linear layer of the model but its head and convolutions.
         method: the adapter method, whose `targets` say which layers it can change.
 
     Raises:
@@ -107,7 +107,9 @@ class _Search:
         return [name for name in names if self._stacks and name.startswith(self._stacks)]
 
     def _all_linear(self) -> set[str]:
-        left_out = set(_heads(self._model))
+        layers = find_layers(self._model).items()
+        convolutions = {name for name, (module, kind) in layers if kind.is_convolution(module)}
+        left_out = convolutions.union(_heads(self._model))
         found = {n for n in self._found if n in self._linears and n not in left_out}
         if not found:
             raise UsageError(f"target {_ALL_LINEAR} must match a layer, got a model without any")

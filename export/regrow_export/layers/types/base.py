@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .low_rank_linear import LowRankLinear
+from .low_rank_pair import LowRankPair
 
 __all__ = ["LayerType", "replace_parameter"]
 
@@ -17,6 +17,7 @@ class LayerType(ABC):
     """A type of layer. Instances hold no state; every method takes the module that it is about.
 
     Attributes:
+        title: what messages call it.
         is_linear: it maps `in` features to `out` features; else it scales and shifts each of them,
             as norms do, and in = out.
         has_one_weight: its weight is one parameter, which a graph can take another tensor for.
@@ -24,6 +25,7 @@ class LayerType(ABC):
             where there is no such product. Below fp32, bundles round these.
     """
 
+    title: ClassVar[str] = ""
     is_linear: ClassVar[bool] = True
     has_one_weight: ClassVar[bool] = False
     product: ClassVar[str | None] = None
@@ -45,13 +47,29 @@ class LayerType(ABC):
         found = getattr(module, "bias", None)
         return found if isinstance(found, Tensor) else None
 
-    def by_rows(self, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """`change` on inputs or outputs of such layers, with the features as the last dimension."""
-        return change(value)
+    # -- where its features lie -------------------------------------------------------------------
+
+    def features_last(self, module: nn.Module, value: Tensor) -> Tensor:
+        """A view of inputs or outputs with the features as the last dimension."""
+        return value
+
+    def features_back(self, module: nn.Module, value: Tensor) -> Tensor:
+        """What `features_last` gives, with the features where the layer has them."""
+        return value
+
+    def by_rows(
+        self, module: nn.Module, value: Tensor, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`change` on inputs or outputs, with the features as the last dimension."""
+        return self.features_back(module, change(self.features_last(module, value)))
 
     def seen(self, module: nn.Module, x: Tensor) -> Tensor:
         """The inputs that outputs come from, place by place: a layer with a stride skips some."""
         return x
+
+    def is_convolution(self, module: nn.Module) -> bool:
+        """Whether what PEFT's "all-linear" matches, `nn.Linear` and Conv1D, leaves it out."""
+        return False
 
     # -- a change folded in: each gives the changed layer, or None where it does not fit -----------
 
@@ -92,8 +110,15 @@ class LayerType(ABC):
 
     # -- PELA -------------------------------------------------------------------------------------
 
-    def pair(self, module: nn.Module, rank: int, device: str = "cpu") -> LowRankLinear | None:
+    def pair(self, module: nn.Module, rank: int, device: str = "cpu") -> LowRankPair | None:
         """A pair of factors without weights that computes what the layer does, None if none can."""
+        return None
+
+    def with_outputs(self, module: nn.Module, count: int, *, bias: bool) -> nn.Module | None:
+        """A layer without weights that sees what the layer does and gives `count` features.
+
+        None for a layer that cannot be a factor of a pair.
+        """
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import LayerType, replace_parameter
-from .low_rank_linear import LowRankLinear
+from .low_rank_pair import LowRankLinear
 
 __all__ = ["CONV1D"]
 
@@ -13,6 +13,7 @@ __all__ = ["CONV1D"]
 class Conv1DType(LayerType):
     """Known by its name and its width `nf`: transformers takes a second to import."""
 
+    title = "Conv1D"
     has_one_weight = True
     product = "in_out"
 
@@ -39,6 +40,10 @@ class Conv1DType(LayerType):
         wide, high = self.sizes(module)
         biased = self.bias(module) is not None
         return LowRankLinear(wide, high, rank, bias=biased, device=device)
+
+    def with_outputs(self, module: nn.Module, count: int, *, bias: bool) -> nn.Module:
+        """`nn.Linear`."""
+        return nn.Linear(self.sizes(module)[0], count, bias=bias)
 
 
 CONV1D = Conv1DType()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import LayerType, replace_parameter
-from .low_rank_linear import LowRankLinear
+from .low_rank_pair import LowRankLinear
 
 __all__ = ["LINEAR"]
 
@@ -13,6 +13,7 @@ __all__ = ["LINEAR"]
 class LinearType(LayerType):
     """And what inherits from it."""
 
+    title = "Linear"
     has_one_weight = True
     product = "out_in"
 
@@ -43,6 +44,10 @@ class LinearType(LayerType):
         wide, high = self.sizes(module)
         biased = self.bias(module) is not None
         return LowRankLinear(wide, high, rank, bias=biased, device=device)
+
+    def with_outputs(self, module: nn.Module, count: int, *, bias: bool) -> nn.Module:
+        """`nn.Linear`."""
+        return nn.Linear(self.sizes(module)[0], count, bias=bias)
 
 
 def _linear(module: nn.Module) -> nn.Linear:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regrow_export.layers import LayerType
+from regrow_export.layers import LINEAR_TITLES, LayerType
 from regrow_format.errors import UsageError
 from regrow_format.manifest import Slot
 from regrow_format.slot_kinds import SLOT_KINDS, SlotKind
@@ -52,7 +52,7 @@ class TorchKind(ABC):
     replaces_weight: ClassVar[bool] = False
     constant_names: ClassVar[tuple[str, ...]] = ()
     keeps_default: ClassVar[bool] = False
-    fits: ClassVar[str] = "Linear, Conv1D or a pair of Linear down and up"
+    fits: ClassVar[str] = f"{LINEAR_TITLES} or a pair of them, down and up"
 
     @property
     def kind(self) -> SlotKind:

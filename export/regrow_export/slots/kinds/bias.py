@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from regrow_export.layers import LayerType
+from regrow_export.layers import LINEAR_TITLES, LayerType
 
 from .base import Tensors, TorchKind
 
@@ -16,7 +16,7 @@ class BiasSlot(TorchKind):
 
     name = "bias"
     steps = ("on_output",)
-    fits = "Linear, LayerNorm, a pair of Linear down and up, or have a bias"
+    fits = f"{LINEAR_TITLES}, LayerNorm, a pair of down and up, or have a bias"
 
     def takes(self, layer: LayerType) -> bool:
         """Norms too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from regrow_export.layers import LayerType
+from regrow_export.layers import LINEAR_TITLES, LayerType
 
 from .base import Tensors, TorchKind
 
@@ -16,7 +16,7 @@ class LowRankSlot(TorchKind):
 
     name = "low_rank"
     steps = ("added",)
-    fits = "Linear, Conv1D or have merged_with"
+    fits = f"{LINEAR_TITLES} or have merged_with"
 
     def added(self, x: Tensor, tensors: Tensors) -> Tensor:
         """Two small products."""

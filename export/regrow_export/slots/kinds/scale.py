@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from regrow_export.layers import LayerType
+from regrow_export.layers import LINEAR_TITLES, LayerType
 
 from .base import Tensors, TorchKind
 
@@ -16,7 +16,7 @@ class ScaleSlot(TorchKind):
 
     name = "scale"
     steps = ("on_output",)
-    fits = "Linear, Conv1D, a norm with a weight, or a pair of Linear down and up"
+    fits = f"{LINEAR_TITLES}, a norm with a weight, or a pair of down and up"
 
     def takes(self, layer: LayerType) -> bool:
         """Norms too."""

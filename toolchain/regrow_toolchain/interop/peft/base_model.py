@@ -21,6 +21,8 @@ from regrow_format.methods import get_method
 from regrow_inputs.extras import pip_line
 from regrow_toolchain.models import stored_tensors
 
+from .tensors import matrix_shape
+
 if TYPE_CHECKING:
     from regrow_toolchain.models import Backbone
 
@@ -48,7 +50,7 @@ class Base:
         head: (in, out) of the head's layers, first to last.
         labels: class names; empty if there are none.
         turned: layers whose in and out may be the other way round: weights alone tell, which
-            GPT-2's Conv1D stores transposed.
+            GPT-2's Conv1D stores transposed; convolutions do not.
         loaded: the backbone itself, where it had to be loaded.
     """
 
@@ -158,11 +160,12 @@ def _of_compressed(path: Path) -> Base:
         raise FormatError(f"{fields.where}: format must be {_FORMAT}, got {version}")
     if not (path / _WEIGHTS).is_file():
         raise FormatError(f"{path / _WEIGHTS} is missing: compress the model again")
-    layers = {
-        tensor.name.removesuffix(".weight"): (tensor.shape[1], tensor.shape[0])
+    weights = {
+        tensor.name.removesuffix(".weight"): tensor.shape
         for tensor in stored_tensors(path / _WEIGHTS)
-        if tensor.name.endswith(".weight") and len(tensor.shape) == 2
+        if tensor.name.endswith(".weight") and matrix_shape(tensor.shape)
     }
+    layers = {name: (shape[1], shape[0]) for name, shape in weights.items()}
     head = fields.strings("head")
     if lost := [name for name in head if name not in layers]:
         raise FormatError(f"{path / _WEIGHTS} must have the head's {', '.join(lost)}, got none")
@@ -174,7 +177,7 @@ def _of_compressed(path: Path) -> Base:
         )
         for plan in fields.objects("layers")
     }
-    turned = frozenset(layers.keys() - pairs)
+    turned = frozenset(n for n in layers.keys() - pairs if len(weights[n]) == 2)
     identity = fields.take("backbone_id", str)
     return Base(str(path), _LINEAR, identity, layers | pairs, heads, _labels(path), turned)
 

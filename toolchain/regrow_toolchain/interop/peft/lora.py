@@ -23,7 +23,7 @@ from regrow_format.fields import Fields
 from .base_model import Base, Widths
 from .config import MERGE, Patterns, flag, patterns, take_any
 from .method import Parts, PeftKind, Row
-from .tensors import read_float32
+from .tensors import matrix_shape, read_matrix
 
 __all__ = ["PeftLora"]
 
@@ -98,10 +98,12 @@ class PeftLora(PeftKind):
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def widths(self, layer: str, parts: Parts, base: Base) -> Widths | str:
-        """Those of A [r, in] and B [out, r]."""
-        a, b = (parts[part].shape for part in self.parts)
-        if len(a) != 2 or len(b) != 2:
-            return f"{layer} must be a linear layer, got factors {list(a)} and {list(b)}"
+        """Those of A [r, in] and B [out, r], which convolutions have as kernels of 1 x 1."""
+        shapes = [parts[part].shape for part in self.parts]
+        a, b = map(matrix_shape, shapes)
+        if a is None or b is None or len({len(shape) for shape in shapes}) > 1:
+            found = " and ".join(str(list(shape)) for shape in shapes)
+            return f"{layer} must be a linear layer or a 1 x 1 convolution, got factors {found}"
         rank = self.rank_of(layer)
         if (a[0], b[1]) != (rank, rank):
             return (
@@ -117,7 +119,7 @@ class PeftLora(PeftKind):
 
     def rows(self, target: Target, parts: Parts, settings: Mapping[str, Any]) -> Iterator[Row]:
         """A [rank, in] and B [rank, out]."""
-        a, b = (read_float32(parts[part]) for part in self.parts)
+        a, b = (read_matrix(parts[part]) for part in self.parts)
         more = ((0, settings["rank"] - len(a)), (0, 0))
         yield f"A.{target.in_features}", np.pad(a, more), 1.0
         yield f"B.{target.out_features}", np.pad(b.T, more), self.scaling_of(target.name)

@@ -6,6 +6,7 @@ NumPy has no bfloat16, so `safetensors.numpy` cannot read what most language mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,16 @@ from numpy.typing import NDArray
 from regrow_format.errors import FormatError
 from regrow_toolchain.models import StoredTensor
 
-__all__ = ["check_stored", "read_float32"]
+__all__ = ["check_stored", "matrix_shape", "read_float32", "read_matrix"]
 
 # Bytes of a number; each of these is a float32 without loss.
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
+    """(rows, columns) of a matrix, or of the kernel of a 1 x 1 convolution; None for others."""
+    first, rest = shape[:2], tuple(shape[2:])
+    return (first[0], first[1]) if len(first) == 2 and rest in ((), (1, 1)) else None
 
 
 def check_stored(tensor: StoredTensor) -> None:
@@ -53,6 +60,11 @@ def read_float32(tensor: StoredTensor) -> NDArray[np.float32]:
             f"{tensor.path}: tensor {tensor.name} must be finite, got NaN or infinity"
         )
     return values
+
+
+def read_matrix(tensor: StoredTensor) -> NDArray[np.float32]:
+    """The same as a matrix, for a tensor that has a `matrix_shape`."""
+    return read_float32(tensor).reshape(tensor.shape[:2])
 
 
 def _widen(data: bytes, dtype: str) -> NDArray[np.float32]:
