@@ -107,9 +107,19 @@ class TrainableMethod(Protocol):
         ...
 
     def start(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """Fresh adapters: delta W is 0 and its gradient is not.
+
+        Args:
+            model: the backbone with the weights that training computes with, for methods that must
+                know them.
 
         Raises:
             UsageError: a setting is unknown or makes no sense.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from regrow_format.adapter import Target
 from regrow_format.methods import get_method
@@ -29,7 +30,13 @@ class Bitfit:
     settings = BitfitSettings
 
     def start(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """Changes of 0."""
         config = parse_settings(BitfitSettings, settings, self.name)

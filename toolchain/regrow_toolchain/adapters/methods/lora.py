@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from regrow_format.adapter import Target
 from regrow_format.methods import get_method
@@ -35,7 +36,13 @@ class Lora:
     settings = LoraSettings
 
     def start(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """A Kaiming-uniform with a = sqrt(5), B = 0, as in the paper's code."""
         config = parse_settings(LoraSettings, settings, self.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow_format.adapter import Target
 from regrow_format.basis import Role, sign_bits
@@ -37,7 +37,13 @@ class Vera:
     settings = VeraSettings
 
     def start(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """lambda_d = d_initial, lambda_b = 0: delta W is 0, and lambda_b's gradient is not."""
         parsed = parse_settings(VeraSettings, settings, self.name, kept=("rank",))
