@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ class Base:
         turned: layers whose in and out may be the other way round: weights alone tell, which
             GPT-2's Conv1D stores transposed.
         loaded: the backbone itself, where it had to be loaded.
+        is_bundle: it is a bundle, whose weights are not to be had.
     """
 
     where: str
@@ -60,6 +62,18 @@ class Base:
     labels: tuple[str, ...]
     turned: frozenset[str] = frozenset()
     loaded: Backbone | None = None
+    is_bundle: bool = False
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The backbone itself, which takes torch; it is loaded once.
+
+        Raises:
+            UsageError: it is a bundle, or a function must make it.
+        """
+        from regrow_toolchain.models import load_backbone
+
+        return self.loaded or load_backbone(self.where)
 
     def missing(self, layer: str) -> str | None:
         """Why `layer` cannot be changed, None if it can."""
@@ -147,7 +161,9 @@ def _of_bundle(path: Path, method: str) -> Base:
     if kinds != get_method("lora").kinds:  # which bundles have if nothing else is asked for
         named = " or ".join(kinds)
         change = f"a {named} slot of the bundle, got none: export it with --for {method} --target"
-    return Base(str(path), change, manifest.backbone_id, layers, heads, manifest.labels)
+    return Base(
+        str(path), change, manifest.backbone_id, layers, heads, manifest.labels, is_bundle=True
+    )
 
 
 def _of_compressed(path: Path) -> Base:

@@ -25,9 +25,8 @@ from .vera import PeftVera
 
 __all__ = ["KINDS", "import_peft"]
 
-KINDS: dict[str, type[PeftKind]] = {
-    kind.peft_type: kind for kind in (PeftLora, PeftVera, PeftFourierft)
-}
+# The first that claims a config has it.
+KINDS: tuple[type[PeftKind], ...] = (PeftLora, PeftVera, PeftFourierft)
 
 _MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
 
@@ -64,6 +63,7 @@ def import_peft(
     kind = read_config(folder, KINDS)
     method = get_method(kind.method)
     stored, base = read_header(folder, kind), read_base(backbone, kind.method)
+    kind = kind.for_base(base, storage)
     targets = _targets(folder, kind, stored, base)
     config = method.check_config(kind.settings(targets), str(folder))
     layout = method.layout(config, targets)

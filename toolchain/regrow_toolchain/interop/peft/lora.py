@@ -27,6 +27,8 @@ from .tensors import read_float32
 
 __all__ = ["PeftLora"]
 
+FACTORS = ("lora_A", "lora_B")
+
 _MAX_RANK = 1 << 12
 _REFUSED = {
     "use_dora": "DoRA also scales whole columns of the weights",
@@ -54,7 +56,7 @@ class PeftLora(PeftKind):
     peft_type = "LORA"
     title = "LoRA"
     method = "lora"
-    parts = ("lora_A", "lora_B")
+    parts = FACTORS
     ending = ".weight"
     neutral = frozenset({
         "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout",
@@ -99,7 +101,7 @@ class PeftLora(PeftKind):
 
     def widths(self, layer: str, parts: Parts, base: Base) -> Widths | str:
         """Those of A [r, in] and B [out, r]."""
-        a, b = (parts[part].shape for part in self.parts)
+        a, b = (parts[part].shape for part in FACTORS)
         if len(a) != 2 or len(b) != 2:
             return f"{layer} must be a linear layer, got factors {list(a)} and {list(b)}"
         rank = self.rank_of(layer)
@@ -117,7 +119,7 @@ class PeftLora(PeftKind):
 
     def rows(self, target: Target, parts: Parts, settings: Mapping[str, Any]) -> Iterator[Row]:
         """A [rank, in] and B [rank, out]."""
-        a, b = (read_float32(parts[part]) for part in self.parts)
+        a, b = (read_float32(parts[part]) for part in FACTORS)
         more = ((0, settings["rank"] - len(a)), (0, 0))
         yield f"A.{target.in_features}", np.pad(a, more), 1.0
         yield f"B.{target.out_features}", np.pad(b.T, more), self.scaling_of(target.name)
