@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.fields import parse_json
 from regrow_format.files import no_folder, read_bytes
@@ -70,10 +73,33 @@ class Base:
 
         Raises:
             UsageError: it is a bundle, or a function must make it.
+            RegrowError: torch is not installed.
         """
+        if not _has_torch():
+            raise RegrowError(
+                f"{self.where} must be loaded for its weights, which takes torch, got none: "
+                f"{pip_line('export')}"
+            )
         from regrow_toolchain.models import load_backbone
 
         return self.loaded or load_backbone(self.where)
+
+    def weight_and_bias(self, layer: str) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Weight [out, in] and bias [out] (None if it has none) of one of `layers`.
+
+        Raises:
+            UsageError: as `backbone`, or its weight is no matrix.
+        """
+        from regrow_export.layers import layer_type
+
+        module = self.backbone.model.get_submodule(layer)
+        found = layer_type(module)
+        weight, bias = (found.weight(module), found.bias(module)) if found else (None, None)
+        if weight is None:
+            raise UsageError(
+                f"{layer} must have a matrix for a weight, got {type(module).__name__}"
+            )
+        return weight.double().numpy(), None if bias is None else bias.detach().double().numpy()
 
     def missing(self, layer: str) -> str | None:
         """Why `layer` cannot be changed, None if it can."""
@@ -195,6 +221,10 @@ def _of_compressed(path: Path) -> Base:
     return Base(str(path), _LINEAR, identity, layers | pairs, heads, _labels(path), turned)
 
 
+def _has_torch() -> bool:
+    return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
 def _labels(path: Path) -> tuple[str, ...]:
     """Class names of config.json, in the order of the outputs."""
     config = path / _HF_CONFIG
@@ -204,7 +234,7 @@ def _labels(path: Path) -> tuple[str, ...]:
 
 
 def _of_huggingface(path: Path) -> Base:
-    if find_spec("torch") is None or find_spec("transformers") is None:
+    if not _has_torch():
         raise RegrowError(
             "--backbone must be a bundle or a compressed backbone where torch is not installed, "
             f"got {path}, a Hugging Face directory: give the bundle that regrow export made of "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class PeftLora(PeftKind):
     peft_type = "LORA"
     title = "LoRA"
     method = "lora"
-    parts = FACTORS
+    parts: ClassVar[tuple[str, ...]] = FACTORS
     ending = ".weight"
     neutral = frozenset({
         "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout",
