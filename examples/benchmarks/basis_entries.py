@@ -67,7 +67,9 @@ def train(task: Task, given: Mapping[str, Any], kind: str, seed: int, users: lis
         adapt, size=config["batch_size"], seed=seed, augmentation=augmentation
     )
     targets = find_targets(model, given["targets"])
-    trained = get_trainable(given["method"]).init(targets, given["settings"], seed, len(users))
+    trained = get_trainable(given["method"]).init(
+        targets, given["settings"], seed, len(users), model=model
+    )
     trained.storage = "int4"
     replace_basis(trained, kind, seed)
     optimizer = torch.optim.Adam(trained.parameters(), lr=given["lr"])

@@ -83,7 +83,7 @@ class Step:
     def __init__(self, model: nn.Module, size: Size, method: str, given: Mapping[str, Any]) -> None:
         self.model = model
         self.targets = find_targets(model, ["query", "value"])
-        self.trained = get_trainable(method).init(self.targets, given, 0)
+        self.trained = get_trainable(method).init(self.targets, given, 0, model=model)
         self.optimizer = torch.optim.Adam(self.trained.parameters())
         self.x = torch.randn(size.batch, 3, size.image, size.image)
         self.y = torch.arange(size.batch) % 10

@@ -38,6 +38,7 @@ TARGETS = (Target("fc1", 16, 8), Target("fc2", 8, 8))
 CONFIGS = {
     "nola": {"k": 12, "l": 9, "rank": 2, "c": 1.0, "shared": True},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
+    "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
     "vera": {"rank": 11},
     "fourierft": {"n": 20, "alpha": 16.0},
     "bitfit": {},
@@ -52,7 +53,7 @@ def _slots() -> tuple[Slot, ...]:
             {part: f"{t.name}.adapter_{part}" for part in SLOT_KINDS[kind].parts},
         )
         for t in TARGETS
-        for kind in ("low_rank", "delta", "bias")
+        for kind in ("low_rank", "delta", "bias", "scale", "input_scale")
     ]  # fmt: skip
     return (*adapted, Slot("head", "head", 8, 3, {"weight": "head.weight", "bias": "head.bias"}))
 
@@ -242,12 +243,13 @@ def reference(weights: dict[str, np.ndarray]) -> Callable[..., np.ndarray]:
     ) -> np.ndarray:
         x = pixels.reshape(len(pixels), 16)
         for name in ("fc1", "fc2"):
-            y = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
             parts = (expansion or {}).get(name, {})
+            x = x * (1 + parts.get("t", 0))
+            y = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
             if "A" in parts:
                 y = y + (x @ parts["A"]) @ parts["B"]
-            y = y + (x @ parts["D"] if "D" in parts else parts.get("b", 0))
-            x = np.tanh(y)
+            y = y + (x @ parts["D"] if "D" in parts else 0)
+            x = np.tanh(y * (1 + parts.get("s", 0)) + parts.get("b", 0))
         if head is None:
             return x @ weights["head.weight"].T + weights["head.bias"]
         return x @ head.layers[0].weight.T + head.layers[0].bias

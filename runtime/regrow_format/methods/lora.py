@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,8 @@ class Lora(Method):
     """
 
     name = "lora"
-    kinds = ("low_rank",)
-    also = ("weight",)
+    kinds: ClassVar[tuple[str, ...]] = ("low_rank",)
+    also: ClassVar[tuple[str, ...]] = ("weight",)
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
         """rank in 1..4096, finite alpha, rslora a bool."""

@@ -135,7 +135,10 @@ class GroupTraining:
 
     def _fitting(self, trainings: Sequence[Training]) -> AdapterTrainer:
         config, method = self.config, get_trainable(self.config.method)
-        trained = method.init(self.layers, config.method_settings, config.seed, len(trainings))
+        trained = method.init(
+            self.layers, config.method_settings, config.seed, len(trainings),
+            model=self.backbone.model,
+        )  # fmt: skip
         trained.storage, trained.group = config.coefficient_dtype, config.group_size
         return AdapterTrainer(
             self.backbone.model, trained, self._heads(trainings), self.task,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
@@ -75,6 +75,14 @@ class TrainableAdapter(nn.Module, ABC):
         values = fake_quantize(values, self.storage, self.group) if self.rounded else values
         return values * self.get_buffer(f"{_key(name)}_constant")[:, None]
 
+    def unstacked(self, part: str, widths: Sequence[int], each: int = 1) -> Iterator[Tensor]:
+        """[users, each, width]: the rows of `<part>.<width>` by target, in the targets' order."""
+        rows = {width: self.rows(f"{part}.{width}") for width in dict.fromkeys(widths)}
+        used = dict.fromkeys(rows, 0)
+        for width in widths:
+            yield rows[width][:, used[width] : used[width] + each]
+            used[width] += each
+
     def values(self, user: int = 0) -> dict[str, NDArray[np.float32]]:
         """By tensor name of the file, [rows, length]: one user's numbers without any constant."""
         return {
@@ -107,9 +115,19 @@ class TrainableMethod(Protocol):
         ...
 
     def init(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """Fresh adapters: delta W is 0 and its gradient is not.
+
+        Args:
+            model: the backbone with the weights that training computes with, for methods that must
+                know them.
 
         Raises:
             UsageError: a setting is unknown or makes no sense.

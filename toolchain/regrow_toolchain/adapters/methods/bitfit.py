@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from regrow_format.adapter import Target
 from regrow_format.methods import get_method
@@ -29,7 +30,13 @@ class Bitfit:
     settings = BitfitSettings
 
     def init(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """Changes of 0."""
         config = parse_settings(BitfitSettings, settings, self.name)
@@ -40,11 +47,5 @@ class Bitfit:
 
 class _TrainedBitfit(TrainableAdapter):
     def changes(self) -> Changes:
-        rows = {name: self.rows(name) for name in self._names}
-        used = dict.fromkeys(rows, 0)
-        found: Changes = {}
-        for target in self.targets:
-            name = f"b.{target.out_features}"
-            found[target.name] = {"bias": {"b": rows[name][:, used[name], None]}}
-            used[name] += 1
-        return found
+        rows = self.unstacked("b", [t.out_features for t in self.targets])
+        return {t.name: {"bias": {"b": b}} for t, b in zip(self.targets, rows, strict=True)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow_format.adapter import Target
 from regrow_format.basis import BasisSpec, locations
@@ -45,7 +45,13 @@ class Fourierft:
     settings = FourierftSettings
 
     def init(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """c = 0: delta W is 0 and its gradient is not. `init=paper` starts at N(0, 1)."""
         parsed = parse_settings(FourierftSettings, settings, self.name, kept=("n", "alpha"))

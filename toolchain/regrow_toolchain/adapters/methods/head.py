@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from regrow_format.adapter import Target
 
 from .base import Changes, TrainableAdapter, parse_settings
@@ -26,7 +28,13 @@ class HeadOnly:
     settings = HeadSettings
 
     def init(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """No coefficients at all."""
         config = parse_settings(HeadSettings, settings, self.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow_format.adapter import Target
 from regrow_format.basis import Role, sign_bits
@@ -40,7 +40,13 @@ class Nola:
     settings = NolaSettings
 
     def init(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """alpha ~ N(0, 1), beta = 0: delta W is 0, and beta's gradient is not."""
         config = parse_settings(NolaSettings, settings, self.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow_format.adapter import Target
 from regrow_format.basis import Role, sign_bits
@@ -37,7 +37,13 @@ class Vera:
     settings = VeraSettings
 
     def init(
-        self, targets: Sequence[Target], settings: Mapping[str, Any], seed: int, users: int = 1
+        self,
+        targets: Sequence[Target],
+        settings: Mapping[str, Any],
+        seed: int,
+        users: int = 1,
+        *,
+        model: nn.Module | None = None,
     ) -> TrainableAdapter:
         """lambda_d = d_initial, lambda_b = 0: delta W is 0, and lambda_b's gradient is not."""
         parsed = parse_settings(VeraSettings, settings, self.name, kept=("rank",))
@@ -67,21 +73,18 @@ class _TrainedVera(TrainableAdapter):
 
     def changes(self) -> Changes:
         d = self.rows("d")
-        rows = {name: self.rows(name) for name in self._names if name != "d"}
-        used = dict.fromkeys(rows, 0)
-        found: Changes = {}
-        for index, target in enumerate(self.targets):
-            name = f"b.{target.out_features}"
-            found[target.name] = {
+        rows = self.unstacked("b", [t.out_features for t in self.targets])
+        return {
+            target.name: {
                 "vector": {
                     "A": self.get_buffer("shared_a")[:, : target.in_features].mT,
                     "B": self.get_buffer("shared_b")[: target.out_features].mT,
                     "d": d[:, index, None],
-                    "b": rows[name][:, used[name], None],
+                    "b": next(rows),
                 }
             }
-            used[name] += 1
-        return found
+            for index, target in enumerate(self.targets)
+        }
 
 
 def _signs(seed: int, role: Role, vectors: int, entries: int) -> Tensor:

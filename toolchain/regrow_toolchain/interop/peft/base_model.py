@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from regrow_format.errors import FormatError, RegrowError, UsageError
 from regrow_format.fields import parse_json
@@ -52,6 +56,7 @@ class Base:
         turned: layers whose in and out may be the other way round: weights alone tell, which
             GPT-2's Conv1D stores transposed; convolutions do not.
         loaded: the backbone itself, where it had to be loaded.
+        is_bundle: it is a bundle, whose weights are not to be had.
     """
 
     where: str
@@ -62,6 +67,41 @@ class Base:
     labels: tuple[str, ...]
     turned: frozenset[str] = frozenset()
     loaded: Backbone | None = None
+    is_bundle: bool = False
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The backbone itself, which takes torch; it is loaded once.
+
+        Raises:
+            UsageError: it is a bundle, or a function must make it.
+            RegrowError: torch is not installed.
+        """
+        if not _has_torch():
+            raise RegrowError(
+                f"{self.where} must be loaded for its weights, which takes torch, got none: "
+                f"{pip_line('export')}"
+            )
+        from regrow_toolchain.models import load_backbone
+
+        return self.loaded or load_backbone(self.where)
+
+    def weight_and_bias(self, layer: str) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Weight [out, in] and bias [out] (None if it has none) of one of `layers`.
+
+        Raises:
+            UsageError: as `backbone`, or its weight is no matrix.
+        """
+        from regrow_export.layers import layer_type
+
+        module = self.backbone.model.get_submodule(layer)
+        found = layer_type(module)
+        weight, bias = (found.weight(module), found.bias(module)) if found else (None, None)
+        if weight is None:
+            raise UsageError(
+                f"{layer} must have a matrix for a weight, got {type(module).__name__}"
+            )
+        return weight.double().numpy(), None if bias is None else bias.detach().double().numpy()
 
     def missing(self, layer: str) -> str | None:
         """Why `layer` cannot be changed, None if it can."""
@@ -149,7 +189,9 @@ def _of_bundle(path: Path, method: str) -> Base:
     if kinds != get_method("lora").kinds:  # which bundles have if nothing else is asked for
         named = " or ".join(kinds)
         change = f"a {named} slot of the bundle, got none: export it with --for {method} --target"
-    return Base(str(path), change, manifest.backbone_id, layers, heads, manifest.labels)
+    return Base(
+        str(path), change, manifest.backbone_id, layers, heads, manifest.labels, is_bundle=True
+    )
 
 
 def _of_compressed(path: Path) -> Base:
@@ -182,6 +224,10 @@ def _of_compressed(path: Path) -> Base:
     return Base(str(path), _LINEAR, identity, layers | pairs, heads, _labels(path), turned)
 
 
+def _has_torch() -> bool:
+    return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
 def _labels(path: Path) -> tuple[str, ...]:
     """Class names of config.json, in the order of the outputs."""
     config = path / _HF_CONFIG
@@ -191,7 +237,7 @@ def _labels(path: Path) -> tuple[str, ...]:
 
 
 def _of_huggingface(path: Path) -> Base:
-    if find_spec("torch") is None or find_spec("transformers") is None:
+    if not _has_torch():
         raise RegrowError(
             "--backbone must be a bundle or a compressed backbone where torch is not installed, "
             f"got {path}, a Hugging Face directory: give the bundle that regrow export made of "

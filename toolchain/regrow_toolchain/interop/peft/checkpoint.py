@@ -74,6 +74,16 @@ def _named(parts: tuple[str, ...]) -> str:
     return rf"(?P<part>{'|'.join(parts)})(\.[^.]+)?"
 
 
+def _of_layer(name: str, kind: PeftKind) -> re.Match[str] | None:
+    """The groups `layer` and `part` of a tensor of the method, None if it is none."""
+    ended = tuple(part for part in kind.parts if part not in kind.bare)
+    for parts, ending in ((ended, re.escape(kind.ending)), (kind.bare, "")):
+        own = rf"(?P<layer>.+)\.{_named(parts)}{ending}"
+        if parts and (found := re.fullmatch(own, name)):
+            return found
+    return None
+
+
 def _sort(tensor: StoredTensor, stored: Stored, kind: PeftKind) -> str | None:
     """Put the tensor where it belongs; the reason if there is no such place."""
     check_stored(tensor)
@@ -84,8 +94,7 @@ def _sort(tensor: StoredTensor, stored: Stored, kind: PeftKind) -> str | None:
     if not tensor.name.startswith(_PREFIX):
         return f"does not begin with {_PREFIX}"
     name = tensor.name.removeprefix(_PREFIX)
-    own = rf"(?P<layer>.+)\.{_named(kind.parts)}{re.escape(kind.ending)}"
-    if found := re.fullmatch(own, name):
+    if found := _of_layer(name, kind):
         layer = found["layer"]
         return _put(stored.layers.setdefault(layer, {}), found["part"], tensor, layer)
     for part, reason in (*kind.reasons, *_REASONS):

@@ -7,7 +7,7 @@ computes something else must not come in as if it did not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ _NEUTRAL = frozenset({
 })  # fmt: skip
 
 
-def read_config(folder: Path, kinds: Mapping[str, type[PeftKind]]) -> PeftKind:
+def read_config(folder: Path, kinds: Sequence[type[PeftKind]]) -> PeftKind:
     """Read and check the config of a PEFT directory.
 
     Raises:
@@ -67,14 +67,16 @@ def _found(folder: Path) -> str:
     return f"give one of its folders, {', '.join(inner[:5])}" if inner else "it has none"
 
 
-def _kind(fields: Fields, kinds: Mapping[str, type[PeftKind]]) -> type[PeftKind]:
+def _kind(fields: Fields, kinds: Sequence[type[PeftKind]]) -> type[PeftKind]:
     name = fields.take("peft_type", str)
-    if name not in kinds:
-        raise FormatError(
-            f"{fields.where}: peft_type must be one of {', '.join(kinds)}, got {name!r:.40}: "
-            f"train one of these, {MERGE}"
-        )
-    return kinds[name]
+    for kind in kinds:
+        if kind.claims(name, fields):
+            return kind
+    known = dict.fromkeys(kind.peft_type for kind in kinds)
+    raise FormatError(
+        f"{fields.where}: peft_type must be one of {', '.join(known)}, got {name!r:.40}: "
+        f"train one of these, {MERGE}"
+    )
 
 
 def _check_refused(fields: Fields, kind: type[PeftKind]) -> None:

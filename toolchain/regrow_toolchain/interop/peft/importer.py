@@ -16,6 +16,7 @@ from regrow_format.mt19937 import DTYPES
 from .base_model import Base, read_base
 from .checkpoint import Stored, read_header
 from .config import read_config
+from .dora import PeftDora
 from .fourierft import PeftFourierft
 from .head import head_findings, read_head
 from .lora import PeftLora
@@ -25,9 +26,8 @@ from .vera import PeftVera
 
 __all__ = ["KINDS", "import_peft"]
 
-KINDS: dict[str, type[PeftKind]] = {
-    kind.peft_type: kind for kind in (PeftLora, PeftVera, PeftFourierft)
-}
+# The first that claims a config has it.
+KINDS: tuple[type[PeftKind], ...] = (PeftDora, PeftLora, PeftVera, PeftFourierft)
 
 _MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
 
@@ -64,6 +64,7 @@ def import_peft(
     kind = read_config(folder, KINDS)
     method = get_method(kind.method)
     stored, base = read_header(folder, kind), read_base(backbone, kind.method)
+    kind = kind.for_base(base, coefficient_dtype)
     targets = _targets(folder, kind, stored, base)
     config = method.check_config(kind.settings(targets), str(folder))
     layout = method.layout(config, targets)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -27,9 +27,10 @@ from .tensors import matrix_shape, read_matrix
 
 __all__ = ["PeftLora"]
 
+FACTORS = ("lora_A", "lora_B")
+
 _MAX_RANK = 1 << 12
 _REFUSED = {
-    "use_dora": "DoRA also scales whole columns of the weights",
     "lora_bias": "a bias of lora_B has no place in an adapter yet",
     "target_parameters": "parameters that belong to no linear layer cannot be changed",
     "trainable_token_indices": "embeddings of tokens cannot be changed",
@@ -54,7 +55,7 @@ class PeftLora(PeftKind):
     peft_type = "LORA"
     title = "LoRA"
     method = "lora"
-    parts = ("lora_A", "lora_B")
+    parts: ClassVar[tuple[str, ...]] = FACTORS
     ending = ".weight"
     neutral = frozenset({
         "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout",
@@ -63,7 +64,7 @@ class PeftLora(PeftKind):
     refused = _REFUSED
     reasons = (
         (".lora_embedding_", "is an embedding's LoRA, which cannot come in: adapt linear layers"),
-        (".lora_magnitude_vector", "is DoRA's, which cannot come in: train with use_dora=False"),
+        (".lora_magnitude_vector", "is DoRA's, where use_dora is not set: set it to true"),
         (".lora_", "is no A or B of plain LoRA"),
     )
 
@@ -76,8 +77,9 @@ class PeftLora(PeftKind):
 
     @classmethod
     def read(cls, fields: Fields, saved: tuple[str, ...]) -> Self:
-        """r, lora_alpha, use_rslora, rank_pattern, alpha_pattern."""
+        """r, lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern."""
         _check_start(fields)
+        flag(fields, "use_dora")  # of `PeftDora` where it is true
         return cls(
             saved,
             rank=fields.number("r", 1, _MAX_RANK, 8),
@@ -99,7 +101,7 @@ class PeftLora(PeftKind):
 
     def widths(self, layer: str, parts: Parts, base: Base) -> Widths | str:
         """Those of A [r, in] and B [out, r], which convolutions have as kernels of 1 x 1."""
-        shapes = [parts[part].shape for part in self.parts]
+        shapes = [parts[part].shape for part in FACTORS]
         a, b = map(matrix_shape, shapes)
         if a is None or b is None or len({len(shape) for shape in shapes}) > 1:
             found = " and ".join(str(list(shape)) for shape in shapes)
@@ -119,7 +121,7 @@ class PeftLora(PeftKind):
 
     def rows(self, target: Target, parts: Parts, settings: Mapping[str, Any]) -> Iterator[Row]:
         """A [rank, in] and B [rank, out]."""
-        a, b = (read_matrix(parts[part]) for part in self.parts)
+        a, b = (read_matrix(parts[part]) for part in FACTORS)
         more = ((0, settings["rank"] - len(a)), (0, 0))
         yield f"A.{target.in_features}", np.pad(a, more), 1.0
         yield f"B.{target.out_features}", np.pad(b.T, more), self.scaling_of(target.name)

@@ -33,6 +33,7 @@ class PeftKind(ABC):
         title: for messages.
         method: regrow's name of it.
         parts: the tensors that every layer has, `<layer>.<part><ending>`.
+        bare: those of `parts` whose names have no ending.
         shared: tensors of the whole adapter that may be there, `base_model.<name>`.
         neutral: fields that change nothing here: they tell which layers there are, which the
             tensors tell too, or belong to training alone.
@@ -46,6 +47,7 @@ class PeftKind(ABC):
     method: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     ending: ClassVar[str] = ""
+    bare: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[frozenset[str]]
     refused: ClassVar[Mapping[str, str]] = {}
@@ -54,9 +56,22 @@ class PeftKind(ABC):
     saved: tuple[str, ...]
 
     @classmethod
+    def claims(cls, peft_type: str, fields: Fields) -> bool:
+        """Whether a config is of this method; of several the first has it. Nothing is taken."""
+        return peft_type == cls.peft_type
+
+    @classmethod
     @abstractmethod
     def read(cls, fields: Fields, saved: tuple[str, ...]) -> Self:
         """Take the method's own fields, checked and bounded."""
+
+    def for_base(self, base: Base, storage: str) -> Self:
+        """The same, knowing what it is imported for and how its coefficients will be stored.
+
+        Raises:
+            UsageError: `base` does not tell what the method must know of it.
+        """
+        return self
 
     @abstractmethod
     def widths(self, layer: str, parts: Parts, base: Base) -> Widths | str:

@@ -25,7 +25,7 @@ def with_probe(adapter: Adapter, path: Path, base: Base) -> Adapter:
     try:
         if (path / MANIFEST).is_file():
             return _by_bundle(adapter, path)
-        return _by_torch(adapter, path, base)
+        return _by_torch(adapter, base)
     except (RegrowError, OSError):  # as of a bundle that is not whole, or has no such slots
         return adapter
 
@@ -44,13 +44,12 @@ def _by_bundle(adapter: Adapter, path: Path) -> Adapter:
     return replace(adapter, probe=probe_of(output, checks.probe))
 
 
-def _by_torch(adapter: Adapter, path: Path, base: Base) -> Adapter:
+def _by_torch(adapter: Adapter, base: Base) -> Adapter:
     if find_spec("torch") is None or find_spec("transformers") is None:
         return adapter
     from regrow_toolchain.adapters import Prober, applied
-    from regrow_toolchain.models import load_backbone
 
-    model = (base.loaded or load_backbone(path)).model
+    model = base.backbone.model
     prober = Prober(model)
     with applied(model, adapter):
         return replace(adapter, probe=prober.probe())
