@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from ..basis import BasisCache
     from ..target_rows import Target
 
-__all__ = ["Fourierft"]
+__all__ = ["Fourierft", "inverse_transform"]
 
 _MAX_COUNT = 1 << 16
 # Transforms are computed in float64 a block of rows at a time, 4 MiB each way.
-_NUMBERS_AT_ONCE = 1 << 18
+NUMBERS_AT_ONCE = 1 << 18
 
 
 class Fourierft(Method):
@@ -83,7 +83,11 @@ class Fourierft(Method):
         check_bytes("deltas", 4 * sum(t.in_features * t.out_features for t in targets))
         rows = adapter.coefficients["c"].dense()
         return {
-            t.name: {"D": _delta(row, _places(adapter, t, basis), t.in_features, t.out_features)}
+            t.name: {
+                "D": inverse_transform(
+                    row, _places(adapter, t, basis), t.in_features, t.out_features
+                )
+            }
             for t, row in zip(targets, rows, strict=True)
         }
 
@@ -106,7 +110,7 @@ def _places(adapter: AdapterContents, target: Target, basis: BasisCache) -> NDAr
     return places
 
 
-def _delta(
+def inverse_transform(
     values: NDArray[np.float32], places: NDArray[np.int64], wide: int, high: int
 ) -> NDArray[np.float32]:
     """D [wide, high] with D[b, a] = sum_l values_l cos 2 pi (a j_l / high + b k_l / wide).
@@ -122,7 +126,7 @@ def _delta(
     weights = np.where(alone, 1.0, 0.5) * values
     rows, columns = wide // 2 + 1, high // 2 + 1
     spectrum = np.empty((rows, columns), dtype=np.complex64)
-    step = max(1, _NUMBERS_AT_ONCE // high)
+    step = max(1, NUMBERS_AT_ONCE // high)
     for start in range(0, rows, step):
         part = spectrum[start : start + step]
         here = (k >= start) & (k < start + step)
@@ -132,7 +136,7 @@ def _delta(
     if wide % 2 == 0:
         spectrum[-1].imag = 0
     found = np.empty((wide, high), dtype=np.float32)
-    step = max(1, _NUMBERS_AT_ONCE // wide)
+    step = max(1, NUMBERS_AT_ONCE // wide)
     for start in range(0, columns, step):
         some = spectrum[:, start : start + step].T.astype(np.complex128)
         real = np.fft.irfft(some, wide, norm="forward").astype(np.float32).T  # [b, columns]

@@ -18,7 +18,7 @@ from .source import Source
 
 __all__ = ["read_sounds"]
 
-_MAX_VALUES = 1 << 30  # of one input, all samples together: 4 GiB
+MAX_VALUES = 1 << 30  # of one input, all samples together: 4 GiB
 
 
 def read_sounds(source: Source, files: Sequence[Path]) -> dict[str, NDArray[Any]]:
@@ -51,9 +51,9 @@ def read_sounds(source: Source, files: Sequence[Path]) -> dict[str, NDArray[Any]
 
 def _padded(path: Path, rows: list[NDArray[Any]], value: float) -> NDArray[Any]:
     shape = np.max([row.shape for row in rows], axis=0)
-    if (size := len(rows) * int(np.prod(shape))) > _MAX_VALUES:
+    if (size := len(rows) * int(np.prod(shape))) > MAX_VALUES:
         raise UsageError(
-            f"{path} must come to at most {_MAX_VALUES} values, got {size}: "
+            f"{path} must come to at most {MAX_VALUES} values, got {size}: "
             "shorten the longest sounds, or give fewer"
         )
     found = np.full((len(rows), *shape), value, dtype=rows[0].dtype)
