@@ -38,11 +38,11 @@ __all__ = [
 _BLOCK_BITS = 128
 # Philox works on uint64 temporaries: 8,192 counters keep them in a core's second-level cache. They
 # give 2**20 signs, which are widened to a byte each, or 128 signs of each of more vectors.
-_COUNTERS_AT_ONCE = 8192
+COUNTERS_AT_ONCE = 8192
 # Bytes are widened to float32 a block at a time, 4 MiB.
-_FLOATS_AT_ONCE = 1 << 20
+FLOATS_AT_ONCE = 1 << 20
 # Below, to multiply from bits takes less than what to pack them takes.
-_LEAST_PACKED = 1 << 20
+LEAST_PACKED = 1 << 20
 _BITS = (1 << np.arange(8)).astype(np.uint8)[:, None]
 
 
@@ -79,8 +79,8 @@ def _planes(key: tuple[int, int], role: int, layer: int, vectors: int, blocks: r
     """uint8 [16 * len(blocks), vectors]: a row has the bits of 8 entries, the first one lowest."""
     planes = np.empty((len(blocks), 4, 4, vectors), dtype=np.uint8)
     block = np.arange(blocks.start, blocks.stop, dtype=np.uint64)[:, None]
-    for start in range(0, vectors, _COUNTERS_AT_ONCE):
-        index = np.arange(start, min(start + _COUNTERS_AT_ONCE, vectors), dtype=np.uint64)
+    for start in range(0, vectors, COUNTERS_AT_ONCE):
+        index = np.arange(start, min(start + COUNTERS_AT_ONCE, vectors), dtype=np.uint64)
         for number, word in enumerate(philox_words(block, index, role, layer, key)):
             halved = word.astype(np.uint32)
             for byte in range(4):
@@ -93,7 +93,7 @@ def _all_planes(seed: int, role: int, vectors: int, entries: int, layer: int) ->
     """The rows of `_planes` for `entries` entries, in parts of bounded size."""
     key, rows = key_of(seed), -(-entries // 8)
     blocks = -(-entries // _BLOCK_BITS)
-    step = max(1, _COUNTERS_AT_ONCE // max(vectors, 1))
+    step = max(1, COUNTERS_AT_ONCE // max(vectors, 1))
     for start in range(0, blocks, step):
         part = range(start, min(start + step, blocks))
         yield _planes(key, role, layer, vectors, part)[: rows - 16 * start]
@@ -189,7 +189,7 @@ def _combine_packed(
     values: NDArray[np.int8], signs: PackedSigns, entries: int, scale: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
     scale = np.ones(len(values), dtype=np.float32) if scale is None else scale
-    step = max(1, _FLOATS_AT_ONCE // signs.entries)
+    step = max(1, FLOATS_AT_ONCE // signs.entries)
     # Made first, and copied to: residents that hold ONNX Runtime's buffers would leave a hole in
     # memory beside each, which doubles what they take.
     total = np.empty((len(values), entries), dtype=np.float32)
@@ -206,7 +206,7 @@ def _sum_blocks(values: NDArray[Any], rows: Iterable[Bits], total: NDArray[np.fl
         product = integer_product(values)
     if product is None:
         product = _float_product(values.astype(np.float32, copy=False))
-    step, entries = max(128, _FLOATS_AT_ONCE // max(len(values), 1)), total.shape[1]
+    step, entries = max(128, FLOATS_AT_ONCE // max(len(values), 1)), total.shape[1]
     start = 0
     for block in rows:
         for first in range(0, len(block), step):
@@ -219,7 +219,7 @@ def _sum_blocks(values: NDArray[Any], rows: Iterable[Bits], total: NDArray[np.fl
 
 def _float_product(values: NDArray[np.float32]) -> Callable[[Bits], NDArray[np.float32]]:
     """From ones [entries, k] to float32 [targets, entries], a few entries at a time."""
-    step = max(8, _FLOATS_AT_ONCE // max(values.shape[1], 1))
+    step = max(8, FLOATS_AT_ONCE // max(values.shape[1], 1))
 
     def product(ones: Bits) -> NDArray[np.float32]:
         found = np.empty((len(ones), len(values)), dtype=np.float32)
@@ -317,7 +317,7 @@ class BasisCache:
             yield from sign_rows(seed, role, vectors, entries, layer=layer)
             return
         planes = self.bits(seed, role, vectors, entries, layer=layer).T
-        step = max(16, _COUNTERS_AT_ONCE * 16 // max(vectors, 1))
+        step = max(16, COUNTERS_AT_ONCE * 16 // max(vectors, 1))
         for start in range(0, len(planes), step):
             yield _widened(planes[start : start + step])
 
@@ -335,7 +335,7 @@ class BasisCache:
         bits = ("philox-sign", seed, int(role), vectors, entries, 0)
         with self._lock:
             again = key in self._kept or bits in self._kept
-        if not again or not _LEAST_PACKED <= vectors * entries <= self.max_bytes // 8:
+        if not again or not LEAST_PACKED <= vectors * entries <= self.max_bytes // 8:
             return None
 
         def pack() -> tuple[PackedSigns, ...]:

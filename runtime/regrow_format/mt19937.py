@@ -20,7 +20,7 @@ __all__ = ["DTYPES", "LONG", "permutation_head", "uniform_kaiming"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 _WORDS = 1 << 32
-_WORDS_AT_ONCE = 1 << 18  # 2 MiB of float64
+WORDS_AT_ONCE = 1 << 18  # 2 MiB of float64
 # From this many numbers on, torch.randperm shuffles in another way.
 LONG = (_WORDS - 1) // 20
 _MOST = 1 << 30  # 16 seconds: a file of kilobytes must not ask for hours
@@ -66,8 +66,8 @@ def _uniform(generator: np.random.RandomState, rows: int, fan: int) -> NDArray[n
     high = np.float32(math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan)))
     span = np.float64(high + high)
     values = np.empty(rows * fan, dtype=np.float32)
-    for start in range(0, values.size, _WORDS_AT_ONCE):
-        part = values[start : start + _WORDS_AT_ONCE]
+    for start in range(0, values.size, WORDS_AT_ONCE):
+        part = values[start : start + WORDS_AT_ONCE]
         parts = (_words(generator, part.size) & np.uint32(0xFFFFFF)).astype(np.float64)
         # A product of 24 by 24 bits, and its sum, are exact in float64: storing rounds, once.
         part[:] = parts * 2.0**-24 * span - np.float64(high)
@@ -118,8 +118,8 @@ def _forward(generator: np.random.RandomState, count: int, total: int) -> NDArra
 def _inside_out(generator: np.random.RandomState, count: int, total: int) -> NDArray[np.int64]:
     """Only the first `count` places are kept; most steps do not touch them."""
     found = np.zeros(count, dtype=np.int64)
-    for start in range(0, total, _WORDS_AT_ONCE):
-        steps = np.arange(start, min(start + _WORDS_AT_ONCE, total), dtype=np.uint64)
+    for start in range(0, total, WORDS_AT_ONCE):
+        steps = np.arange(start, min(start + WORDS_AT_ONCE, total), dtype=np.uint64)
         pairs = _words(generator, 2 * steps.size).reshape(-1, 2).astype(np.uint64)
         drawn = ((pairs[:, 0] << np.uint64(32)) | pairs[:, 1]) % (steps + np.uint64(1))
         for index in np.flatnonzero(drawn < count).tolist():

@@ -21,7 +21,7 @@ __all__ = ["IMAGE_ENDINGS", "as_images", "eight_bits", "pillow", "read_image"]
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _IMAGE_ARRAYS = ("images", "image", "x")
-_MAX_FILE = 256 << 20
+MAX_FILE = 256 << 20
 _MAX_PIXELS = 1 << 26
 _MAX_16_BITS = (1 << 16) - 1
 
@@ -49,8 +49,8 @@ def read_image(path: Path) -> Image:
     if not path.is_file():
         raise UsageError(f"image must be a file, got {path}: {no_file(path)}")
     module = pillow()
-    if path.stat().st_size > _MAX_FILE:
-        raise FormatError(f"{path} must be at most {_MAX_FILE} bytes for an image, got more")
+    if path.stat().st_size > MAX_FILE:
+        raise FormatError(f"{path} must be at most {MAX_FILE} bytes for an image, got more")
     from PIL.ImageOps import exif_transpose
 
     try:

@@ -23,7 +23,7 @@ from .extras import pip_line
 __all__ = ["TOKENIZER", "TextPreprocessor"]
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_MAX_BYTES = 128 << 20
+MAX_BYTES = 128 << 20
 _MAX_TEXT = 1 << 20  # characters
 _LONGEST = 1 << 17  # tokens, where no file says how many the model takes
 
@@ -164,7 +164,7 @@ def _tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise RegrowError(f"texts need tokenizers: {pip_line('run')}") from None
-    data = read_bytes(path, limit=_MAX_BYTES, what="a tokenizer")
+    data = read_bytes(path, limit=MAX_BYTES, what="a tokenizer")
     try:
         found = Tokenizer.from_buffer(data)
         found.no_padding()
@@ -179,7 +179,7 @@ def _tokenizer(path: Path) -> Any:
 def _config(path: Path) -> Fields:
     if not path.is_file():
         return Fields({}, str(path))
-    return parse_json(read_bytes(path, limit=_MAX_BYTES, what="a tokenizer's config"), str(path))
+    return parse_json(read_bytes(path, limit=MAX_BYTES, what="a tokenizer's config"), str(path))
 
 
 def _pad(tokenizer: Any, fields: Fields) -> int:

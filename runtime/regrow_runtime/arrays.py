@@ -14,7 +14,7 @@ from regrow_format.files import no_file
 
 __all__ = ["read_arrays"]
 
-_MAX_BYTES = 16 << 30
+MAX_BYTES = 16 << 30
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -29,8 +29,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > _MAX_BYTES:
-            raise FormatError(f"{path} must unpack to at most {_MAX_BYTES} bytes, got {unpacked}")
+        if unpacked > MAX_BYTES:
+            raise FormatError(f"{path} must unpack to at most {MAX_BYTES} bytes, got {unpacked}")
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except (BadZipFile, ValueError, OSError, EOFError, KeyError, MemoryError) as error:

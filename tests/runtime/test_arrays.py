@@ -17,7 +17,7 @@ def test_reading_arrays(tmp_path, monkeypatch):
     found = read_arrays(path)
     assert found["a"].tolist() == [0, 1, 2]
     assert found["b"].tolist() == ["x"]
-    monkeypatch.setattr(arrays, "_MAX_BYTES", 100)
+    monkeypatch.setattr(arrays, "MAX_BYTES", 100)
     with pytest.raises(FormatError, match="must unpack to at most 100 bytes, got"):
         read_arrays(path)
     with pytest.raises(UsageError, match="no such file"):

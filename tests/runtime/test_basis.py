@@ -97,7 +97,7 @@ def test_one_vector_alone_is_the_one_among_many(seed, role, layer, vectors, entr
 
 def test_vectors_made_in_several_parts_are_the_same(monkeypatch):
     whole = sign_bits(1, 0, 50, 1000)
-    monkeypatch.setattr(basis, "_COUNTERS_AT_ONCE", 30)
+    monkeypatch.setattr(basis, "COUNTERS_AT_ONCE", 30)
     np.testing.assert_array_equal(sign_bits(1, 0, 50, 1000), whole)
 
 
@@ -173,8 +173,8 @@ def test_random_codes_at_the_largest_k_are_exact(codes_as):
 @pytest.mark.parametrize("entries", [0, 1, 7, 8, 9, 127, 128, 129, 255, 257, 1000])
 def test_blocks_of_entries_meet_without_a_seam(monkeypatch, entries, codes_as):
     codes = np.random.default_rng(1).integers(-127, 128, (2, 10))
-    monkeypatch.setattr(basis, "_FLOATS_AT_ONCE", 160)  # 16 entries at once
-    monkeypatch.setattr(basis, "_COUNTERS_AT_ONCE", 7)  # one block, some of its vectors
+    monkeypatch.setattr(basis, "FLOATS_AT_ONCE", 160)  # 16 entries at once
+    monkeypatch.setattr(basis, "COUNTERS_AT_ONCE", 7)  # one block, some of its vectors
     found = combine(codes_as(codes), sign_rows(8, 0, 10, entries), entries)
     np.testing.assert_array_equal(
         found.astype(np.int64), _integers(codes, _rows(8, 0, 10, entries))
@@ -295,7 +295,7 @@ def test_rows_of_layers_with_a_basis_each():
 @pytest.fixture
 def eager(monkeypatch):
     """Packs small bases too."""
-    monkeypatch.setattr(basis, "_LEAST_PACKED", 0)
+    monkeypatch.setattr(basis, "LEAST_PACKED", 0)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -330,7 +330,7 @@ def test_many_targets_go_through_packed_signs_in_parts(eager, monkeypatch):
     codes = np.random.default_rng(1).integers(-8, 8, (7, 20)).astype(np.int8)
     expected = combine(codes, cache.rows(1, 0, 20, 40), 40)
     packed = cache.packed(1, 0, 20, 40)
-    monkeypatch.setattr(basis, "_FLOATS_AT_ONCE", 80)  # two targets at once
+    monkeypatch.setattr(basis, "FLOATS_AT_ONCE", 80)  # two targets at once
     np.testing.assert_array_equal(combine(codes, packed, 40), expected)
 
 

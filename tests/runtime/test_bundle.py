@@ -320,11 +320,11 @@ def test_every_mismatch_stands_in_one_error(bundle, make_adapter):
     findings = caught.value.findings
     with pytest.raises(MismatchError) as caught:  # one line says the reason, `findings` the rest
         bundle.swap(replace(adapter, backbone_id="sha256:" + "cd" * 32), name="x")
-    assert str(caught.value) == (
-        "adapter must be of the bundle's backbone, sha256:abababababab…, got one of another, "
-        "sha256:cdcdcdcdcdcd… (4 of its layers do not fit either): train it on this backbone, or "
-        "use the bundle of its own (a compressed backbone is another than the dense one)"
-    )
+    (line,) = str(caught.value).splitlines()
+    for backbone in ("bundle's backbone, sha256:abababababab…", "another, sha256:cdcdcdcdcdcd…"):
+        assert backbone in line
+    for fact in ("4 of its layers", "train it on this backbone", "use the bundle of its own"):
+        assert fact in line
     assert caught.value.findings == findings
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from regrow_format.basis import locations, signs
-from regrow_format.methods.fourierft import _delta
+from regrow_format.methods.fourierft import inverse_transform
 from regrow_format.mt19937 import permutation_head, uniform_kaiming
 from regrow_format.philox import philox4x32
 
@@ -73,7 +73,7 @@ def test_the_fast_way_of_fourierft():
             j, k = -j % high, wide - k
         grid[j, k] += v if k == 0 or 2 * k == wide else v / 2
     delta = np.fft.irfft2(grid, (high, wide), norm="forward")
-    found = _delta(values.astype(np.float32), places, wide, high).T
+    found = inverse_transform(values.astype(np.float32), places, wide, high).T
     np.testing.assert_allclose(found, delta, atol=1e-6 * np.abs(delta).max())
 
 

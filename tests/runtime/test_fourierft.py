@@ -79,9 +79,9 @@ def test_every_parity_of_the_widths_on_a_full_grid(monkeypatch, high, wide):
     values = np.random.default_rng(1).standard_normal(high * wide).astype(np.float32)
     places = np.arange(high * wide)
     delta = _closed_form(values, places, high, wide)
-    for at_once in (fourierft._NUMBERS_AT_ONCE, 2 * wide):
-        monkeypatch.setattr(fourierft, "_NUMBERS_AT_ONCE", at_once)
-        found = fourierft._delta(values, places, wide, high)
+    for at_once in (fourierft.NUMBERS_AT_ONCE, 2 * wide):
+        monkeypatch.setattr(fourierft, "NUMBERS_AT_ONCE", at_once)
+        found = fourierft.inverse_transform(values, places, wide, high)
         assert np.abs(found.T - delta).max() <= 1e-6 * np.abs(delta).max()
 
 

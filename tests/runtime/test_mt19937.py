@@ -34,7 +34,7 @@ def test_kaiming_of_a_base_in_half(dtype: str, a: list[str], b: list[str]) -> No
 
 def test_kaiming_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = uniform_kaiming(5, 7, 100, 90)
-    monkeypatch.setattr(mt19937, "_WORDS_AT_ONCE", 33)
+    monkeypatch.setattr(mt19937, "WORDS_AT_ONCE", 33)
     for part, again in zip(whole, uniform_kaiming(5, 7, 100, 90), strict=True):
         assert np.array_equal(part, again)
 
@@ -68,7 +68,7 @@ def test_a_whole_permutation() -> None:
 def test_the_other_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch does from LONG on, here for few numbers, against the same written plainly."""
     monkeypatch.setattr(mt19937, "LONG", 10)
-    monkeypatch.setattr(mt19937, "_WORDS_AT_ONCE", 7)
+    monkeypatch.setattr(mt19937, "WORDS_AT_ONCE", 7)
     words = np.random.RandomState(4).randint(0, 2**32, size=2 * 60, dtype=np.uint32).tolist()
     wanted: list[int] = []
     for step in range(60):

@@ -200,10 +200,9 @@ def test_extra_tensors_have_no_slots(bundle, make_adapter):
     extra = {"norm.weight": np.ones(8, np.float32), "norm.bias": np.ones(8, np.float32)}
     with pytest.raises(MismatchError) as caught:
         bundle.swap(replace(make_adapter(), extra=extra), name="x")
-    assert caught.value.findings == (
-        "extra must be folded in by a merged export, got 2 whole tensors (such as norm.bias) for "
-        "which a bundle has no slots",
-    )
+    (finding,) = caught.value.findings
+    for fact in ("extra must", "a merged export", "got 2 whole tensors (such as norm.bias)"):
+        assert fact in finding
 
 
 def test_a_seeded_graph_takes_its_own_basis_and_one_scale_per_vector(bundle, make_adapter):

@@ -81,7 +81,7 @@ def test_signs_times_one_product(make_adapter, storage):
 
 def test_blocks_of_the_basis_meet_without_a_seam(adapter, monkeypatch):
     whole = flat(get_method("vera").expand(adapter, BasisCache()))
-    monkeypatch.setattr(vera, "_FLOATS_AT_ONCE", 61)  # two rows of A, eight of B at once
+    monkeypatch.setattr(vera, "FLOATS_AT_ONCE", 61)  # two rows of A, eight of B at once
     _same_bytes(flat(get_method("vera").expand(adapter, BasisCache())), whole)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from regrow_export.graph import GraphBuilder
     from regrow_format.adapter import Target
 
-__all__ = ["FourierftGraph"]
+__all__ = ["FourierftGraph", "draws_needed"]
 
 # Words that the graph draws so that it has n different places: too few with a probability below
 # e^-42, and then the graph fails, it gives no wrong answer.
@@ -109,7 +109,7 @@ def _waves(g: GraphBuilder, products: str, size: int, sign: int, dtype: str) -> 
 
 def _places(g: GraphBuilder, keys: Sequence[tuple[str, str]], count: int, grid: int) -> str:
     """int64 [n]: the first different places (word grid) >> 32, as from `basis.locations`."""
-    blocks = -(-_draws(count, grid) // 4)
+    blocks = -(-draws_needed(count, grid) // 4)
     drawn = g.op("Reshape", words(g, keys, Role.FOURIER_LOCATIONS, blocks), g.integers(-1))
     # A word times the grid may pass 2**63: int64 wraps to the same bits, the shift is logical.
     places = logical_high(g, g.op("Mul", drawn, g.integers(grid)))
@@ -119,7 +119,7 @@ def _places(g: GraphBuilder, keys: Sequence[tuple[str, str]], count: int, grid: 
     return g.op("Reshape", first, g.integers(count))  # fails if there are fewer
 
 
-def _draws(count: int, grid: int) -> int:
+def draws_needed(count: int, grid: int) -> int:
     """How many words are enough for `count` different places of `grid`.
 
     Too few means that all lie in some set of count - 1 places: at most

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from ..basis import BasisCache
     from ..target_rows import Target
 
-__all__ = ["Fourierft"]
+__all__ = ["Fourierft", "inverse_transform"]
 
 _MAX_COUNT = 1 << 16
 # Transforms are computed in float64 a block of rows at a time, 4 MiB each way.
-_NUMBERS_AT_ONCE = 1 << 18
+NUMBERS_AT_ONCE = 1 << 18
 
 
 class Fourierft(Method):
@@ -92,7 +92,7 @@ def _of_target(
     adapter: AdapterContents, target: Target, row: NDArray[np.float32], basis: BasisCache
 ) -> NDArray[np.float32]:
     places = _places(adapter, target, basis)
-    return _delta(row, places, target.in_features, target.out_features)
+    return inverse_transform(row, places, target.in_features, target.out_features)
 
 
 def _places_name(target: Target) -> str:
@@ -113,7 +113,7 @@ def _places(adapter: AdapterContents, target: Target, basis: BasisCache) -> NDAr
     return places
 
 
-def _delta(
+def inverse_transform(
     values: NDArray[np.float32], places: NDArray[np.int64], wide: int, high: int
 ) -> NDArray[np.float32]:
     """D [wide, high] with D[b, a] = sum_l values_l cos 2 pi (a j_l / high + b k_l / wide).
@@ -129,7 +129,7 @@ def _delta(
     weights = np.where(alone, 1.0, 0.5) * values
     rows, columns = wide // 2 + 1, high // 2 + 1
     spectrum = np.empty((rows, columns), dtype=np.complex64)
-    step = max(1, _NUMBERS_AT_ONCE // high)
+    step = max(1, NUMBERS_AT_ONCE // high)
     for start in range(0, rows, step):
         part = spectrum[start : start + step]
         here = (k >= start) & (k < start + step)
@@ -139,7 +139,7 @@ def _delta(
     if wide % 2 == 0:
         spectrum[-1].imag = 0
     found = np.empty((wide, high), dtype=np.float32)
-    step = max(1, _NUMBERS_AT_ONCE // wide)
+    step = max(1, NUMBERS_AT_ONCE // wide)
     for start in range(0, columns, step):
         some = spectrum[:, start : start + step].T.astype(np.complex128)
         real = np.fft.irfft(some, wide, norm="forward").astype(np.float32).T  # [b, columns]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Vera"]
 
 # Matrices of floats are transposed a block at a time, 4 MiB.
-_FLOATS_AT_ONCE = 1 << 20
+FLOATS_AT_ONCE = 1 << 20
 
 
 class Vera(Method):
@@ -141,7 +141,7 @@ def _matrices(adapter: AdapterContents, basis: BasisCache) -> tuple[Iterable[NDA
 
 def _rows(matrix: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
     """The rows of the transposed matrix, a block at a time."""
-    step = max(1, _FLOATS_AT_ONCE // len(matrix))
+    step = max(1, FLOATS_AT_ONCE // len(matrix))
     for start in range(0, matrix.shape[1], step):
         yield np.ascontiguousarray(matrix[:, start : start + step].T, dtype=np.float32)
 

@@ -9,7 +9,7 @@ from onnx.reference import ReferenceEvaluator
 
 from regrow_export import build_expander
 from regrow_export.methods import adapter_inputs
-from regrow_export.methods.fourierft import _draws
+from regrow_export.methods.fourierft import draws_needed
 from regrow_export.methods.registry import BUILDERS
 from regrow_export.slots import expansion_feeds
 from regrow_format.adapter import Target
@@ -87,15 +87,15 @@ def test_fourier_places_may_fill_the_grid(make_adapter):
 
 
 def test_enough_words_are_drawn_for_different_places():
-    assert _draws(1, 10) == 1
+    assert draws_needed(1, 10) == 1
     # n ln(N / (N - n)) would do on the average: 1000.8, 693.1 and 7485 of these.
-    assert 1100 < _draws(1000, 768 * 768) < 1200
-    assert 693 < _draws(500, 1000) < 1100
-    assert 7485 < _draws(1000, 1000) < 60000
+    assert 1100 < draws_needed(1000, 768 * 768) < 1200
+    assert 693 < draws_needed(500, 1000) < 1100
+    assert 7485 < draws_needed(1000, 1000) < 60000
     with pytest.raises(UsageError, match="n must be well below the 589824 places of a layer"):
-        _draws(768 * 768, 768 * 768)
+        draws_needed(768 * 768, 768 * 768)
     with pytest.raises(UsageError, match="must have from n = 11 to"):
-        _draws(11, 10)
+        draws_needed(11, 10)
 
 
 def test_every_method_has_a_builder():

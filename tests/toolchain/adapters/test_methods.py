@@ -693,7 +693,7 @@ def test_combine_signs_against_a_dense_basis(
     monkeypatch: pytest.MonkeyPatch, at_once: int, entries: int, kept: bool
 ) -> None:
     """For several users and targets; as bits, and as the floats of a small basis."""
-    monkeypatch.setattr(sign_products, "_FLOATS_AT_ONCE", at_once)
+    monkeypatch.setattr(sign_products, "FLOATS_AT_ONCE", at_once)
     bits = torch.from_numpy(sign_bits(7, Role.NOLA_A, 5, 128))  # longer than what is used
     basis = ready_signs(bits, 128) if kept else bits
     assert basis.is_floating_point() is kept

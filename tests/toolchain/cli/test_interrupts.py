@@ -71,7 +71,7 @@ _COMPRESS = ("compress", "vit", "--data", "d.npz", "--epochs", "1000000", "-o", 
         (_ADAPT, "adapters.trainer.cosine_factor", 3, "", signal.SIGINT),
         (_COMPRESS, "compress.trainer.check_loss", 3, "", signal.SIGINT),
         (("demo",), "demo.dense_model.check_loss", 3, "", signal.SIGTERM),
-        (("demo", "-o", "new"), "demo.pipeline._run_device", 1, _TINY_DEMO, signal.SIGINT),
+        (("demo", "-o", "new"), "demo.pipeline.run_device", 1, _TINY_DEMO, signal.SIGINT),
     ],
     ids=["adapt", "compress", "demo, training, a polite kill", "demo, device"],
 )

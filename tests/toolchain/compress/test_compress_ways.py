@@ -111,10 +111,9 @@ def test_labels_that_are_missing_are_told(
     command = ("compress", vit_folder, "--data", deep, "--ratio", 3, "--epochs", 1)
     done = cli(*command, "-o", tmp_path / "a")
     assert done.code == 0
-    assert done.err == (
-        f"regrow: no labels found in {deep}: it learns by distillation from the dense model (give "
-        "a folder per class for labels, or --task distillation to say that none are meant)\n"
-    )
+    (line,) = done.err.splitlines()
+    for fact in (f"no labels found in {deep}", "a folder per class", "--task distillation"):
+        assert fact in line
     assert "100.0 %" in next(line for line in done.out.splitlines() if line.startswith("dense"))
     assert "agreement on" in done.out
     done = cli(*command, "-o", tmp_path / "b", "--task", "distillation")

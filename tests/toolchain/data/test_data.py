@@ -440,10 +440,8 @@ def test_users_with_too_little() -> None:
     data = replace(_labelled([0, 0, 1, 1, 1, 1]), users=users, names=("yes", "no"))
     with pytest.raises(UsageError) as error:
         check_samples(data)
-    assert str(error.value) == (
-        "every user must have two samples or more, of two classes; "
-        "got ann: 1 sample; cid: 3 samples of one class, no"
-    )
+    assert "two samples or more, of two classes" in str(error.value)
+    assert str(error.value).endswith("got ann: 1 sample; cid: 3 samples of one class, no")
     check_samples(data.take(np.array([1, 2])))
     values = Dataset(data.inputs, np.zeros(6, np.float32), users=users)
     with pytest.raises(UsageError, match=r"two samples or more; got ann: 1 sample$"):

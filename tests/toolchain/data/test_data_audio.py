@@ -133,7 +133,7 @@ def test_long_sounds_are_cut(
     _write(tmp_path / "d" / "b" / "1.wav", _tone(500, 200))
     monkeypatch.setattr("regrow_inputs.wav.MAX_SECONDS", 2)
     assert load_data(tmp_path / "d", wav2vec2).inputs["input_values"].shape == (2, 2 * _RATE)
-    monkeypatch.setattr("regrow_toolchain.data.audio._MAX_VALUES", 15999)
+    monkeypatch.setattr("regrow_toolchain.data.audio.MAX_VALUES", 15999)
     with pytest.raises(UsageError, match="must come to at most 15999 values, got 16000"):
         load_data(tmp_path / "d", wav2vec2)
 

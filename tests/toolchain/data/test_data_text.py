@@ -176,7 +176,7 @@ def test_long_texts_are_cut(load: Load, bert: Backbone, monkeypatch: pytest.Monk
     assert load(table).inputs["input_ids"].shape == (2, 24)  # what the model takes
     data = load(table, max_length=5)
     assert _words_of(data) == ["[CLS] red red red [SEP]", "[CLS] blue [SEP]"]
-    monkeypatch.setattr("regrow_toolchain.data.text._AT_ONCE", 1)
+    monkeypatch.setattr("regrow_toolchain.data.text.AT_ONCE", 1)
     assert np.array_equal(load(table).inputs["input_ids"][:, :4], [[2, 8, 8, 8], [2, 9, 3, 0]])
 
 
@@ -278,11 +278,11 @@ def test_sizes_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     load(_GOOD)
     with pytest.raises(UsageError, match="must have at most 2 rows, got more"):
         load(_GOOD + "hot,x\n")
-    monkeypatch.setattr("regrow_toolchain.data.tables._MAX_FILE", 10)
+    monkeypatch.setattr("regrow_toolchain.data.tables.MAX_FILE", 10)
     with pytest.raises(FormatError, match="must be at most 10 bytes for text, got more"):
         load(_GOOD)
     monkeypatch.undo()
-    monkeypatch.setattr("regrow_toolchain.data.text._MAX_VALUES", 4)
+    monkeypatch.setattr("regrow_toolchain.data.text.MAX_VALUES", 4)
     with pytest.raises(UsageError, match="data must come to at most 4 tokens"):
         load(_GOOD)
 

@@ -199,7 +199,7 @@ def test_files_that_are_no_picture(tmp_path, data):
 
 
 def test_a_file_of_too_many_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("regrow_inputs.image_files._MAX_FILE", 100)
+    monkeypatch.setattr("regrow_inputs.image_files.MAX_FILE", 100)
     _picture((64, 64), "RGB", 1).save(tmp_path / "x.png")
     with pytest.raises(FormatError, match="must be at most 100 bytes for an image"):
         read_image(tmp_path / "x.png")

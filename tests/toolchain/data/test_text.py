@@ -211,7 +211,7 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_of_gigabytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("regrow_inputs.text._MAX_BYTES", 100)
+    monkeypatch.setattr("regrow_inputs.text.MAX_BYTES", 100)
     (tmp_path / "tokenizer.json").write_bytes(bytes(101))
     with pytest.raises(FormatError, match="must be at most 100 bytes for a tokenizer"):
         TextPreprocessor.from_folder(tmp_path)

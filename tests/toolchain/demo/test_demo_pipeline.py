@@ -129,8 +129,8 @@ def test_the_same_seed_gives_the_same_files(
         kept.update(_files(now.folder))
         raise Enough
 
-    steps = {name: pipeline._STEPS[name] for name in ("dense", "compress", "adapt")}
-    monkeypatch.setattr(pipeline, "_STEPS", {**steps, "keep": keep})
+    steps = {name: pipeline.STEPS[name] for name in ("dense", "compress", "adapt")}
+    monkeypatch.setattr(pipeline, "STEPS", {**steps, "keep": keep})
     with pytest.raises(Enough):
         run_demo(tmp_path / "again", _TINY)
     first = _files(made.folder)
@@ -174,7 +174,7 @@ def test_a_step_that_fails_leaves_nothing(
         (made.folder / "half" / "model.bin").write_bytes(b"x")
         raise error
 
-    monkeypatch.setattr(pipeline, "_STEPS", {"fail": fail})
+    monkeypatch.setattr(pipeline, "STEPS", {"fail": fail})
     with pytest.raises(type(error)):
         run_demo(tmp_path / "out", _TINY)
     assert list(tmp_path.iterdir()) == []
@@ -186,7 +186,7 @@ def test_a_step_that_fails_keeps_what_force_would_replace(
     def fail(_made: Any) -> str:
         raise RegrowError("no luck")
 
-    monkeypatch.setattr(pipeline, "_STEPS", {"fail": fail})
+    monkeypatch.setattr(pipeline, "STEPS", {"fail": fail})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text('{"regrow": ""}')
     with pytest.raises(RegrowError, match="no luck"):
@@ -198,13 +198,13 @@ def test_a_step_that_fails_keeps_what_force_would_replace(
 def test_a_device_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     with pytest.raises(RegrowError, match=r"the device process failed: .*manifest"):
-        pipeline._run_device(tmp_path)
+        pipeline.run_device(tmp_path)
 
 
 def test_a_device_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_DEVICE_SECONDS", 0.01)
+    monkeypatch.setattr(pipeline, "DEVICE_SECONDS", 0.01)
     with pytest.raises(RegrowError, match=r"the device process took over 0\.01 s"):
-        pipeline._run_device(tmp_path)
+        pipeline.run_device(tmp_path)
 
 
 def test_the_defaults_take_the_seed_everywhere() -> None:

@@ -235,7 +235,7 @@ def test_a_folder_that_takes_no_files(
 def test_more_than_a_flatbuffer_holds(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_files, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(tensor_files, "MAX_BYTES", 1000)
     with pytest.raises(RegrowError, match=r"must be less than 1000 bytes, got \d+: convert to npz"):
         convert(_adapter("lora", bundle), bundle, tmp_path / "a", to="onnx_adapter")
     convert(_adapter("lora", bundle), bundle, tmp_path / "a", to="npz")

@@ -281,10 +281,8 @@ def test_a_set_that_names_do_not_tell() -> None:
 def test_a_fused_layer_is_named(pattern: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_targets(_built("gpt2")[0], [pattern])
-    assert str(caught.value) == (
-        f"target must match a linear layer, got {pattern!r}, which matches none: "
-        "query, key and value are one layer here, target it as a whole: c_attn"
-    )
+    assert f"got {pattern!r}, which matches none" in str(caught.value)
+    assert str(caught.value).endswith("target it as a whole: c_attn")
 
 
 @pytest.mark.parametrize("fused", ["qkv", "query_key_value", "Wqkv", "qkv_proj", "to_qkv"])

@@ -17,5 +17,5 @@ def test_without_a_terminal_a_line_comes_now_and_then(
         return capsys.readouterr().err.splitlines()
 
     assert run() == []
-    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SECONDS", 0.0)
     assert run() == ["regrow: compress: 4 of 10; loss 2", "regrow: compress: 5 of 10"]

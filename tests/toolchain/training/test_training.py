@@ -312,7 +312,7 @@ def test_inputs_that_a_model_does_not_take() -> None:
 
 
 def test_predictions_are_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_PREDICT_BATCH", 4)
+    monkeypatch.setattr(evaluation, "PREDICT_BATCH", 4)
     sizes: list[int] = []
 
     class Parity(nn.Module):

@@ -18,11 +18,11 @@ from .source import Source
 
 __all__ = ["read_audio"]
 
-_MAX_VALUES = 1 << 30  # of one input, all samples together: 4 GiB
+MAX_VALUES = 1 << 30  # of one input, all samples together: 4 GiB
 
 
 def read_audio(source: Source, files: Sequence[Path]) -> dict[str, NDArray[Any]]:
-    """Inputs of an audio model, padded to the longest sound; what is beyond 30 s is cut off.
+    """Inputs of an audio model, padded to the longest clip; what is beyond 30 s is cut off.
 
     Raises:
         UsageError: the backbone takes no audio, or has no feature extractor.
@@ -51,9 +51,9 @@ def read_audio(source: Source, files: Sequence[Path]) -> dict[str, NDArray[Any]]
 
 def _padded(path: Path, rows: list[NDArray[Any]], value: float) -> NDArray[Any]:
     shape = np.max([row.shape for row in rows], axis=0)
-    if (size := len(rows) * int(np.prod(shape))) > _MAX_VALUES:
+    if (size := len(rows) * int(np.prod(shape))) > MAX_VALUES:
         raise UsageError(
-            f"{path} must come to at most {_MAX_VALUES} values, got {size}: "
+            f"{path} must come to at most {MAX_VALUES} values, got {size}: "
             "shorten the longest audio, or give fewer"
         )
     found = np.full((len(rows), *shape), value, dtype=rows[0].dtype)

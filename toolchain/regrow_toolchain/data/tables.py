@@ -19,18 +19,18 @@ from .text import read_utf8
 
 __all__ = ["read_csv", "read_jsonl", "read_tsv"]
 
-_MAX_FILE = 256 << 20
+MAX_FILE = 256 << 20
 
 
 def read_csv(source: Source) -> Dataset:
     """Commas between, a first row of names, quotes as in RFC 4180."""
-    text = read_utf8(source.path, _MAX_FILE)
+    text = read_utf8(source.path, MAX_FILE)
     return _delimited(source, csv.reader(StringIO(text, newline=""), strict=True))
 
 
 def read_tsv(source: Source) -> Dataset:
     """Tabs between, a first row of names; quotes are characters like any other."""
-    text = read_utf8(source.path, _MAX_FILE)
+    text = read_utf8(source.path, MAX_FILE)
     stream = StringIO(text, newline="")
     return _delimited(source, csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
 
@@ -86,7 +86,7 @@ def read_jsonl(source: Source) -> Dataset:
     path = source.path
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
-    for line, text in enumerate(read_utf8(path, _MAX_FILE).split("\n"), start=1):
+    for line, text in enumerate(read_utf8(path, MAX_FILE).split("\n"), start=1):
         if text.strip():
             _check_count(path, lines)
             rows.append(_object(text, f"{path}, line {line}"))

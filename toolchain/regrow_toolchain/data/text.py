@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "has_tokenizer", "next_tokens", "read_text", "read_utf8"]
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
-_AT_ONCE = 1024
+AT_ONCE = 1024
 _MAX_TEXT = 64 << 20
-_MAX_VALUES = 1 << 30  # tokens of a dataset, padding included: 8 GiB
+MAX_VALUES = 1 << 30  # tokens of a dataset, padding included: 8 GiB
 
 Inputs = dict[str, NDArray[np.int64]]
 
@@ -59,8 +59,8 @@ class Encoder:
                 f"{self.length - room} of them special"
             )
         pieces: dict[str, list[NDArray[np.int64]]] = {}
-        for start in range(0, len(texts[0]), _AT_ONCE):
-            part = [list(column[start : start + _AT_ONCE]) for column in texts]
+        for start in range(0, len(texts[0]), AT_ONCE):
+            part = [list(column[start : start + AT_ONCE]) for column in texts]
             made = self._tokens(*part, truncation=True, max_length=self.length)
             for name, rows in made.items():
                 pieces.setdefault(name, []).extend(np.array(row, dtype=np.int64) for row in rows)
@@ -102,8 +102,8 @@ class Encoder:
     ) -> tuple[Inputs, NDArray[np.int64]]:
         lengths = np.array([len(row) for row in pieces["input_ids"]])
         shape = (len(lengths), int(lengths.max()))
-        if shape[0] * shape[1] > _MAX_VALUES:
-            raise UsageError(f"data must come to at most {_MAX_VALUES} tokens, got {shape}")
+        if shape[0] * shape[1] > MAX_VALUES:
+            raise UsageError(f"data must come to at most {MAX_VALUES} tokens, got {shape}")
         fill = {"input_ids": self._pad(), "token_type_ids": self.tokenizer.pad_token_type_id}
         inputs = {}
         for name, rows in pieces.items():

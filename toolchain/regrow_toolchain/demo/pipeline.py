@@ -36,7 +36,7 @@ from .synthetic_users import USERS, User, capture
 
 __all__ = ["run_demo"]
 
-_DEVICE_SECONDS = 300
+DEVICE_SECONDS = 300
 _REPORT = "report.json"
 # The attention's projections: as good here as all layers of the blocks, in fewer bytes.
 _TARGETS = ("query", "key", "value", "attention.output.dense")
@@ -67,7 +67,7 @@ def run_demo(
     start = time.perf_counter()
     with new_folder(out, marker=_REPORT, force=force) as folder, _one_thread():
         made = Made(settings, folder, out, load_digits(len(USERS), settings.seed))
-        for name, step in _STEPS.items():
+        for name, step in STEPS.items():
             began = time.perf_counter()
             line = step(made)
             made.seconds[name] = time.perf_counter() - began
@@ -183,19 +183,24 @@ def _device(made: Made) -> str:
             labels=np.array(data.names)[data.labels],
             torch_logits=logits,
         )
-    made.device = _run_device(made.folder)
+    made.device = run_device(made.folder)
     for file in made.folder.glob("*.reference.npz"):
         file.unlink()
     return "ran on the device side, without torch"
 
 
-def _run_device(folder: Path) -> dict[str, Any]:
+def run_device(folder: Path) -> dict[str, Any]:
+    """What the device measures with the bundle in a demo's folder, in a process of its own.
+
+    Raises:
+        RegrowError: the process failed, or took too long.
+    """
     users = [user.id for user in USERS]
     command = [sys.executable, "-m", "regrow_toolchain.demo.device", str(folder), *users]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_DEVICE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEVICE_SECONDS)
     except subprocess.TimeoutExpired:
-        raise RegrowError(f"the device process took over {_DEVICE_SECONDS} s") from None
+        raise RegrowError(f"the device process took over {DEVICE_SECONDS} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RegrowError(f"the device process failed: {last}")
@@ -209,7 +214,7 @@ def _need(backbone: Backbone | None) -> Backbone:
     return backbone
 
 
-_STEPS: dict[str, Callable[[Made], str]] = {
+STEPS: dict[str, Callable[[Made], str]] = {
     "dense": _dense,
     "compress": _compress,
     "adapt": _adapt,

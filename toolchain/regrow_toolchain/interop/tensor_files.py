@@ -27,7 +27,7 @@ from regrow_runtime.slots import Feeds, expand
 
 __all__ = ["FORMATS", "convert", "dense_tensors"]
 
-_MAX_BYTES = 1 << 31  # of a FlatBuffer, which .onnx_adapter is
+MAX_BYTES = 1 << 31  # of a FlatBuffer, which .onnx_adapter is
 
 
 def convert(
@@ -86,9 +86,9 @@ def _npz(tensors: Feeds, _room: Path) -> bytes:
 
 def _onnx_adapter(tensors: Feeds, room: Path) -> bytes:
     size = sum(array.nbytes for array in tensors.values())
-    if size >= _MAX_BYTES:
+    if size >= MAX_BYTES:
         raise RegrowError(
-            f"an .onnx_adapter must be less than {_MAX_BYTES} bytes, got {size}: convert to npz"
+            f"an .onnx_adapter must be less than {MAX_BYTES} bytes, got {size}: convert to npz"
         )
     made = onnxruntime.AdapterFormat()
     made.set_adapter_version(adapter_file.FORMAT)

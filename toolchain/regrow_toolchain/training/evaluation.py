@@ -20,12 +20,12 @@ from regrow_toolchain.models import logits_of
 
 __all__ = ["accuracy", "evaluate", "predict", "teacher_labelled"]
 
-_PREDICT_BATCH = 256
+PREDICT_BATCH = 256
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, data: Dataset, batch: int = _PREDICT_BATCH
+    model: nn.Module, task: Task, data: Dataset, batch: int = PREDICT_BATCH
 ) -> NDArray[np.float32]:
     """[samples, m]: what a task's score needs of each sample; on the model's device."""
     return np.concatenate(
@@ -61,8 +61,8 @@ def predict(
     """float32 [samples, classes]: the model's logits in eval mode."""
     model.eval()
     parts = []
-    for start in range(0, len(data), _PREDICT_BATCH):
-        rows = np.arange(start, min(start + _PREDICT_BATCH, len(data)))
+    for start in range(0, len(data), PREDICT_BATCH):
+        rows = np.arange(start, min(start + PREDICT_BATCH, len(data)))
         inputs = {name: torch.from_numpy(a[rows]) for name, a in data.inputs.items()}
         parts.append(forward(model, inputs).float().numpy())
     return np.concatenate(parts)

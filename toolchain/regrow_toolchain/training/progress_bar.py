@@ -10,7 +10,7 @@ from typing import Protocol
 
 __all__ = ["Progress", "progress"]
 
-_SECONDS = 30.0  # between lines where there is no terminal
+SECONDS = 30.0  # between lines where there is no terminal
 
 
 class Progress(Protocol):
@@ -56,7 +56,7 @@ class _Lines:
 
     def step(self, note: str) -> None:
         self.done += 1
-        if time.monotonic() - self.said >= _SECONDS:
+        if time.monotonic() - self.said >= SECONDS:
             self.said = time.monotonic()
             shown = f"; {note}" if note else ""
             sys.stderr.write(f"regrow: {self.title}: {self.done} of {self.total}{shown}\n")

@@ -147,7 +147,7 @@ def test_bundles_that_take_no_adapters(room: Room) -> None:
 
 
 def test_padding_is_bounded(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow_toolchain.interop.peft.importer._MAX_BYTES", 200)
+    monkeypatch.setattr("regrow_toolchain.interop.peft.importer.MAX_BYTES", 200)
     assert "adapter must take at most 200 bytes, got 208" in room.refusal()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["combine_signs", "ready_signs"]
 
-_FLOATS_AT_ONCE = 1 << 20
+FLOATS_AT_ONCE = 1 << 20
 # A basis of at most this many signs is kept as floats (8 MB): unpacking it would take longer
 # than a small model's whole step.
 _KEPT_FLOATS = 1 << 21
@@ -56,7 +56,7 @@ def _signs(bits: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(k: int, entries: int) -> list[tuple[int, int]]:
-    step = max(8, _FLOATS_AT_ONCE // max(k, 1) // 8 * 8)
+    step = max(8, FLOATS_AT_ONCE // max(k, 1) // 8 * 8)
     return [(start, min(start + step, entries)) for start in range(0, entries, step)]
 
 

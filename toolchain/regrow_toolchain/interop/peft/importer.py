@@ -29,7 +29,7 @@ __all__ = ["KINDS", "import_peft"]
 # The first that claims a config has it.
 KINDS: tuple[type[PeftKind], ...] = (PeftDora, PeftLora, PeftVera, PeftFourierft)
 
-_MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
+MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
 
 
 def import_peft(
@@ -123,9 +123,9 @@ def _check_model(folder: Path, stored: Stored, base: Base) -> None:
 
 def _check_size(layout: Layout) -> None:
     size = sum(4 * rows * length for rows, length in layout.values())
-    if size > _MAX_BYTES:
+    if size > MAX_BYTES:
         raise RegrowError(
-            f"adapter must take at most {_MAX_BYTES} bytes, got {size} with every layer at the "
+            f"adapter must take at most {MAX_BYTES} bytes, got {size} with every layer at the "
             "largest rank of one: train with a smaller one"
         )
 
