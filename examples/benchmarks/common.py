@@ -130,7 +130,7 @@ def _adapters(task: Task, variant: Variant, seed: int) -> tuple[Any, ...]:
         method_settings=variant.settings,
         **settings,
     )
-    done = adapt_users(task.backbone, task.adapt, config, held=task.test)
+    done = adapt_users(task.backbone, task.adapt, config, eval_data=task.test)
     found = [done[user] for user in task.users]
     before, after = (np.array([getattr(x, part) for x in found]) for part in ("before", "after"))
     units = after

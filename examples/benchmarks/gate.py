@@ -65,8 +65,8 @@ MAKERS: Mapping[str, Callable[[Any], tuple[list[Task], Variant]]] = {
 
 def old_rule(task: Task, config: AdaptConfig) -> dict[str, Adapted]:
     """Adapters of four fifths of the samples, with the scores on the fifth."""
-    train, held = split(task.adapt, HOLDOUT, config.seed)
-    return adapt_users(task.backbone, train, config, held=held)
+    train, eval_data = split(task.adapt, HOLDOUT, config.seed)
+    return adapt_users(task.backbone, train, config, eval_data=eval_data)
 
 
 def new_rule(task: Task, config: AdaptConfig) -> dict[str, Adapted]:

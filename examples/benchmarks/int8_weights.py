@@ -63,31 +63,31 @@ class Case:
 
     name: str
     backbone: Backbone
-    held: Dataset
+    eval_data: Dataset
 
     @property
     def input(self) -> str:
-        return next(iter(self.held.inputs))
+        return next(iter(self.eval_data.inputs))
 
     def sample(self, row: int) -> NDArray[np.float32]:
-        return self.held.inputs[self.input][row : row + 1]
+        return self.eval_data.inputs[self.input][row : row + 1]
 
 
 def cases(args: Namespace, room: Path) -> Iterator[Case]:
     """Those that are asked for, with as many samples."""
     for name, make in (("fashion-vit", images), ("kwt1", digits)):
         if any(fnmatchcase(name, pattern) for pattern in args.only):
-            backbone, held = make(args, room)
-            yield Case(name, backbone, held.take(np.arange(len(held))[: args.held]))
+            backbone, eval_data = make(args, room)
+            yield Case(name, backbone, eval_data.take(np.arange(len(eval_data))[: args.eval_data]))
 
 
 def images(args: Namespace, room: Path) -> tuple[Backbone, Dataset]:
     if args.small:
-        backbone, _, held = pela_fashion.made_up(room)
+        backbone, _, eval_data = pela_fashion.made_up(room)
     else:
         args.model, args.samples = args.models / "fashion-vit", None
-        backbone, _, held = pela_fashion.real(args)
-    return backbone, held
+        backbone, _, eval_data = pela_fashion.real(args)
+    return backbone, eval_data
 
 
 def digits(args: Namespace, room: Path) -> tuple[Backbone, Dataset]:
@@ -98,16 +98,16 @@ def digits(args: Namespace, room: Path) -> tuple[Backbone, Dataset]:
         model = kwt1(args.models / "kwt1")
         clips, numbers = keyword_speakers.recordings(args.data, Mfcc(args.models / "kwt1"))
     early = (numbers >= 5) & (numbers < 15)
-    train, held = (clips.take(np.flatnonzero(part)) for part in (early, ~early))
+    train, eval_data = (clips.take(np.flatnonzero(part)) for part in (early, ~early))
     x, labels = keyword_speakers.features(model, train), torch.from_numpy(train.labels)
     model.head = keyword_speakers.digit_head(x, labels, args.steps or 600)
     about = ("sha256:kwt1", "audio-classification", ("head",), keyword_speakers.NAMES, ())
-    return Backbone(model.eval(), *about), held
+    return Backbone(model.eval(), *about), eval_data
 
 
 def graphs(case: Case, room: Path) -> dict[str, Path]:
     """By row, a graph with a batch of any size."""
-    inputs = {case.input: case.held.inputs[case.input][:2]}
+    inputs = {case.input: case.eval_data.inputs[case.input][:2]}
     found = {}
     for row, precision in (("fp32", "fp32"), ("regrow", "int8")):
         export(
@@ -170,7 +170,7 @@ def answers(graph: Path, case: Case) -> NDArray[np.int64]:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    rows = range(len(case.held))
+    rows = range(len(case.eval_data))
     return np.array([session.run(None, {case.input: case.sample(r)})[0].argmax() for r in rows])
 
 
@@ -182,8 +182,8 @@ def measured(case: Case, room: Path, args: Namespace) -> list[dict[str, Any]]:
     time_in_turns(list(timed.values()), args.turns, args.repeat)
     return [
         {
-            "model": case.name, "row": row, "samples": len(case.held),
-            "accuracy": float((found[row] == case.held.labels).mean()),
+            "model": case.name, "row": row, "samples": len(case.eval_data),
+            "accuracy": float((found[row] == case.eval_data.labels).mean()),
             "as_fp32": float((found[row] == found["fp32"]).mean()),
             **timed[row].ms(),
             **{f"to {other}": timed[row].against(timed[other]) for other in ("stock", "fp32")},
@@ -209,7 +209,7 @@ def main() -> None:
     options.add_argument("--held", type=int, help="the first so many samples measure")
     args = options.parse_args()
     if args.small:
-        args.turns, args.repeat, args.steps, args.held = 2, 2, 3, 40
+        args.turns, args.repeat, args.steps, args.eval_data = 2, 2, 3, 40
     logging.getLogger().setLevel(logging.ERROR)  # of quantize_dynamic, about preprocessing
     print("| | accuracy % | as fp32 % | ms | to stock | to fp32 |\n|---|---|---|---|---|---|")
     rows = []

@@ -94,9 +94,9 @@ def make_task(args: Any, which: str) -> Task:
         with quiet_transformers():  # its pooler is not used
             bert = BertModel.from_pretrained(folder, add_pooling_layer=False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        train, held = (banking77 if which == "banking77" else clinc150)(args.data)
+        train, eval_data = (banking77 if which == "banking77" else clinc150)(args.data)
         names = tuple(sorted({name for _, name in train}))
-        adapt, test = (dataset(rows, names, tokenizer) for rows in (train, held))
+        adapt, test = (dataset(rows, names, tokenizer) for rows in (train, eval_data))
     model = Intents(bert, len(adapt.names)).eval()
     identity = f"sha256:minilm-{which}"
     backbone = Backbone(model, identity, "text-classification", ("head",), adapt.names, ())

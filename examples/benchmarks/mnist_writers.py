@@ -107,11 +107,11 @@ def first_rows(data: Dataset, count: int) -> tuple[Dataset, Dataset]:
 def make_task(args: Any) -> tuple[Task, float]:
     """The task, and the base's accuracy on writers of the kind that it was trained on."""
     if args.small:
-        base, held = strokes(8, 64, 0.0), strokes(4, 20, 0.0)
+        base, eval_data = strokes(8, 64, 0.0), strokes(4, 20, 0.0)
         adapt, test = first_rows(strokes(3, 50, 0.6), ADAPT)
     else:
         folder = args.data / "mnist-writers"
-        base, held = read(folder, "base_train"), read(folder, "base_val")
+        base, eval_data = read(folder, "base_train"), read(folder, "base_val")
         adapt, test = first_rows(read(folder, "dev_writers"), ADAPT)
     shift = 0 if args.short_base else 1
     epochs = 1 if args.small else 8 if args.short_base else 24
@@ -120,7 +120,7 @@ def make_task(args: Any) -> tuple[Task, float]:
     cached(args.cache, name, lambda: train_base(base, epochs, shift), model)
     backbone = Backbone(model, f"sha256:{name}", "image-classification", ("classifier",), NAMES, ())
     steps = 2 if args.small else args.steps or SETTINGS["steps"]
-    return Task(backbone, adapt, test, {**SETTINGS, "steps": steps}), evaluate(model, held)
+    return Task(backbone, adapt, test, {**SETTINGS, "steps": steps}), evaluate(model, eval_data)
 
 
 def variants() -> list[Variant]:

@@ -91,13 +91,13 @@ def made_up(folder: Path) -> tuple[Backbone, Dataset, Dataset]:
 
 
 def train_dense(
-    backbone: Backbone, train: Dataset, held: Dataset, config: CompressConfig
+    backbone: Backbone, train: Dataset, eval_data: Dataset, config: CompressConfig
 ) -> tuple[nn.Module, list[float]]:
     """The dense model for the same epochs, samples and schedule; a score after each."""
     model = backbone.model
     per_epoch = -(-len(train) // config.batch_size)
     steps = per_epoch * config.epochs
-    scores = [accuracy(model, held)]
+    scores = [accuracy(model, eval_data)]
     with deterministic(config.seed):
         model.requires_grad_(True)
         optimizer = torch.optim.AdamW(
@@ -117,15 +117,15 @@ def train_dense(
             optimizer.step()
             schedule.step()
             if (step + 1) % per_epoch == 0:
-                scores.append(accuracy(model, held))
+                scores.append(accuracy(model, eval_data))
     return model.eval().requires_grad_(False), scores
 
 
 class Bench:
     """Runs rows, each once: what was run is kept in the cache."""
 
-    def __init__(self, make: Callable[[], Any], cache: Path | None, held: Dataset) -> None:
-        self.make, self.cache, self.held = make, cache, held
+    def __init__(self, make: Callable[[], Any], cache: Path | None, eval_data: Dataset) -> None:
+        self.make, self.cache, self.eval_data = make, cache, eval_data
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
 
@@ -148,8 +148,8 @@ class Bench:
         return row
 
     def _dense(self, config: CompressConfig) -> dict[str, Any]:
-        backbone, train, held = self.make()
-        model, scores = train_dense(backbone, train, held, config)
+        backbone, train, eval_data = self.make()
+        model, scores = train_dense(backbone, train, eval_data, config)
         if self.cache:
             folder = self.cache / "dense-trained"
             model.save_pretrained(folder)
@@ -159,9 +159,11 @@ class Bench:
         return {"parameters": backbone.parameters, "accuracy": max(scores), "epochs": scores}
 
     def _compressed(self, config: CompressConfig, key: str) -> dict[str, Any]:
-        backbone, train, held = self.make()
+        backbone, train, eval_data = self.make()
         state = self.cache / f"{key}.state" if self.cache else None
-        done = compress(backbone, train, config, held=held, checkpoint=state, resume=bool(state))
+        done = compress(
+            backbone, train, config, eval_data=eval_data, checkpoint=state, resume=bool(state)
+        )
         if self.cache:
             save_backbone(done.backbone, self.cache / key, force=True)
             state.unlink(missing_ok=True)
@@ -174,19 +176,19 @@ class Bench:
         }
 
 
-def answered(backbone: Backbone, held: Dataset, precision: str) -> dict[str, Any]:
+def answered(backbone: Backbone, eval_data: Dataset, precision: str) -> dict[str, Any]:
     """Accuracy in ONNX Runtime, and bytes of what ships."""
     with tempfile.TemporaryDirectory() as room:
         folder = Path(room) / "bundle"
         export(backbone, folder, ExportConfig(precision=precision))
         bundle = Bundle.open(folder)
         right = 0
-        for start in range(0, len(held), 250):
+        for start in range(0, len(eval_data), 250):
             rows = slice(start, start + 250)
-            logits = bundle.run({"pixel_values": held.inputs["pixel_values"][rows]})["logits"]
-            right += int((logits.argmax(1) == held.labels[rows]).sum())
+            logits = bundle.run({"pixel_values": eval_data.inputs["pixel_values"][rows]})["logits"]
+            right += int((logits.argmax(1) == eval_data.labels[rows]).sum())
         size = sum(f.stat().st_size for f in folder.iterdir() if ".onnx" in f.name)
-    return {"accuracy": right / len(held), "bytes": size}
+    return {"accuracy": right / len(eval_data), "bytes": size}
 
 
 def main() -> None:
@@ -199,22 +201,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as room:
         if args.small:
             args.ratios, args.int8 = [2.0], True
-            _, train, held = made_up(Path(room))
+            _, train, eval_data = made_up(Path(room))
         else:
-            _, train, held = real(args)
+            _, train, eval_data = real(args)
 
         def make() -> tuple[Backbone, Dataset, Dataset]:
-            return load_backbone(room if args.small else args.model), train, held
+            return load_backbone(room if args.small else args.model), train, eval_data
 
-        finish(task="fashion", samples=len(train), epochs=args.epochs, **compared(args, make, held))
+        finish(
+            task="fashion",
+            samples=len(train),
+            epochs=args.epochs,
+            **compared(args, make, eval_data),
+        )
 
 
-def compared(args: Any, make: Callable[[], Any], held: Dataset) -> dict[str, Any]:
-    bench = Bench(make, args.cache, held)
+def compared(args: Any, make: Callable[[], Any], eval_data: Dataset) -> dict[str, Any]:
+    bench = Bench(make, args.cache, eval_data)
     base = replace(SETTINGS, epochs=args.epochs, seed=args.seeds[0])
     backbone = make()[0]
     rows = [{"row": "dense", "ratio": 1.0, "parameters": backbone.parameters,
-             "accuracy": accuracy(backbone.model, held)}]  # fmt: skip
+             "accuracy": accuracy(backbone.model, eval_data)}]  # fmt: skip
     print(rows[0], flush=True)
     wanted = [("dense +", 1.0, base)]
     wanted += [
@@ -226,11 +233,11 @@ def compared(args: Any, make: Callable[[], Any], held: Dataset) -> dict[str, Any
         if any(fnmatchcase(name, pattern) for pattern in args.only):
             rows.append(bench.row(name, ratio, config))
             print(rows[-1], flush=True)
-    return {"rows": rows, **({"int8": int8_rows(args, rows, make, held)} if args.int8 else {})}
+    return {"rows": rows, **({"int8": int8_rows(args, rows, make, eval_data)} if args.int8 else {})}
 
 
 def int8_rows(
-    args: Any, rows: list[dict[str, Any]], make: Callable[[], Any], held: Dataset
+    args: Any, rows: list[dict[str, Any]], make: Callable[[], Any], eval_data: Dataset
 ) -> list[dict[str, Any]]:
     """Dense and compressed, each in fp32 and int8."""
     trained = [row for row in rows if row["ratio"] == 2.0 and "folder" in row]
@@ -241,7 +248,7 @@ def int8_rows(
         best = max(trained, key=lambda row: row["accuracy"])
         models[best["row"]] = load_backbone(args.cache / best["folder"])
     found = [
-        {"row": name, "precision": precision, **answered(model, held, precision)}
+        {"row": name, "precision": precision, **answered(model, eval_data, precision)}
         for name, model in models.items()
         for precision in ("fp32", "int8")
     ]

@@ -104,8 +104,8 @@ def real(args: Any) -> tuple[Backbone, Dataset, Dataset, Judge]:
     texts = unlabelled(encoder, sentences(args.data))
     one, two, scores = dev_pairs(args.data)
     judge = Judge(backbone, unlabelled(encoder, one + two), scores)
-    held, train = (texts.take(rows) for rows in np.split(np.arange(len(texts)), [HELD]))
-    return backbone, train, held, judge
+    eval_data, train = (texts.take(rows) for rows in np.split(np.arange(len(texts)), [HELD]))
+    return backbone, train, eval_data, judge
 
 
 def made_up() -> tuple[Backbone, Dataset, Dataset, Judge]:
@@ -116,8 +116,8 @@ def made_up() -> tuple[Backbone, Dataset, Dataset, Judge]:
     backbone = Backbone(model, "sha256:made-up", "feature-extraction", (), ())
     ids = np.random.default_rng(0).integers(0, 40, (160, 8))
     data = Dataset({"input_ids": ids, "attention_mask": np.ones_like(ids)}, np.full(160, -1))
-    train, held, pairs = (data.take(rows) for rows in np.split(np.arange(160), [96, 128]))
-    return backbone, train, held, Judge(backbone, pairs, list(np.arange(16.0)))
+    train, eval_data, pairs = (data.take(rows) for rows in np.split(np.arange(160), [96, 128]))
+    return backbone, train, eval_data, Judge(backbone, pairs, list(np.arange(16.0)))
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int)
     options.add_argument("--keep", type=Path, help="folder for the trained model and its state")
     args = options.parse_args()
-    backbone, train, held, judge = made_up() if args.small else real(args)
+    backbone, train, eval_data, judge = made_up() if args.small else real(args)
     config = replace(SETTINGS, ratio=args.ratio, seed=args.seeds[0])
     if args.epochs or args.small:
         config = replace(config, epochs=args.epochs or 1)
@@ -135,7 +135,7 @@ def main() -> None:
     print(rows[0], flush=True)
     for name in (*STARTS, "trained"):
         if args.only == ["*"] or name in args.only:
-            rows.append(run(name, backbone, train, held, judge, config, args.keep))
+            rows.append(run(name, backbone, train, eval_data, judge, config, args.keep))
             print(rows[-1], flush=True)
     finish(task="minilm", ratio=args.ratio, rows=rows)
 
@@ -144,7 +144,7 @@ def run(
     name: str,
     backbone: Backbone,
     train: Dataset,
-    held: Dataset,
+    eval_data: Dataset,
     judge: Judge,
     config: CompressConfig,
     keep: Path | None,
@@ -153,7 +153,7 @@ def run(
         config = replace(config, init=name, epochs=0)
     state = keep / "state" if keep and name == "trained" else None
     start = time.process_time()
-    done = compress(backbone, train, config, held=held, checkpoint=state,
+    done = compress(backbone, train, config, eval_data=eval_data, checkpoint=state,
                     resume=state is not None)  # fmt: skip
     seconds = time.process_time() - start
     if state and backbone.files:

@@ -76,17 +76,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes, *, room: Path | None = None) -> None:
+def write_bytes(path: Path, data: bytes, *, scratch: Path | None = None) -> None:
     """Write a file whole or not at all; an existing one is replaced in one step.
 
-    The temporary file is in the folder `room`, by default beside `path`.
+    The temporary file is in the folder `scratch`, by default beside `path`.
     """
     import tempfile
 
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.", dir=room or path.absolute().parent
+            prefix=f".{path.name}.", dir=scratch or path.absolute().parent
         )
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -129,18 +129,18 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
     path = Path(path).absolute()
     check_output(path, force=force, marker=marker)
     try:
-        room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise RegrowError(f"{path} could not be written: {error.strerror or error}") from error
     try:
-        fresh = room / "new"
+        fresh = scratch / "new"
         fresh.mkdir()
         yield fresh
         for name in fresh.rglob("*"):
             if name.is_file():
                 os.chmod(name, 0o644)  # some libraries write files that only their owner may read
                 sync(name)
-        _exchange(fresh, path, room / "old")
+        _exchange(fresh, path, scratch / "old")
     except SafetensorError as error:  # how its writer says that the disk is full
         raise RegrowError(f"{path} could not be written: {error}") from error
     except OSError as error:
@@ -150,7 +150,7 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
             f"{path} could not be written: {error.strerror}: free space, or write elsewhere"
         ) from error
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_bytes(path: Path, *, limit: int, what: str) -> bytes:

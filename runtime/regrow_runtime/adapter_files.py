@@ -50,7 +50,7 @@ class AdapterFiles:
         """
         self.mark(digest)
         if not self._is_whole(digest):
-            write_bytes(self.path(digest), data, room=self._pending)
+            write_bytes(self.path(digest), data, scratch=self._pending)
         sync(self._objects)  # a process that wrote it before may have been killed just then
         if not self._is_whole(digest):
             raise RegrowError(f"{self.path(digest)} could not be written: it reads otherwise")

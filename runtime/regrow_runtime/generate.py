@@ -184,7 +184,7 @@ class Generation:
                 f"input_ids must leave room in the model's context of {context} tokens, got {used}"
             )
         rooms = (asked, context and context - used)
-        return min(room for room in rooms if room is not None)
+        return min(scratch for scratch in rooms if scratch is not None)
 
     def _adapt(self, samples: int) -> Feeds:
         """What the slots take during one call; another adapter than before empties the cache."""

@@ -246,7 +246,7 @@ def backbone(vit_folder: Path) -> Backbone:
 def compressed(vit_folder: Path, dataset: Callable[..., Dataset]) -> Compressed:
     """The tiny ViT at ratio 3, with a few epochs of distillation."""
     config = CompressConfig(ratio=3, epochs=8, lr=3e-3, init="svd")
-    return compress(load_backbone(vit_folder), dataset(240, 1), config, held=dataset(120, 2))
+    return compress(load_backbone(vit_folder), dataset(240, 1), config, eval_data=dataset(120, 2))
 
 
 @pytest.fixture(scope="session")

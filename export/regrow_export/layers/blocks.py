@@ -26,13 +26,13 @@ class BlockWeight:
     Attributes:
         owner: module path of the layer; the first one's where layers share the weight.
         name: of the parameter in it.
-        turned: whether it is [out, in]; else [in, out].
+        transposed: whether it is [out, in]; else [in, out].
     """
 
     owner: str
     name: str
     parameter: nn.Parameter
-    turned: bool
+    transposed: bool
 
     @property
     def path(self) -> str:
@@ -41,7 +41,7 @@ class BlockWeight:
     def values(self) -> NDArray[np.float32]:
         """[in, out], as in a MatMul."""
         weight = self.parameter.data
-        dense = weight.T if self.turned else weight
+        dense = weight.T if self.transposed else weight
         return np.ascontiguousarray(dense.float().cpu().numpy())
 
 
@@ -88,10 +88,10 @@ def block_weights(model: nn.Module) -> list[BlockWeight]:
     found: dict[int, BlockWeight] = {}
     for prefix, stack in block_lists(model):
         for path, module in stack.named_modules(prefix=prefix):
-            for name, turned in _weight_names(module):
+            for name, transposed in _weight_names(module):
                 weight = getattr(module, name)
                 if weight is not None:
-                    found.setdefault(id(weight), BlockWeight(path, name, weight, turned))
+                    found.setdefault(id(weight), BlockWeight(path, name, weight, transposed))
     if not found:
         raise RegrowError("model must have linear layers in a stack of blocks to round, got none")
     return list(found.values())

@@ -53,15 +53,15 @@ class FourierftGraph:
         count = config["n"]
         keys = round_keys(g, inputs["seed"])
         rows = g.split(scaled(g, inputs, "c"), len(targets), axis=0)  # [1, n] each
-        places: dict[int, str] = {}
+        indices: dict[int, str] = {}
         tables: dict[tuple[int, int], tuple[str, str]] = {}
         found: GraphExpansion = {}
         for target, row in zip(targets, rows, strict=True):
             wide, high = target.in_features, target.out_features
-            if wide * high not in places:
-                places[wide * high] = _places(g, keys, count, wide * high)
+            if wide * high not in indices:
+                indices[wide * high] = _indices(g, keys, count, wide * high)
             if (wide, high) not in tables:
-                tables[wide, high] = _tables(g, places[wide * high], wide, high)
+                tables[wide, high] = _tables(g, indices[wide * high], wide, high)
             delta = _product(g, *tables[wide, high], row, thin=high < _THIN)
             found[target.name] = {"delta": {"D": g.op("Unsqueeze", delta, g.integers(0))}}
         return found
@@ -76,15 +76,15 @@ def _product(g: GraphBuilder, left: str, right: str, row: str, *, thin: bool) ->
     return g.cast(g.op("MatMul", scaled_left, right), "float32")
 
 
-def _tables(g: GraphBuilder, places: str, wide: int, high: int) -> tuple[str, str]:
+def _tables(g: GraphBuilder, indices: str, wide: int, high: int) -> tuple[str, str]:
     """Cosines and sines [in, 2 n] of input positions, cosines and -sines [2 n, out] of outputs.
 
     They are float32, or float64 for a thin layer.
     """
     dtype = "float64" if high < _THIN else "float32"
     size = g.integers(wide)
-    rows = g.op("Div", places, size)
-    columns = g.op("Sub", places, g.op("Mul", rows, size))
+    rows = g.op("Div", indices, size)
+    columns = g.op("Sub", indices, g.op("Mul", rows, size))
     steps = g.op("Unsqueeze", columns, g.integers(0))
     angles = g.op("Mul", _positions(g, wide, (-1, 1)), steps)
     left = _waves(g, angles, wide, 1, dtype)
@@ -107,14 +107,14 @@ def _waves(g: GraphBuilder, products: str, size: int, sign: int, dtype: str) -> 
     return g.op("Gather", cosines, index), g.op("Gather", sines, index)
 
 
-def _places(g: GraphBuilder, keys: Sequence[tuple[str, str]], count: int, grid: int) -> str:
+def _indices(g: GraphBuilder, keys: Sequence[tuple[str, str]], count: int, grid: int) -> str:
     """int64 [n]: the first different places (word grid) >> 32, as from `basis.locations`."""
     blocks = -(-draws_needed(count, grid) // 4)
     drawn = g.op("Reshape", words(g, keys, Role.FOURIER_LOCATIONS, blocks), g.integers(-1))
     # A word times the grid may pass 2**63: int64 wraps to the same bits, the shift is logical.
-    places = logical_high(g, g.op("Mul", drawn, g.integers(grid)))
+    indices = logical_high(g, g.op("Mul", drawn, g.integers(grid)))
     # With one output alone, ONNX's reference evaluator would sort.
-    different, _ = g.several(2, "Unique", places, sorted=0)
+    different, _ = g.several(2, "Unique", indices, sorted=0)
     first = g.op("Slice", different, g.integers(0), g.integers(count), g.integers(0))
     return g.op("Reshape", first, g.integers(count))  # fails if there are fewer
 

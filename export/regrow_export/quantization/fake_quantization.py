@@ -49,5 +49,5 @@ def _rounded(weight: BlockWeight, precision: str) -> Tensor:
         rounded = torch.from_numpy(round_weight(weight.values(), precision))
     except RegrowError as error:
         raise RegrowError(f"{weight.path}: {error}") from None
-    turned = (rounded.T if weight.turned else rounded).contiguous()
-    return turned.to(weight.parameter.data)
+    transposed = (rounded.T if weight.transposed else rounded).contiguous()
+    return transposed.to(weight.parameter.data)

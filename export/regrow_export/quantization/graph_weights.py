@@ -93,12 +93,12 @@ def _matches(
 ) -> dict[str, tuple[list[str], bool]]:
     """By initializer: the paths of the weights that it is, and if it is [out, in]."""
     wanted: dict[Key, tuple[list[str], bool]] = {}
-    for turned in (False, True):
+    for transposed in (False, True):
         for weight in weights:
             values = weight.values()
-            key = _key(np.ascontiguousarray(values.T) if turned else values)
-            paths, before = wanted.setdefault(key, ([], turned))
-            if before == turned:
+            key = _key(np.ascontiguousarray(values.T) if transposed else values)
+            paths, before = wanted.setdefault(key, ([], transposed))
+            if before == transposed:
                 paths.append(weight.path)
     shapes = {shape for shape, _ in wanted}
     found = {}
@@ -122,10 +122,10 @@ def _rewrite(
     writer.rounded.clear()  # an inner graph's results are not seen outside
     for node in graph.node:
         if node.op_type == "Transpose" and node.input[0] in known:
-            paths, turned = known[node.input[0]]
-            known[node.output[0]] = paths, not turned
+            paths, transposed = known[node.input[0]]
+            known[node.output[0]] = paths, not transposed
         found = known.get(node.input[1]) if len(node.input) > 1 else None
-        if found is None or not _is_product(node, turned=found[1]):
+        if found is None or not _is_product(node, transposed=found[1]):
             nodes.append(node)
             continue
         writer.written.update(found[0])
@@ -138,15 +138,15 @@ def _rewrite(
     graph.node.extend(nodes)
 
 
-def _is_product(node: onnx.NodeProto, *, turned: bool) -> bool:
-    """Whether the node computes x W (+ b) from W [in, out], or from W [out, in] if `turned`."""
+def _is_product(node: onnx.NodeProto, *, transposed: bool) -> bool:
+    """Whether the node computes x W (+ b) from W [in, out], or from W [out, in] if `transposed`."""
     if node.op_type == "MatMul":
-        return not turned
+        return not transposed
     if node.op_type != "Gemm":
         return False
     given = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | given
-    return plain == {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": int(turned)}
+    return plain == {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": int(transposed)}
 
 
 class _Writer:

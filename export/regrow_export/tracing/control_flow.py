@@ -76,8 +76,8 @@ def _other(name: str, value: NDArray[Any], size: float) -> NDArray[Any]:
     Floats are multiplied by `size`; where it is above 1, integers but those of masks are halved:
     smaller ones are tokens and counts too.
     """
-    turned = np.ascontiguousarray(np.flip(value))
+    transposed = np.ascontiguousarray(np.flip(value))
     if value.dtype.kind == "f":
-        return (size * turned).astype(value.dtype)
+        return (size * transposed).astype(value.dtype)
     halved = value.dtype.kind in "iu" and size > 1 and "mask" not in name
-    return turned // 2 if halved else turned
+    return transposed // 2 if halved else transposed

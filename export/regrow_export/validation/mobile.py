@@ -70,8 +70,8 @@ def _fixed(path: Path, inputs: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     for name, size in _sizes(path, inputs).items():
         options.add_free_dimension_override_by_name(name, size)
-    with TemporaryDirectory(dir=path.parent) as room:
-        options.optimized_model_filepath = str(Path(room) / "basic.onnx")
+    with TemporaryDirectory(dir=path.parent) as scratch:
+        options.optimized_model_filepath = str(Path(scratch) / "basic.onnx")
         for name, value in (
             ("optimized_model_external_initializers_file_name", "basic.data"),
             ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
@@ -84,7 +84,7 @@ def _fixed(path: Path, inputs: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
         except Exception as error:  # it has opened the graph before: what fails is writing a copy
             raise RegrowError(
                 "disk must have room for the weights once more while the graph is examined, got "
-                f"{shutil.disk_usage(room).free} bytes free: free space, or write elsewhere"
+                f"{shutil.disk_usage(scratch).free} bytes free: free space, or write elsewhere"
             ) from error
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 

@@ -57,7 +57,7 @@ class Fourierft(Method):
         self, config: Mapping[str, Any], targets: Sequence[Target]
     ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """places.<out>x<in> [n] for every grid that occurs."""
-        return {_places_name(t): (("U32",), (config["n"],)) for t in targets}
+        return {_indices_name(t): (("U32",), (config["n"],)) for t in targets}
 
     def check(self, adapter: AdapterContents, where: str) -> None:
         """Every grid has 2**32 places at most and n different ones; stored places lie on it."""
@@ -70,10 +70,10 @@ class Fourierft(Method):
                     f"got {target.out_features} x {target.in_features}"
                 )
             if adapter.basis.kind == "stored":
-                places = adapter.stored_basis[_places_name(target)]
-                if places.max() >= grid or len(np.unique(places)) < count:
+                indices = adapter.stored_basis[_indices_name(target)]
+                if indices.max() >= grid or len(np.unique(indices)) < count:
                     raise FormatError(
-                        f"{where}: {_places_name(target)} must be {count} different places "
+                        f"{where}: {_indices_name(target)} must be {count} different places "
                         f"below {grid}"
                     )
 
@@ -91,30 +91,30 @@ class Fourierft(Method):
 def _of_target(
     adapter: AdapterContents, target: Target, row: NDArray[np.float32], basis: BasisCache
 ) -> NDArray[np.float32]:
-    places = _places(adapter, target, basis)
-    return inverse_transform(row, places, target.in_features, target.out_features)
+    indices = _indices(adapter, target, basis)
+    return inverse_transform(row, indices, target.in_features, target.out_features)
 
 
-def _places_name(target: Target) -> str:
+def _indices_name(target: Target) -> str:
     return f"places.{target.out_features}x{target.in_features}"
 
 
-def _places(adapter: AdapterContents, target: Target, basis: BasisCache) -> NDArray[np.int64]:
+def _indices(adapter: AdapterContents, target: Target, basis: BasisCache) -> NDArray[np.int64]:
     """int64 [n] on the grid of out rows and in columns."""
     kind, seed, count = adapter.basis.kind, adapter.seed, adapter.config["n"]
     high, wide = target.out_features, target.in_features
     if kind == "stored":
-        return adapter.stored_basis[_places_name(target)].astype(np.int64)
+        return adapter.stored_basis[_indices_name(target)].astype(np.int64)
     draw = {
         "philox-sign": lambda: (locations(seed, count, high, wide),),
         "peft-mt19937": lambda: (permutation_head(seed, count, high * wide),),
     }[kind]
-    places: NDArray[np.int64] = basis.keep((kind, "fourierft", seed, count, high, wide), draw)[0]
-    return places
+    indices: NDArray[np.int64] = basis.keep((kind, "fourierft", seed, count, high, wide), draw)[0]
+    return indices
 
 
 def inverse_transform(
-    values: NDArray[np.float32], places: NDArray[np.int64], wide: int, high: int
+    values: NDArray[np.float32], indices: NDArray[np.int64], wide: int, high: int
 ) -> NDArray[np.float32]:
     """D [wide, high] with D[b, a] = sum_l values_l cos 2 pi (a j_l / high + b k_l / wide).
 
@@ -122,7 +122,7 @@ def inverse_transform(
     which one lies in the half k <= wide / 2 that a real transform reads. D is its own mirror too,
     D[-b, -a] = D[b, a], so half of its columns are copied.
     """
-    j, k = np.divmod(places, wide)
+    j, k = np.divmod(indices, wide)
     mirrored = 2 * k > wide
     j, k = np.where(mirrored, -j % high, j), np.where(mirrored, wide - k, k)
     alone = (k == 0) | (2 * k == wide)  # these rows are their own mirrors: no half is elsewhere

@@ -76,8 +76,8 @@ def test_another_condition_is_learned(
     unseen = _condition(dataset(150, 9), condition)
     noise = 0.05 if condition == "inverted" else 0.0
     config = AdaptConfig(method=method, shift=0.3, noise=noise, **options)
-    held = _condition(dataset(30, 6), condition)
-    done = adapt(model, _condition(dataset(48, 5), condition), config, held=held)
+    eval_data = _condition(dataset(30, 6), condition)
+    done = adapt(model, _condition(dataset(48, 5), condition), config, eval_data=eval_data)
     before = accuracy(model.model, unseen)
     assert before < 0.5
     assert done.improves
@@ -88,9 +88,9 @@ def test_another_condition_is_learned(
 
 
 def test_a_head_of_ones_own_is_learned(small: Backbone, dataset: Data) -> None:
-    held = dataset(30, 6, names=_OWN)
+    eval_data = dataset(30, 6, names=_OWN)
     config = AdaptConfig(steps=60, shift=0.0)
-    done = adapt(small, dataset(48, 5, names=_OWN), config, held=held)
+    done = adapt(small, dataset(48, 5, names=_OWN), config, eval_data=eval_data)
     head = done.adapter.head
     assert head is not None
     assert head.labels == _OWN
@@ -132,8 +132,8 @@ def test_a_head_that_is_tuned_starts_as_the_backbones(
 
 def test_head_only_with_ones_own_labels(small: Backbone, dataset: Data) -> None:
     config = AdaptConfig(method="head", steps=60, shift=0.0, head_lr=0.01)
-    held = dataset(30, 6, names=_OWN)
-    done = adapt(small, dataset(48, 5, names=_OWN), config, held=held)
+    eval_data = dataset(30, 6, names=_OWN)
+    done = adapt(small, dataset(48, 5, names=_OWN), config, eval_data=eval_data)
     assert (done.adapter.targets, dict(done.adapter.coefficients)) == ((), {})
     assert done.after > 0.8
     assert done.improves
@@ -267,9 +267,9 @@ def test_the_scores_are_those_of_the_file(
     assert written == (tmp_path / "a.safetensors").stat().st_size
     adapter = Adapter.load(tmp_path / "a.safetensors")
     assert adapter.storage == storage
-    _, held = split(fit_labels(data, small.labels, "auto")[0], 0.4, config.seed)
+    _, eval_data = split(fit_labels(data, small.labels, "auto")[0], 0.4, config.seed)
     with applied(small.model, adapter):
-        after = accuracy(small.model, held)
+        after = accuracy(small.model, eval_data)
     (kept,) = adapter.validated
     assert (kept.variant, kept.metric, kept.samples) == ("fp32", "accuracy", 51)
     assert (kept.before, kept.after) == (done.before, done.after)
@@ -442,8 +442,8 @@ def test_before_counts_known_names_when_the_head_is_new(small: Backbone, dataset
     data = dataset(126, 5)
     named = replace(data, names=small.labels, named=True)
     done = adapt(small, named, replace(_QUICK, head="new", holdout=0.4))
-    _, held = split(fit_labels(named, small.labels, "new")[0], 0.4, _QUICK.seed)
-    assert done.before == pytest.approx(accuracy(small.model, held))
+    _, eval_data = split(fit_labels(named, small.labels, "new")[0], 0.4, _QUICK.seed)
+    assert done.before == pytest.approx(accuracy(small.model, eval_data))
 
 
 def test_a_checkpoint_without_a_head_gets_a_new_one(

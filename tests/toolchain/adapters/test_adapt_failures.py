@@ -100,7 +100,7 @@ def test_a_loss_that_breaks_in_the_first_step_leaves_nothing(
 
 def test_a_rate_that_breaks_the_loss_stops(shared: Backbone, dataset: Data) -> None:
     with pytest.raises(TrainingStopped, match=r"got (nan|inf) at step \d: lower --lr") as error:
-        adapt(shared, dataset(24, 5), replace(_QUICK, lr=1e30), held=dataset(30, 6))
+        adapt(shared, dataset(24, 5), replace(_QUICK, lr=1e30), eval_data=dataset(30, 6))
     kept = error.value.adapted
     assert kept is not None
     kept.adapter.to_bytes()
@@ -252,21 +252,23 @@ def test_one_sample_or_one_class(shared: Backbone, dataset: Data, rows: list[int
 
 
 def test_held_samples_of_other_classes(shared: Backbone, dataset: Data) -> None:
-    held = dataset(9, 6, names=("left", "middle", "else"))
-    with pytest.raises(UsageError, match="held samples must be of the data's classes, got 'else'"):
-        adapt(shared, dataset(24, 5), _QUICK, held=held)
+    eval_data = dataset(9, 6, names=("left", "middle", "else"))
+    with pytest.raises(UsageError, match="eval_data must be of the data's classes, got 'else'"):
+        adapt(shared, dataset(24, 5), _QUICK, eval_data=eval_data)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_held_samples_may_number_their_classes_otherwise(
     shared: Backbone, dataset: Data, order: tuple[int, int, int]
 ) -> None:
-    held = dataset(30, 6)
+    eval_data = dataset(30, 6)
     turned = replace(
-        held, labels=np.argsort(order)[held.labels], names=tuple(held.names[i] for i in order)
+        eval_data,
+        labels=np.argsort(order)[eval_data.labels],
+        names=tuple(eval_data.names[i] for i in order),
     )
-    wanted = adapt(shared, dataset(24, 5), _QUICK, held=held)
-    found = adapt(shared, dataset(24, 5), _QUICK, held=turned)
+    wanted = adapt(shared, dataset(24, 5), _QUICK, eval_data=eval_data)
+    found = adapt(shared, dataset(24, 5), _QUICK, eval_data=turned)
     assert (found.before, found.after) == (wanted.before, wanted.after)
     assert found.before > 0.5
 
@@ -280,7 +282,7 @@ def test_held_samples_of_another_length(bert_folder: Path) -> None:
         inputs = {"input_ids": rng.integers(1, 60, (count, length))}
         return Dataset(inputs, np.arange(count) % 2, names)
 
-    done = adapt(backbone, texts(12, 9), _QUICK, held=texts(6, 14))
+    done = adapt(backbone, texts(12, 9), _QUICK, eval_data=texts(6, 14))
     assert (done.samples, done.adapter.head) == (6, None)
 
 

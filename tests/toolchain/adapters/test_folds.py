@@ -101,10 +101,10 @@ _CLASSES = st.lists(st.integers(0, 3), min_size=30, max_size=30)
 def test_equal_samples_stand_on_one_side_of_a_split(
     which: list[int], classes: list[int], share: float, seed: int
 ) -> None:
-    rest, held = split(_copies(which, classes), share, seed)
-    mine, theirs = ({*part.inputs["x"][:, 0].tolist()} for part in (rest, held))
+    rest, eval_data = split(_copies(which, classes), share, seed)
+    mine, theirs = ({*part.inputs["x"][:, 0].tolist()} for part in (rest, eval_data))
     assert not mine & theirs
-    assert len(rest) + len(held) == len(which)
+    assert len(rest) + len(eval_data) == len(which)
 
 
 @settings(deadline=None)
@@ -149,19 +149,19 @@ def test_each_sample_is_held_back_once_and_trains_the_result(count: int) -> None
     assert len(user.folds) == min(5, count)
     seen = []
     for fold in user.folds:
-        mine, theirs = ({*map(bytes, part.inputs["x"])} for part in (fold.train, fold.held))
+        mine, theirs = ({*map(bytes, part.inputs["x"])} for part in (fold.train, fold.eval_data))
         assert not mine & theirs
-        assert len(fold.train) + len(fold.held) == len(data)
-        seen += [*map(bytes, fold.held.inputs["x"])]
+        assert len(fold.train) + len(fold.eval_data) == len(data)
+        seen += [*map(bytes, fold.eval_data.inputs["x"])]
     assert sorted(seen) == sorted(map(bytes, data.inputs["x"]))
     assert np.array_equal(user.result.train.inputs["x"], data.inputs["x"])
-    assert len(user.result.held) == 0
+    assert len(user.result.eval_data) == 0
 
 
 def test_fifty_different_samples_held_back_need_no_folds() -> None:
     enough, too_few = _data(248), _again(_data(240), [0] * 80)  # 50 and 48 of them
     user = _prepared(enough)
-    assert (user.folds, len(user.result.train), len(user.result.held)) == ((), 198, 50)
+    assert (user.folds, len(user.result.train), len(user.result.eval_data)) == ((), 198, 50)
     assert user.judged == (user.result,)
     assert len(_prepared(too_few).folds) == 5
     assert len(_prepared(enough, holdout=0.19).folds) == 5
@@ -196,7 +196,7 @@ def _trained() -> Iterator[list[list[int]]]:
 
 def test_samples_given_to_judge_by_make_folds_needless() -> None:
     with _trained() as seen:
-        done = adapt(_backbone(), _data(12), _CONFIG, held=_data(7, 1))
+        done = adapt(_backbone(), _data(12), _CONFIG, eval_data=_data(7, 1))
     assert seen == [[12]]
     assert (done.folds, done.samples) == (0, 7)
     assert done.verdict is not None
@@ -255,10 +255,12 @@ def test_the_judgement_is_that_of_five_adapters_trained_alone(
     number, alone = fold_numbers(data, 5, config.seed), replace(config, holdout=0)
     adapted, constant, order = list[Tensor](), list[np.ndarray](), list[int]()
     for fold in range(5):
-        train, held = (data.take(np.flatnonzero(mask)) for mask in (number != fold, number == fold))
-        adapted.append(_logits(backbone, held, adapt(backbone, train, alone).adapter))
+        train, eval_data = (
+            data.take(np.flatnonzero(mask)) for mask in (number != fold, number == fold)
+        )
+        adapted.append(_logits(backbone, eval_data, adapt(backbone, train, alone).adapter))
         counts = np.bincount(train.labels, minlength=3)
-        constant.append(-np.log(np.maximum(counts[held.labels], 0.5) / len(train)))
+        constant.append(-np.log(np.maximum(counts[eval_data.labels], 0.5) / len(train)))
         order += np.flatnonzero(number == fold).tolist()
     truth, x = data.labels[order], data.inputs["x"][order]
     logits = torch.cat(adapted)

@@ -123,7 +123,7 @@ def test_the_result_is_that_of_running_the_backbone(
 )
 def test_a_model_that_changes_what_the_head_gives_is_run(after: Callable[[Tensor], Tensor]) -> None:
     model = _Model(after)
-    assert adapt(_backbone(model), _data(40), _CONFIG, held=_data(60, 1)).improves
+    assert adapt(_backbone(model), _data(40), _CONFIG, eval_data=_data(60, 1)).improves
     assert model.calls > _STEPS
 
 

@@ -23,7 +23,7 @@ from regrow_format.quantize import quantize
 from regrow_toolchain.adapters import TrainableAdapter, get_trainable
 from regrow_toolchain.adapters.methods import sign_products
 from regrow_toolchain.adapters.methods.base import fake_quantize
-from regrow_toolchain.adapters.methods.fourierft import biased_places
+from regrow_toolchain.adapters.methods.fourierft import biased_indices
 from regrow_toolchain.adapters.methods.registry import METHODS
 from regrow_toolchain.adapters.methods.sign_products import combine_signs, ready_signs
 
@@ -562,7 +562,7 @@ def test_biased_places_are_stored() -> None:
     for name, places in trained.stored_basis.items():
         high, wide = map(int, name.removeprefix("places.").split("x"))
         assert places.dtype == np.uint32
-        assert np.array_equal(places, biased_places((high, wide), 17, 2.0, 5.0, BIG_SEED))
+        assert np.array_equal(places, biased_indices((high, wide), 17, 2.0, 5.0, BIG_SEED))
 
 
 def _eq5(grid: tuple[int, int], frequency: float, width: float) -> np.ndarray:
@@ -584,7 +584,7 @@ def test_biased_places_follow_eq_5(frequency: float, width: float) -> None:
     grid, draws = (10, 7), 4000
     weights = _eq5(grid, frequency, width)
     wanted = draws * weights / weights.sum()
-    first = [biased_places(grid, 1, frequency, width, seed)[0] for seed in range(draws)]
+    first = [biased_indices(grid, 1, frequency, width, seed)[0] for seed in range(draws)]
     found = np.bincount(first, minlength=grid[0] * grid[1])
     often = wanted >= 5
     cells = [*zip(found[often], wanted[often], strict=True),
@@ -601,7 +601,7 @@ def test_the_second_place_is_drawn_from_what_is_left() -> None:
     """Without repeats: given the first place, weights of the others decide."""
     grid, draws = (4, 3), 6000
     weights = _eq5(grid, 1.0, 2.0)
-    pairs = np.array([biased_places(grid, 2, 1.0, 2.0, seed) for seed in range(draws)])
+    pairs = np.array([biased_indices(grid, 2, 1.0, 2.0, seed) for seed in range(draws)])
     assert (pairs[:, 0] != pairs[:, 1]).all()
     total = weights.sum()
     share = np.array([
@@ -615,14 +615,14 @@ def test_the_second_place_is_drawn_from_what_is_left() -> None:
 
 
 def test_biased_places_are_distinct_and_reproducible() -> None:
-    one = biased_places((24, 30), 400, 4.0, 6.0, 2**64 - 1)
+    one = biased_indices((24, 30), 400, 4.0, 6.0, 2**64 - 1)
     assert one.dtype == np.int64
     assert len(set(one.tolist())) == 400
     assert one.min() >= 0
     assert one.max() < 720
-    assert np.array_equal(one, biased_places((24, 30), 400, 4.0, 6.0, 2**64 - 1))
-    assert not np.array_equal(one, biased_places((24, 30), 400, 4.0, 6.0, 1))
-    every = biased_places((6, 5), 30, 0.0, 2.0, 0)
+    assert np.array_equal(one, biased_indices((24, 30), 400, 4.0, 6.0, 2**64 - 1))
+    assert not np.array_equal(one, biased_indices((24, 30), 400, 4.0, 6.0, 1))
+    every = biased_indices((6, 5), 30, 0.0, 2.0, 0)
     assert sorted(every.tolist()) == list(range(30))
 
 
@@ -630,7 +630,7 @@ def test_biased_places_are_distinct_and_reproducible() -> None:
 def test_too_few_places_with_a_weight(frequency: float, width: float) -> None:
     """D = 0 has none beside a band, and a band may be too narrow for float64."""
     with pytest.raises(UsageError, match=r"must leave 30 places on a grid of 6 x 5.*widen it"):
-        biased_places((6, 5), 30, frequency, width, 0)
+        biased_indices((6, 5), 30, frequency, width, 0)
 
 
 # -- LoRA -----------------------------------------------------------------------------------------

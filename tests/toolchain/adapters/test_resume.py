@@ -619,12 +619,12 @@ def test_early_stopping_is_the_same_in_company(
 ) -> None:
     samples = _users(dataset, {"ann": 12, "bob": 30, "cy": 24})
     with _evaluations(scores):
-        together = adapt_users(shared, samples, _EARLY, held=samples)
+        together = adapt_users(shared, samples, _EARLY, eval_data=samples)
     assert samples.users is not None
     for user, done in together.items():
         mine = replace(samples.take(np.flatnonzero(samples.users == user)), users=None)
         with _evaluations(scores):
-            alone = adapt(shared, mine, _EARLY, held=mine)
+            alone = adapt(shared, mine, _EARLY, eval_data=mine)
         for name, wanted in _coefficients(alone).items():
             found = _coefficients(done)[name]
             assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max(), (user, name)
@@ -774,15 +774,15 @@ def test_mixed_precision_runs_and_helps(shared: Backbone, dataset: Data, method:
 
     layer = "vit.encoder.layer.0.attention.attention.query"
     handle = shared.model.get_submodule(layer).register_forward_hook(note)
-    samples, held = (
+    samples, eval_data = (
         dataset(n, seed, inverted=method != "bitfit") for n, seed in ((48, 5), (30, 6))
     )
     if method == "bitfit":
-        samples, held = _faint(samples), _faint(held)
+        samples, eval_data = _faint(samples), _faint(eval_data)
     config = AdaptConfig(
         method=method, steps=60, lr=_RATES[method], shift=0.3, noise=0.0, mixed_precision="bf16"
     )
-    done = adapt(shared, samples, config, held=held)
+    done = adapt(shared, samples, config, eval_data=eval_data)
     handle.remove()
     assert seen == {torch.bfloat16, torch.float32}  # trained in one, scored in the other
     assert done.improves
@@ -803,7 +803,7 @@ def test_training_on_the_weights_of_the_device(
 
     The probe is of exact weights, so that it serves bundles of every precision.
     """
-    samples, held = dataset(48, 5, inverted=True), dataset(30, 6, inverted=True)
+    samples, eval_data = dataset(48, 5, inverted=True), dataset(30, 6, inverted=True)
     weights = {name: value.clone() for name, value in shared.model.state_dict().items()}
     name = "vit.encoder.layer.1.intermediate.dense.weight"
     seen: list[torch.Tensor] = []
@@ -813,7 +813,7 @@ def test_training_on_the_weights_of_the_device(
 
     handle = shared.model.register_forward_hook(keep)
     config = replace(_of("lora"), steps=60, lr=0.02, noise=0.05, precision=precision)
-    done = adapt(shared, samples, config, held=held)
+    done = adapt(shared, samples, config, eval_data=eval_data)
     handle.remove()
     wanted = round_weight(np.ascontiguousarray(weights[name].numpy().T), precision).T
     assert len(seen) > 60

@@ -252,20 +252,22 @@ def test_they_come_one_after_another(shared: Backbone, own: Dataset) -> None:
 def test_held_samples_of_each_user(shared: Backbone, own: Dataset, dataset: Data) -> None:
     parts = [replace(dataset(9, 60, names=_NAMES), users=np.full(9, user)) for user in _COUNTS]
     parts[2] = replace(parts[2], labels=parts[2].labels % 2)
-    held = _mixed([*parts, replace(parts[0], users=np.full(9, "zoe"))])
-    found = adapt_users(shared, own, _with("lora"), held=held)
+    eval_data = _mixed([*parts, replace(parts[0], users=np.full(9, "zoe"))])
+    found = adapt_users(shared, own, _with("lora"), eval_data=eval_data)
     assert list(found) == sorted(_COUNTS)  # zoe has nothing to learn from
     for user, done in found.items():
         assert (done.samples, done.folds) == (9, 0)
-        _check_same(done, adapt(shared, _of(own, user), _with("lora"), held=_of(held, user)))
-    missing = held.take(np.flatnonzero(held.users != "cy"))
-    with pytest.raises(UsageError, match=r"held samples must be there for every user, .* 'cy'"):
-        adapt_users(shared, own, _with("lora"), held=missing)
+        _check_same(
+            done, adapt(shared, _of(own, user), _with("lora"), eval_data=_of(eval_data, user))
+        )
+    missing = eval_data.take(np.flatnonzero(eval_data.users != "cy"))
+    with pytest.raises(UsageError, match=r"eval_data must have samples of every user, .* 'cy'"):
+        adapt_users(shared, own, _with("lora"), eval_data=missing)
 
 
 def test_held_samples_of_one_user_need_no_id(shared: Backbone, own: Dataset) -> None:
     """`adapt` takes all as one user's, whatever stands in `users`."""
-    done = adapt(shared, own, _with("lora"), held=own)
+    done = adapt(shared, own, _with("lora"), eval_data=own)
     assert done.samples == len(own)
 
 

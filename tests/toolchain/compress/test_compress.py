@@ -29,16 +29,19 @@ def _same(one: Backbone, other: Backbone) -> bool:
 
 def test_training_beats_plain_svd(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
     """At a ratio that hurts: more held-back samples right, and logits nearer to the dense ones."""
-    data, held = dataset(240, 1), dataset(150, 2)
+    data, eval_data = dataset(240, 1), dataset(150, 2)
     trained = compress(
-        backbone, data, CompressConfig(ratio=10, epochs=10, lr=3e-3, init="svd"), held=held
+        backbone,
+        data,
+        CompressConfig(ratio=10, epochs=10, lr=3e-3, init="svd"),
+        eval_data=eval_data,
     )
-    plain = compress(backbone, held=held, config=CompressConfig(ratio=10))
+    plain = compress(backbone, eval_data=eval_data, config=CompressConfig(ratio=10))
     assert plain.score == plain.start_score == trained.start_score
     assert trained.score > trained.start_score + 0.05
     assert trained.samples == 150
-    dense = predict(backbone.model, held)
-    far = [np.abs(predict(c.backbone.model, held) - dense).mean() for c in (plain, trained)]
+    dense = predict(backbone.model, eval_data)
+    far = [np.abs(predict(c.backbone.model, eval_data) - dense).mean() for c in (plain, trained)]
     assert far[1] < 0.75 * far[0]
 
 
@@ -108,14 +111,14 @@ def test_labels_in_another_order_mean_the_same(
     backbone: Backbone, dataset: Callable[..., Dataset]
 ) -> None:
     """Classes are matched by name, in the samples held back too."""
-    held = dataset(90, 2)
-    turned = replace(held, labels=2 - held.labels, names=held.names[::-1])
+    eval_data = dataset(90, 2)
+    turned = replace(eval_data, labels=2 - eval_data.labels, names=eval_data.names[::-1])
     config = CompressConfig(epochs=1)
-    one = compress(backbone, dataset(30, 1), config, held=held)
-    other = compress(backbone, dataset(30, 1), config, held=turned)
+    one = compress(backbone, dataset(30, 1), config, eval_data=eval_data)
+    other = compress(backbone, dataset(30, 1), config, eval_data=turned)
     assert one.dense_score > 0.9
     assert other.dense_score == one.dense_score
-    assert compress(backbone, held=turned).dense_score == one.dense_score
+    assert compress(backbone, eval_data=turned).dense_score == one.dense_score
 
 
 def test_a_loss_that_breaks_stops(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:

@@ -125,9 +125,9 @@ def test_a_classifier_is_distilled_without_labels(
 ) -> None:
     plain = dataset(240, 1)
     data = replace(plain, labels=np.full(240, -1), names=())
-    held = replace(dataset(150, 2), labels=np.full(150, -1), names=())
+    eval_data = replace(dataset(150, 2), labels=np.full(150, -1), names=())
     config = replace(_QUICK, ratio=10, epochs=8, init="svd")
-    done = compress(backbone, data, config, held=held)
+    done = compress(backbone, data, config, eval_data=eval_data)
     assert done.metric == "agreement"
     assert done.dense_score == 1
     assert done.score > done.start_score
@@ -233,14 +233,14 @@ def _often(path: Path, identity: Any, **more: Any) -> Any:
 
 def test_the_best_epoch_is_kept(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
     """At a learning rate that breaks the model the start is the best."""
-    held = dataset(90, 2)
-    done = compress(backbone, dataset(96, 1), replace(_QUICK, ratio=2, lr=1.0), held=held)
+    eval_data = dataset(90, 2)
+    done = compress(backbone, dataset(96, 1), replace(_QUICK, ratio=2, lr=1.0), eval_data=eval_data)
     scores = [epoch.score for epoch in done.history]
     assert len(scores) == 3
     assert done.score == max(scores) == scores[0]
-    assert accuracy(done.backbone.model, held) == done.score
+    assert accuracy(done.backbone.model, eval_data) == done.score
     config = replace(_QUICK, ratio=2, lr=1.0, keep="last")
-    last = compress(backbone, dataset(96, 1), config, held=held)
+    last = compress(backbone, dataset(96, 1), config, eval_data=eval_data)
     assert last.score == scores[-1] < scores[0]
 
 
@@ -256,7 +256,7 @@ def test_the_average_of_weights_is_what_is_kept(
 
 def test_half_precision_trains(backbone: Backbone, dataset: Callable[..., Dataset]) -> None:
     config = replace(_QUICK, mixed_precision="bf16", device="cpu", epochs=6, ratio=8)
-    done = compress(backbone, dataset(240, 1), config, held=dataset(120, 2))
+    done = compress(backbone, dataset(240, 1), config, eval_data=dataset(120, 2))
     assert done.score > done.start_score
     assert all(p.dtype == torch.float32 for p in done.backbone.model.parameters())
 

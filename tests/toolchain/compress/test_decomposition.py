@@ -159,8 +159,8 @@ def test_looking_at_samples_starts_better(
     backbone: Backbone, dataset: Callable[..., Dataset]
 ) -> None:
     """Nearer to the dense model's logits than plain SVD, with as many parameters."""
-    data, held = dataset(120, 1), dataset(90, 2)
-    x = torch.from_numpy(held.inputs["pixel_values"])
+    data, eval_data = dataset(120, 1), dataset(90, 2)
+    x = torch.from_numpy(eval_data.inputs["pixel_values"])
     config = CompressConfig(ratio=4, epochs=0, multiple=1, slow_layers="factor")
     far = {}
     for name in ("svd", "activations", "outputs"):

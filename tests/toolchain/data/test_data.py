@@ -504,8 +504,8 @@ def _rows(data: Dataset) -> list[int]:
 
 
 def test_every_class_is_split_alike() -> None:
-    rest, held = split(_labelled([0] * 50 + [1] * 20 + [2] * 10), 0.2, 0)
-    assert np.bincount(held.labels).tolist() == [10, 4, 2]
+    rest, eval_data = split(_labelled([0] * 50 + [1] * 20 + [2] * 10), 0.2, 0)
+    assert np.bincount(eval_data.labels).tolist() == [10, 4, 2]
     assert np.bincount(rest.labels).tolist() == [40, 16, 8]
 
 
@@ -519,23 +519,23 @@ def test_a_split_shares_nothing_and_keeps_every_class(
     labels: list[int], share: float, seed: int
 ) -> None:
     data = _labelled(labels)
-    rest, held = split(data, share, seed)
-    assert sorted(_rows(rest) + _rows(held)) == list(range(len(labels)))
+    rest, eval_data = split(data, share, seed)
+    assert sorted(_rows(rest) + _rows(eval_data)) == list(range(len(labels)))
     counts = np.bincount(labels)
     of_classes = sum(min(round(share * n), n - 1) for n in counts.tolist() if n)
     if of_classes or len(labels) < 2 or not share:
-        assert len(held) == of_classes
+        assert len(eval_data) == of_classes
         assert set(rest.labels) == set(labels)
     else:  # too few of every class: some of all
-        assert len(held) == max(1, round(share * len(labels)))
-    for part in (rest, held):
+        assert len(eval_data) == max(1, round(share * len(labels)))
+    for part in (rest, eval_data):
         assert [labels[row] for row in _rows(part)] == part.labels.tolist()
-    assert rest.names == held.names == data.names
+    assert rest.names == eval_data.names == data.names
 
 
 def test_no_share_holds_nothing_back() -> None:
-    rest, held = split(_labelled([0, 1, 0, 1]), 0, 0)
-    assert (len(rest), len(held)) == (4, 0)
+    rest, eval_data = split(_labelled([0, 1, 0, 1]), 0, 0)
+    assert (len(rest), len(eval_data)) == (4, 0)
 
 
 def test_the_seed_decides_the_split() -> None:
@@ -547,10 +547,10 @@ def test_the_seed_decides_the_split() -> None:
 def test_values_are_split_as_one() -> None:
     values = np.linspace(0, 1, 20, dtype=np.float32)
     data = Dataset({"x": np.arange(20.0)[:, None]}, values)
-    rest, held = split(data, 0.3, 0)
-    assert (len(rest), len(held)) == (14, 6)
-    assert sorted(_rows(rest) + _rows(held)) == list(range(20))
-    assert held.labels.tolist() == values[_rows(held)].tolist()
+    rest, eval_data = split(data, 0.3, 0)
+    assert (len(rest), len(eval_data)) == (14, 6)
+    assert sorted(_rows(rest) + _rows(eval_data)) == list(range(20))
+    assert eval_data.labels.tolist() == values[_rows(eval_data)].tolist()
     tokens = Dataset({"x": np.arange(1.0)[:, None]}, np.zeros((1, 5), np.int64))
     assert [len(part) for part in split(tokens, 0.9, 0)] == [1, 0]
 
@@ -559,12 +559,12 @@ def test_every_user_is_split_as_if_alone() -> None:
     rng = np.random.default_rng(0)
     users = rng.choice(["c", "a", "b"], 60)
     data = replace(_labelled(rng.integers(0, 3, 60).tolist()), users=users)
-    rest, held = split(data, 0.25, 5)
-    assert sorted(_rows(rest) + _rows(held)) == list(range(60))
+    rest, eval_data = split(data, 0.25, 5)
+    assert sorted(_rows(rest) + _rows(eval_data)) == list(range(60))
     for user, part in by_user(data).items():
         alone = split(part, 0.25, 5)
         assert _rows(by_user(rest)[user]) == _rows(alone[0])
-        assert _rows(by_user(held)[user]) == _rows(alone[1])
+        assert _rows(by_user(eval_data)[user]) == _rows(alone[1])
 
 
 @pytest.mark.parametrize("share", [-0.01, 1, 2, float("nan")])

@@ -210,7 +210,7 @@ def test_a_device_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_defaults_take_the_seed_everywhere() -> None:
     settings = DemoSettings.with_seed(11)
     assert (settings.seed, settings.compress.seed, settings.adapt.seed) == (11, 11, 11)
-    assert settings.adapt.storage in ("int4", "int8")
+    assert settings.adapt.coefficient_dtype in ("int4", "int8")
     assert settings.adapt.method == "nola"
     assert settings.compress.ratio == 2
 

@@ -77,13 +77,13 @@ def test_a_process_may_have_any_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_memory_of_this_process() -> None:
     before = read_memory().rss_anon
-    held = bytearray(b"x" * (32 << 20))
+    eval_data = bytearray(b"x" * (32 << 20))
     after = read_memory()
     assert after.rss_anon is not None
     assert before is not None
     assert after.rss_anon - before > 24 << 20
     assert after.peak is not None
-    assert after.peak >= len(held)
+    assert after.peak >= len(eval_data)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")

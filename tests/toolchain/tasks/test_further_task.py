@@ -50,7 +50,7 @@ class MultiLabel(Task):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
@@ -58,7 +58,7 @@ class MultiLabel(Task):
         count = data.labels.shape[1]
         known = head != "new" and len(backbone.labels) == count
         own = tuple(f"class_{index}" for index in range(count))
-        return Fitted(data, held, backbone.labels if known else own, known)
+        return Fitted(data, eval_data, backbone.labels if known else own, known)
 
     def losses(
         self,
@@ -174,22 +174,24 @@ def test_it_trains_and_is_gated_by_its_own_metric(registered: None, head: str) -
     done = adapt(backbone, data, config)
     own = {"auto": None, "new": tuple(f"class_{i}" for i in range(4)), "tune": backbone.labels}
     assert (done.adapter.head and done.adapter.head.labels) == own[head]
-    train, held = split(data, config.holdout, config.seed)
+    train, eval_data = split(data, config.holdout, config.seed)
     with applied(backbone.model, done.adapter), torch.no_grad():
-        logits = backbone.model(torch.from_numpy(held.inputs["x"]))
-    wanted = metrics.f1_score(held.labels, (logits > 0).numpy(), average="micro")
+        logits = backbone.model(torch.from_numpy(eval_data.inputs["x"]))
+    wanted = metrics.f1_score(eval_data.labels, (logits > 0).numpy(), average="micro")
     assert done.after == pytest.approx(wanted)
     assert (done.metric, done.higher_is_better, done.samples) == ("micro-F1", True, 60)
     verdict = done.verdict
     assert verdict is not None
     assert (verdict.metric, verdict.improves) == ("micro-F1", True)
-    labels = torch.from_numpy(held.labels).float()
+    labels = torch.from_numpy(eval_data.labels).float()
     loss = functional.binary_cross_entropy_with_logits(logits, labels).item()
     assert verdict.loss_after == pytest.approx(loss, rel=1e-5)
     if head == "new":  # whose base knows none of these classes
         assert verdict.baseline == "class frequencies"
-        often = np.broadcast_to(train.labels.mean(axis=0) > 0.5, held.labels.shape)
-        assert done.before == pytest.approx(metrics.f1_score(held.labels, often, average="micro"))
+        often = np.broadcast_to(train.labels.mean(axis=0) > 0.5, eval_data.labels.shape)
+        assert done.before == pytest.approx(
+            metrics.f1_score(eval_data.labels, often, average="micro")
+        )
 
 
 def test_what_it_learns_from_noise_is_refused(registered: None) -> None:
@@ -213,10 +215,10 @@ def test_the_least_that_a_task_must_say(registered: None) -> None:
         labels = 2 * backbone.model(torch.from_numpy(x)).numpy() + 1
     data, config = Dataset({"x": x}, labels), _config(task="absolute-error")
     done = adapt(backbone, data, config)
-    _, held = split(data, config.holdout, config.seed)
+    _, eval_data = split(data, config.holdout, config.seed)
     with applied(backbone.model, done.adapter), torch.no_grad():
-        found = backbone.model(torch.from_numpy(held.inputs["x"])).numpy()
-    assert done.after == pytest.approx(np.abs(found - held.labels).mean(), rel=1e-5)
+        found = backbone.model(torch.from_numpy(eval_data.inputs["x"])).numpy()
+    assert done.after == pytest.approx(np.abs(found - eval_data.labels).mean(), rel=1e-5)
     assert done.improves
     with pytest.raises(UsageError, match="head must be kept for task absolute-error"):
         adapt(backbone, data, _config(task="absolute-error", head="new"))

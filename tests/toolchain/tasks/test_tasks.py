@@ -400,8 +400,8 @@ def test_regression_with_a_head_of_ones_own(method: str, outputs: int) -> None:
     assert head is not None
     assert head.labels == tuple(f"value_{i}" for i in range(outputs))
     assert (done.metric, done.higher_is_better, done.samples) == ("rmse", False, 51)
-    train, held = split(data, 0.4, config.seed)
-    constant = np.sqrt(np.mean((held.labels - train.labels.mean(axis=0)) ** 2))
+    train, eval_data = split(data, 0.4, config.seed)
+    constant = np.sqrt(np.mean((eval_data.labels - train.labels.mean(axis=0)) ** 2))
     assert done.before == pytest.approx(constant)  # nothing else is known of the values
     assert constant > 0.3
     assert done.after < 0.8 * constant
@@ -459,7 +459,7 @@ def test_a_causal_lm_learns_a_sequence(make: Callable[[], nn.Module], method: st
     rates = {"nola": 0.1, "vera": 0.3, "fourierft": 0.3, "lora": 0.05, "bitfit": 0.1}
     config = _config(method=method, steps=30, lr=rates[method], coefficient_dtype="int8",
                      method_settings={"rank": 4} if method == "nola" else {})  # fmt: skip
-    done = adapt(_causal(make), _sequences(32), config, held=_sequences(24, 1))
+    done = adapt(_causal(make), _sequences(32), config, eval_data=_sequences(24, 1))
     assert done.metric == "nats per token"
     assert done.adapter.head is None
     assert done.before > 3
@@ -474,7 +474,7 @@ def test_a_model_in_bf16_learns(method: str) -> None:
     settings = {"rank": 4} if method in ("nola", "lora") else {}
     rates = {"nola": 0.1, "vera": 0.3, "fourierft": 0.3, "lora": 0.05}
     config = _config(method=method, steps=20, lr=rates[method], method_settings=settings)
-    done = adapt(backbone, _sequences(32), config, held=_sequences(8, 1))
+    done = adapt(backbone, _sequences(32), config, eval_data=_sequences(8, 1))
     assert done.after < 0.9 * done.before
 
 
@@ -537,8 +537,8 @@ def test_embeddings_of_a_class_come_together(method: str) -> None:
     settings = {"rank": 4} if method != "fourierft" else {}
     config = _config(method=method, steps=60, lr=0.05, holdout=0.4, batch_size=48,
                      method_settings=settings)  # fmt: skip
-    train, held = split(_texts(90), 0.4, config.seed)
-    done = adapt(_bert(), train, config, held=held)
+    train, eval_data = split(_texts(90), 0.4, config.seed)
+    done = adapt(_bert(), train, config, eval_data=eval_data)
     assert (done.metric, done.adapter.head) == ("1-NN accuracy", None)
     assert done.before < 0.7
     assert done.after > done.before + 0.2

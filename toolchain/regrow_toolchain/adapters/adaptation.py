@@ -55,7 +55,7 @@ def adapt(
     data: Dataset,
     config: AdaptConfig | None = None,
     *,
-    held: Dataset | None = None,
+    eval_data: Dataset | None = None,
     loss: Loss | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -67,7 +67,7 @@ def adapt(
         data: the user's labelled samples. A share of them is held back to judge the adapter by; of
             few samples (fewer than 50 held back) each is held back in one of five folds, which
             trains six adapters in the place of one.
-        held: samples to score on, instead of a share of `data`.
+        eval_data: samples to score on, instead of a share of `data`.
         loss: `loss(outputs, labels)`, one per sample or one for all, instead of the task's.
         checkpoint: a file for the state of training, written every ten seconds and removed in the
             end; with `resume` training goes on from it, to the same result.
@@ -77,9 +77,9 @@ def adapt(
         TrainingStopped: the loss became NaN or infinite.
     """
     data = replace(data, users=None)
-    held = replace(held, users=None) if held is not None else None
+    eval_data = replace(eval_data, users=None) if eval_data is not None else None
     state = None if checkpoint is None else StateFile(Path(checkpoint), resume)
-    ((_, done),) = adapt_each(backbone, data, config, held=held, loss=loss, state=state)
+    ((_, done),) = adapt_each(backbone, data, config, eval_data=eval_data, loss=loss, state=state)
     if done.stopped:
         kept = done if done.stopped.step else None
         raise TrainingStopped(str(done.stopped), kept)
@@ -91,7 +91,7 @@ def adapt_users(
     data: Dataset,
     config: AdaptConfig | None = None,
     *,
-    held: Dataset | None = None,
+    eval_data: Dataset | None = None,
     loss: Loss | None = None,
 ) -> dict[str, Adapted]:
     """Train an adapter for each user of `data`, several in one pass over the backbone.
@@ -101,7 +101,7 @@ def adapt_users(
     """
     if data.users is None:
         raise UsageError("data must say whose each sample is, got no users")
-    return dict(adapt_each(backbone, data, config, held=held, loss=loss))
+    return dict(adapt_each(backbone, data, config, eval_data=eval_data, loss=loss))
 
 
 def adapt_each(
@@ -109,7 +109,7 @@ def adapt_each(
     data: Dataset,
     config: AdaptConfig | None = None,
     *,
-    held: Dataset | None = None,
+    eval_data: Dataset | None = None,
     loss: Loss | None = None,
     state: StateFile | None = None,
 ) -> Iterator[tuple[str, Adapted]]:
@@ -124,7 +124,7 @@ def adapt_each(
         raise UsageError("backbone must be saved before adapters are trained for it: save_backbone")
     task = choose_task(config, data, backbone.task, loss)
     layers = find_targets(backbone.model, config.targets, method=config.method)
-    users = prepare(backbone, data, held, task, config)
+    users = prepare(backbone, data, eval_data, task, config)
     if any(user.result.head != "keep" for user in users):
         _check_head(layers, backbone)
     config = replace(config, threads=training_threads(backbone, data, config))

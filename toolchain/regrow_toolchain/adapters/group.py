@@ -190,8 +190,8 @@ class GroupTraining:
     ) -> _Outcome:
         found = None
         with applied(self.backbone.model, adapter):
-            if len(training.held):
-                found = self._measured(training.held)
+            if len(training.eval_data):
+                found = self._measured(training.eval_data)
             if any(training is user.result for user in self.users):
                 probe = self.prober.probe(rounded=self.config.precision != "fp32")
                 adapter = replace(adapter, probe=probe)
@@ -220,27 +220,27 @@ class GroupTraining:
 
     def _evidence(self, user: UserData, outcomes: Mapping[Training, _Outcome]) -> Evidence:
         """All samples held back, fold by fold."""
-        held = joined([training.held for training in user.judged])
+        eval_data = joined([training.eval_data for training in user.judged])
         constants = [
-            self.task.constants(training.train.labels, training.held.labels)
+            self.task.constants(training.train.labels, training.eval_data.labels)
             for training in user.judged
         ]
         return Evidence(
-            labels=held.labels,
-            groups=equal_samples(held),
-            folds=np.repeat(np.arange(len(user.judged)), [len(t.held) for t in user.judged]),
+            labels=eval_data.labels,
+            groups=equal_samples(eval_data),
+            folds=np.repeat(np.arange(len(user.judged)), [len(t.eval_data) for t in user.judged]),
             adapted=np.concatenate([_answers(outcomes[training]) for training in user.judged]),
-            base=self._base(held, user.result),
+            base=self._base(eval_data, user.result),
             constants={
                 name: np.concatenate([found[name] for found in constants]) for name in constants[0]
             },
         )
 
-    def _base(self, held: Dataset, training: Training) -> NDArray[np.float32] | None:
+    def _base(self, eval_data: Dataset, training: Training) -> NDArray[np.float32] | None:
         """What the model answers by itself; None if its head is not for this."""
         if training.head != "new":
-            return self._measured(held)
-        return self.task.measure_base(held, training.names, self.backbone, self._measured)
+            return self._measured(eval_data)
+        return self.task.measure_base(eval_data, training.names, self.backbone, self._measured)
 
     # -- the file ---------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class Training:
     """
 
     train: Dataset
-    held: Dataset
+    eval_data: Dataset
     validation: Dataset | None
     names: tuple[str, ...]
     head: str
@@ -73,20 +73,20 @@ class UserData:
     @property
     def judged(self) -> tuple[Training, ...]:
         """Those with samples to judge by."""
-        return tuple(one for one in self.trainings if len(one.held))
+        return tuple(one for one in self.trainings if len(one.eval_data))
 
 
 def prepare(
     backbone: Backbone,
     data: Dataset,
-    held: Dataset | None,
+    eval_data: Dataset | None,
     task: Task,
     config: AdaptConfig,
 ) -> list[UserData]:
     """The users of `data`, or the one there is, in the order of their ids.
 
     Args:
-        held: samples to judge by; some of `data` if None.
+        eval_data: samples to judge by; some of `data` if None.
 
     Raises:
         UsageError: labels that do not fit, or users with too little to learn from; all are named.
@@ -94,10 +94,10 @@ def prepare(
     check_samples(data)
     parts = by_user(data) if data.users is not None else {"": data}
     others: Mapping[str, Dataset] = {}
-    if held is not None:
-        others = by_user(held) if held.users is not None else {"": held}
+    if eval_data is not None:
+        others = by_user(eval_data) if eval_data.users is not None else {"": eval_data}
         if lost := sorted(set(parts) - set(others)):
-            raise UsageError(f"held samples must be there for every user, got none of {lost[0]!r}")
+            raise UsageError(f"eval_data must have samples of every user, got none of {lost[0]!r}")
     users = []
     for id, part in parts.items():
         try:
@@ -111,12 +111,12 @@ def _user(
     backbone: Backbone,
     id: str,
     data: Dataset,
-    held: Dataset | None,
+    eval_data: Dataset | None,
     task: Task,
     config: AdaptConfig,
 ) -> UserData:
-    fitted, head = _fitted(backbone, data, held, task, config)
-    data, held = fitted.data, fitted.held
+    fitted, head = _fitted(backbone, data, eval_data, task, config)
+    data, eval_data = fitted.data, fitted.eval_data
 
     def training(train: Dataset, apart: Dataset) -> Training:
         validation = None
@@ -126,8 +126,8 @@ def _user(
                 raise UsageError("validation must leave samples to stop early on, got none")
         return Training(train, apart, validation, fitted.names, head)
 
-    if held is not None:
-        return UserData(id, training(data, held))
+    if eval_data is not None:
+        return UserData(id, training(data, eval_data))
     train, apart = split(data, config.holdout, config.seed)
     if not config.holdout or len(np.unique(equal_samples(apart))) >= _ENOUGH_HELD:
         return UserData(id, training(train, apart))
@@ -148,10 +148,10 @@ def _folds(data: Dataset, seed: int) -> Iterator[tuple[Dataset, Dataset]]:
 
 
 def _fitted(
-    backbone: Backbone, data: Dataset, held: Dataset | None, task: Task, config: AdaptConfig
+    backbone: Backbone, data: Dataset, eval_data: Dataset | None, task: Task, config: AdaptConfig
 ) -> tuple[Fitted, str]:
     """Labels as the task takes them, and what becomes of the head."""
-    fitted = task.fit(data, held, backbone, "keep" if config.head == "tune" else config.head)
+    fitted = task.fit(data, eval_data, backbone, "keep" if config.head == "tune" else config.head)
     head = _head(config, known=fitted.known)
     if head != "keep" and head not in task.heads:
         raise UsageError(

@@ -57,24 +57,24 @@ class UserFolder:
     ) -> None:
         self.out, self.force, self.keep_anyway = out, force, keep_anyway
         self.identity, self.resume = identity, resume
-        self.room = out.with_name(f"{out.name}.resume")
+        self.scratch = out.with_name(f"{out.name}.resume")
         check_output(out, force=force, marker=SUMMARY)
-        if self.room.exists():
+        if self.scratch.exists():
             self._check()
         self.rows = self._read()
 
     def _check(self) -> None:
         if not self.resume:
             raise UsageError(
-                f"an interrupted run left {self.room}: --resume goes on with it, or remove it"
+                f"an interrupted run left {self.scratch}: --resume goes on with it, or remove it"
             )
-        path = self.room / _RUN
+        path = self.scratch / _RUN
         found = {}
         if path.exists():
             text = read_bytes(path, limit=_MAX_BYTES, what="a run's settings")
             lines = text.decode(errors="replace").splitlines()
             found = dict(line.split("\t", 1) for line in lines if "\t" in line)
-        self.identity.check(self.room, found, of="settings, targets, backbone")
+        self.identity.check(self.scratch, found, of="settings, targets, backbone")
 
     @property
     def done(self) -> set[str]:
@@ -83,7 +83,7 @@ class UserFolder:
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines that are whole; the last may have been cut off when the run was killed."""
-        path = self.room / SUMMARY
+        path = self.scratch / SUMMARY
         if not path.is_file():
             return []
         text = read_bytes(path, limit=_MAX_BYTES, what="a summary").decode(errors="replace")
@@ -94,21 +94,21 @@ class UserFolder:
         if not text.endswith("\n") and text:
             write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
         for row in rows:
-            if row["file"] and not (self.room / row["file"]).is_file():
-                raise FormatError(f"{self.room} must have {row['file']}: remove {self.room}")
+            if row["file"] and not (self.scratch / row["file"]).is_file():
+                raise FormatError(f"{self.scratch} must have {row['file']}: remove {self.scratch}")
         return rows
 
     @property
     def state(self) -> StateFile:
         """Where training keeps the state of what is not done, once the folder is there."""
-        return StateFile(self.room / _STATE, self.resume, self.begin)
+        return StateFile(self.scratch / _STATE, self.resume, self.begin)
 
     def begin(self) -> None:
         """Make the folder, if it is not there: training has begun."""
-        if not (self.room / _RUN).exists():
-            self.room.mkdir(exist_ok=True)
+        if not (self.scratch / _RUN).exists():
+            self.scratch.mkdir(exist_ok=True)
             lines = [f"{name}\t{value}\n" for name, value in self.identity.to_fields().items()]
-            write_bytes(self.room / _RUN, "".join(lines).encode())
+            write_bytes(self.scratch / _RUN, "".join(lines).encode())
 
     def add(self, user: str, done: Adapted) -> dict[str, Any]:
         """Write a user's adapter, if it improves or is kept anyway; returns the line about it."""
@@ -120,7 +120,7 @@ class UserFolder:
         row = {
             "user": user,
             "file": name,
-            "bytes": done.adapter.save(self.room / name) if name else 0,
+            "bytes": done.adapter.save(self.scratch / name) if name else 0,
             "metric": done.metric,
             "before": _plain(done.before),
             "after": _plain(done.after),
@@ -130,7 +130,7 @@ class UserFolder:
             "baseline": done.verdict.baseline if done.verdict else None,
             "stopped": str(done.stopped) if done.stopped else None,
         }
-        with (self.room / SUMMARY).open("a", encoding="utf-8") as stream:
+        with (self.scratch / SUMMARY).open("a", encoding="utf-8") as stream:
             stream.write(dump_json(row) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -140,13 +140,13 @@ class UserFolder:
     def finish(self) -> None:
         """Put everything in its place; a run that wrote no adapter leaves nothing."""
         if not any(row["file"] for row in self.rows):
-            shutil.rmtree(self.room, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
             return
         with new_folder(self.out, marker=SUMMARY, force=self.force) as folder:
-            for path in self.room.iterdir():
+            for path in self.scratch.iterdir():
                 if not path.name.startswith((_STATE, _RUN)):
                     shutil.copyfile(path, folder / path.name)
-        shutil.rmtree(self.room, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def _row(fields: Fields) -> dict[str, Any]:

@@ -66,17 +66,17 @@ def _p(value: float) -> str:
 
 def result_lines(result: dict[str, Any]) -> list[str]:
     """Head, scores and file of one user's adapter."""
-    held, metric = result["samples"]["held_back"], result["metric"]
+    eval_data, metric = result["samples"]["held_back"], result["metric"]
     folds = result["samples"]["folds"]
     how = (
-        f"{held} samples, each held back in one of {folds} folds"
+        f"{eval_data} samples, each held back in one of {folds} folds"
         if folds
-        else (f"{held} held-back samples")
+        else (f"{eval_data} held-back samples")
     )
     scores = (
         f"{named_score(result['before'], metric)} before, {score(result['after'], metric)} after, "
         f"on {how}{_test(result['gate'])}"
-        if held
+        if eval_data
         else "no samples held back, so no score"
     )
     labels = result["labels"] or []

@@ -65,7 +65,7 @@ def compress(
     data: Dataset | None = None,
     config: CompressConfig | None = None,
     *,
-    held: Dataset | None = None,
+    eval_data: Dataset | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
 ) -> Compressed:
@@ -74,7 +74,7 @@ def compress(
     Args:
         backbone: the dense model; it is not changed.
         data: samples, with labels or without; without any the result is the plain SVD.
-        held: samples to measure on; a share of `data` if not given.
+        eval_data: samples to measure on; a share of `data` if not given.
         checkpoint: a file for the state of training, written every ten seconds and left there: it
             can go once the result is saved. With `resume` training goes on from it, to the same
             result.
@@ -87,16 +87,16 @@ def compress(
     config = config or CompressConfig()
     if backbone.layers:
         raise UsageError("model must be a dense one, got a compressed one: compress its source")
-    some = data if data is not None else held
+    some = data if data is not None else eval_data
     task = None if some is None else compression_task(config, some, backbone)
-    train, held = _parts(backbone, data, held, task, config)
+    train, eval_data = _parts(backbone, data, eval_data, task, config)
     trains = task is not None and train is not None and config.epochs > 0
     if trains and not config.threads:
         config = replace(config, threads=_threads(backbone, train, config))
     with torch_threads(config.threads), deterministic(config.seed), frozen(backbone.model):
         place = _place(checkpoint, backbone, train, config) if trains else None
         known = place.load() if place and resume else None
-        job = _Job(backbone, _factored(backbone, train, config, known), task, held)
+        job = _Job(backbone, _factored(backbone, train, config, known), task, eval_data)
         if trains:
             job.train(train, config, place, resume=known is not None)
     return job.result(config)
@@ -124,7 +124,7 @@ def _threads(backbone: Backbone, train: Dataset | None, config: CompressConfig) 
 def _parts(
     backbone: Backbone,
     data: Dataset | None,
-    held: Dataset | None,
+    eval_data: Dataset | None,
     task: Task | None,
     config: CompressConfig,
 ) -> tuple[Dataset | None, Dataset | None]:
@@ -134,32 +134,37 @@ def _parts(
         return part if task is None else task.fit(part, None, backbone, way_out=_WAY_OUT).data
 
     train = None if data is None else fitted(data)
-    if held is None and train is not None:
+    if eval_data is None and train is not None:
         train, kept = split(train, config.holdout, config.seed)
-        held = kept if len(kept) else None
-    elif held is not None:
-        held = fitted(held)
-    if held is not None and task is not None:
-        held = teacher_labelled(task, backbone.model, held)
-    return train, held
+        eval_data = kept if len(kept) else None
+    elif eval_data is not None:
+        eval_data = fitted(eval_data)
+    if eval_data is not None and task is not None:
+        eval_data = teacher_labelled(task, backbone.model, eval_data)
+    return train, eval_data
 
 
 class _Job:
     """One model's compression, from its factors on."""
 
     def __init__(
-        self, backbone: Backbone, factored: Factored, task: Task | None, held: Dataset | None
+        self, backbone: Backbone, factored: Factored, task: Task | None, eval_data: Dataset | None
     ) -> None:
-        self.backbone, self.factored, self.task, self.held = backbone, factored, task, held
+        self.backbone, self.factored, self.task, self.eval_data = (
+            backbone,
+            factored,
+            task,
+            eval_data,
+        )
         self.student = factored.model
         self.history: Sequence[Epoch] = ()
         self.kept = 0
         self.dense, self.start = self._score(backbone.model), self._score(self.student)
 
     def _score(self, model: nn.Module) -> float:
-        if self.task is None or self.held is None:
+        if self.task is None or self.eval_data is None:
             return math.nan
-        return self.task.score(evaluate(model, self.task, self.held), self.held.labels)
+        return self.task.score(evaluate(model, self.task, self.eval_data), self.eval_data.labels)
 
     def train(
         self,
@@ -177,7 +182,7 @@ class _Job:
         with accelerated(both, config) as accelerator:
             training = DistillationTrainer(
                 teacher, student, self.task, data, config, accelerator=accelerator,
-                score=(lambda: self._score(student)) if self.held is not None else None,
+                score=(lambda: self._score(student)) if self.eval_data is not None else None,
                 plan=self.factored.as_tensor(),
             )  # fmt: skip
             training.run(place, resume=resume)
@@ -189,7 +194,7 @@ class _Job:
         self.student.eval().requires_grad_(False)
         after = self._score(self.student)
         backbone = self._backbone(config)
-        samples = len(self.held) if self.held is not None else 0
+        samples = len(self.eval_data) if self.eval_data is not None else 0
         metric = self.task.metric if self.task is not None else "accuracy"
         if samples:
             scores = {"dense": self.dense, "start": self.start, "compressed": after}

@@ -49,7 +49,7 @@ def attach_assets(
         backbone = _named(backbone, read_labels(labels), str(labels))
     if preprocessor is None and (labels is None or not backbone.files):
         return backbone
-    folder = _room()
+    folder = _scratch()
     for file in (*backbone.files, *_given(preprocessor)):
         shutil.copyfile(file, folder / (file.name if file.name in COMPANIONS else PREPROCESSOR))
     if labels is not None and (folder / _CONFIG).is_file():
@@ -60,7 +60,7 @@ def attach_assets(
     return replace(backbone, files=files)
 
 
-def _room() -> Path:
+def _scratch() -> Path:
     """A temporary folder, until the process ends: backbones made of this one name its files."""
     folder = Path(mkdtemp(prefix="regrow-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -169,15 +169,15 @@ def for_device(backbone: Backbone) -> Backbone:
     encoder = Encoder(backbone, _NO_LIMIT)
     if (backend := getattr(encoder.tokenizer, "backend_tokenizer", None)) is None:
         return backbone  # a slow one, which has no such file
-    files, room = {file.name: file for file in backbone.files}, _room()
+    files, scratch = {file.name: file for file in backbone.files}, _scratch()
     text = backend.to_str()
     there = files.get(_TOKENIZER)
     if there is None or _settings(text) != _settings(there.read_text(encoding="utf-8")):
-        files[_TOKENIZER] = room / _TOKENIZER
+        files[_TOKENIZER] = scratch / _TOKENIZER
         files[_TOKENIZER].write_text(text, encoding="utf-8")
     config = _tokenizer_config(files.get(_TOKENIZER_CONFIG), encoder)
     if config is not None:
-        files[_TOKENIZER_CONFIG] = room / _TOKENIZER_CONFIG
+        files[_TOKENIZER_CONFIG] = scratch / _TOKENIZER_CONFIG
         files[_TOKENIZER_CONFIG].write_text(dump_json(config, indent=2) + "\n", encoding="utf-8")
     return replace(backbone, files=tuple(files.values()))
 

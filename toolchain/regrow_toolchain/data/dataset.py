@@ -165,8 +165,8 @@ def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
         parts = alone if data.users is None else list(_rows_by_user(data).values())
         for rows in parts:
             firsts, group = _firsts(data.take(rows))
-            held = _drawn(_strata(data, rows[firsts]), share, seed)
-            mask[rows[np.isin(group, held)]] = True
+            eval_data = _drawn(_strata(data, rows[firsts]), share, seed)
+            mask[rows[np.isin(group, eval_data)]] = True
     return data.take(np.flatnonzero(~mask)), data.take(np.flatnonzero(mask))
 
 
@@ -200,16 +200,16 @@ def _strata(data: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _drawn(classes: NDArray[np.int64], share: float, seed: int) -> list[int]:
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(classes))
-    held: list[int] = []
+    eval_data: list[int] = []
     for label in np.unique(classes):
         rows = order[classes[order] == label]
-        held += rows[: min(round(share * len(rows)), len(rows) - 1)].tolist()
-    if share and not held and len(order) > 1:
+        eval_data += rows[: min(round(share * len(rows)), len(rows) - 1)].tolist()
+    if share and not eval_data and len(order) > 1:
         counts = np.bincount(classes, minlength=1)
         # From the classes that have most, so that few lose their only sample.
         order = order[np.argsort(-counts[classes[order]], kind="stable")]
-        held = order[: max(1, round(share * len(order)))].tolist()
-    return held
+        eval_data = order[: max(1, round(share * len(order)))].tolist()
+    return eval_data
 
 
 def check_samples(data: Dataset) -> None:

@@ -65,7 +65,7 @@ def fit_labels(
 
 def fit_both(
     data: Dataset,
-    held: Dataset | None,
+    eval_data: Dataset | None,
     labels: tuple[str, ...],
     head: str,
     *,
@@ -74,30 +74,30 @@ def fit_both(
     """As `fit_labels`, of the samples to train on and of those to judge by together.
 
     Raises:
-        UsageError: also where a class stands only in `held`.
+        UsageError: also where a class stands only in `eval_data`.
     """
-    both = replace(data, inputs={}) if held is None else _joined(data, held)
+    both = replace(data, inputs={}) if eval_data is None else _joined(data, eval_data)
     fitted, fresh = fit_labels(both, labels, head, way_out=way_out)
     mine, theirs = np.split(fitted.labels, [len(data)])
     data = replace(data, labels=mine, names=fitted.names)
-    if held is not None:
-        held = replace(held, labels=theirs, names=fitted.names)
-    return data, held, fresh
+    if eval_data is not None:
+        eval_data = replace(eval_data, labels=theirs, names=fitted.names)
+    return data, eval_data, fresh
 
 
-def _joined(data: Dataset, held: Dataset) -> Dataset:
-    """The labels of both; classes that stand only in `held` are an error of their own."""
-    if not held.named and not data.named:
-        names = max(data.names, held.names, key=len)
-        labels = held.labels
+def _joined(data: Dataset, eval_data: Dataset) -> Dataset:
+    """The labels of both; classes that stand only in `eval_data` are an error of their own."""
+    if not eval_data.named and not data.named:
+        names = max(data.names, eval_data.names, key=len)
+        labels = eval_data.labels
     else:
-        there = np.unique(held.labels)
-        unknown = [held.names[i] for i in there if held.names[i] not in data.names]
+        there = np.unique(eval_data.labels)
+        unknown = [eval_data.names[i] for i in there if eval_data.names[i] not in data.names]
         if unknown:
-            raise UsageError(f"held samples must be of the data's classes, got {unknown[0]!r}")
+            raise UsageError(f"eval_data must be of the data's classes, got {unknown[0]!r}")
         names, known = data.names, {name: i for i, name in enumerate(data.names)}
-        index = np.array([known.get(name, -1) for name in held.names], dtype=np.int64)
-        labels = index[held.labels]
+        index = np.array([known.get(name, -1) for name in eval_data.names], dtype=np.int64)
+        labels = index[eval_data.labels]
     joined = np.concatenate([data.labels, labels])
     return Dataset({}, joined, names, data.named)
 

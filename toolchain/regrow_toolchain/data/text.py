@@ -52,11 +52,11 @@ class Encoder:
 
     def __call__(self, *texts: Sequence[str]) -> tuple[Inputs, NDArray[np.int64]]:
         """Arrays by the tokenizer's names, always with `attention_mask`, and lengths [samples]."""
-        room = self.length - self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
-        if room < len(texts):
+        scratch = self.length - self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+        if scratch < len(texts):
             raise UsageError(
                 f"max_length must leave room for text, got {self.length} tokens, "
-                f"{self.length - room} of them special"
+                f"{self.length - scratch} of them special"
             )
         pieces: dict[str, list[NDArray[np.int64]]] = {}
         for start in range(0, len(texts[0]), AT_ONCE):

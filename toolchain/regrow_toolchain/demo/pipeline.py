@@ -119,7 +119,7 @@ def _compress(made: Made) -> str:
         dense,
         _dataset(made.digits.train, preprocess),
         made.settings.compress,
-        held=_dataset(made.digits.test, preprocess),
+        eval_data=_dataset(made.digits.test, preprocess),
     )
     made.backbone = save_backbone(made.compressed.backbone, made.folder / "backbone")
     return (

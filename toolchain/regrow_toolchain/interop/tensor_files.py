@@ -74,7 +74,7 @@ def dense_tensors(adapter: Adapter, manifest: Manifest, folder: Path) -> Feeds:
     return expand(adapter, manifest, BasisCache(0), folder)
 
 
-def _npz(tensors: Feeds, _room: Path) -> bytes:
+def _npz(tensors: Feeds, _scratch: Path) -> bytes:
     """As `numpy.savez`, which takes names as arguments and so cannot take all of them."""
     data = io.BytesIO()
     with ZipFile(data, "w", ZIP_STORED) as archive:
@@ -84,7 +84,7 @@ def _npz(tensors: Feeds, _room: Path) -> bytes:
     return data.getvalue()
 
 
-def _onnx_adapter(tensors: Feeds, room: Path) -> bytes:
+def _onnx_adapter(tensors: Feeds, scratch: Path) -> bytes:
     size = sum(array.nbytes for array in tensors.values())
     if size >= MAX_BYTES:
         raise RegrowError(
@@ -100,12 +100,12 @@ def _onnx_adapter(tensors: Feeds, room: Path) -> bytes:
         }
     )
     try:
-        with tempfile.TemporaryDirectory(prefix=".regrow.", dir=room) as folder:
+        with tempfile.TemporaryDirectory(prefix=".regrow.", dir=scratch) as folder:
             path = Path(folder) / "new.onnx_adapter"
             made.export_adapter(str(path))
             return path.read_bytes()
     except Exception as error:  # ONNX Runtime has no narrower kind
-        raise RegrowError(f"{room} must take a new .onnx_adapter, got: {error}") from error
+        raise RegrowError(f"{scratch} must take a new .onnx_adapter, got: {error}") from error
 
 
 FORMATS: dict[str, Callable[[Feeds, Path], bytes]] = {"npz": _npz, "onnx_adapter": _onnx_adapter}

@@ -53,8 +53,8 @@ def row_chart(
     for number, row in enumerate(rows):
         top = step * number
         canvas.text(WIDTH - MARGIN, top + 15, row.figure, anchor="end")
-        room = WIDTH - 2 * MARGIN - text_width(row.figure) - _GAP
-        canvas.text(MARGIN, top + 15, shorten(row.name, room, strong=strong), strong=strong)
+        width = WIDTH - 2 * MARGIN - text_width(row.figure) - _GAP
+        canvas.text(MARGIN, top + 15, shorten(row.name, width, strong=strong), strong=strong)
         for mark in row.marks:
             mark.draw(canvas, axis, top + _HEAD, top + _HEAD + thick)
     return canvas.svg(title, told)

@@ -20,17 +20,17 @@ def text_width(words: str, *, strong: bool = False) -> float:
     return width * (_STRONG if strong else 1.0)
 
 
-def shorten(words: str, room: float, *, strong: bool = False) -> str:
-    """Words that fit into `room` points, with "…" for what does not.
+def shorten(words: str, width: float, *, strong: bool = False) -> str:
+    """Words that fit into `width` points, with "…" for what does not.
 
     Words are cut at their end. A path, which has no spaces, loses its middle: it says where it is
     at its start and what it is at its end.
     """
-    if text_width(words, strong=strong) <= room:
+    if text_width(words, strong=strong) <= width:
         return words
     for kept in range(len(words) - 1, 0, -1):
         tail = 0 if " " in words else kept // 2
         short = f"{words[: kept - tail].rstrip()}…{words[len(words) - tail :]}"
-        if text_width(short, strong=strong) <= room:
+        if text_width(short, strong=strong) <= width:
             return short
     return "…"

@@ -62,9 +62,9 @@ def run_case(
     """
     outcome = Outcome()
     with (
-        tempfile.TemporaryDirectory(prefix="regrow-profile-") as room,
+        tempfile.TemporaryDirectory(prefix="regrow-profile-") as scratch,
         tempfile.TemporaryFile() as errors,
-        _started({**case, "room": room}, before_exec, errors) as worker,
+        _started({**case, "room": scratch}, before_exec, errors) as worker,
     ):
         deadline = _Deadline(worker, timeout)
         for line in worker.stdout or ():

@@ -42,13 +42,13 @@ class Fitted:
 
     Attributes:
         data: to train on; batches have its labels in their dtype.
-        held: to judge by, if there were such samples.
+        eval_data: to judge by, if there were such samples.
         names: of the outputs that a head for these labels has; empty if nothing says what they are.
         known: whether the backbone's own head has these outputs.
     """
 
     data: Dataset
-    held: Dataset | None = None
+    eval_data: Dataset | None = None
     names: tuple[str, ...] = ()
     known: bool = True
 
@@ -102,7 +102,7 @@ class Task(ABC):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
@@ -116,7 +116,7 @@ class Task(ABC):
         Raises:
             UsageError: the labels do not fit.
         """
-        return Fitted(data, held)
+        return Fitted(data, eval_data)
 
     def teacher_labels(self, outputs: Tensor) -> NDArray[Any]:
         """[N, ...]: labels to score by, from a teacher's `outputs`."""
@@ -195,7 +195,7 @@ class Task(ABC):
 
     def measure_base(
         self,
-        held: Dataset,
+        eval_data: Dataset,
         names: tuple[str, ...],
         backbone: Backbone,
         measure: Callable[[Dataset], NDArray[np.float32]],
@@ -203,7 +203,7 @@ class Task(ABC):
         """[N, m]: what the backbone answers by its own head, for labels of a new one.
 
         Args:
-            names: the new head's outputs, of which `held` has the labels.
+            names: the new head's outputs, of which `eval_data` has the labels.
             measure: of samples with labels by the backbone's outputs.
 
         Returns:

@@ -34,19 +34,19 @@ class CausalLm(Task):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
     ) -> Fitted:
-        for part in (data, *([] if held is None else [held])):
+        for part in (data, *([] if eval_data is None else [eval_data])):
             tokens = part.inputs.get("input_ids", part.labels)
             if tokens.shape != part.labels.shape:
                 raise UsageError(
                     "labels of tokens must have the shape of input_ids, "
                     f"{list(tokens.shape)}, got {list(part.labels.shape)}"
                 )
-        return Fitted(data, held)
+        return Fitted(data, eval_data)
 
     def losses(
         self,

@@ -46,14 +46,14 @@ class Classification(Task):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
     ) -> Fitted:
         """Class names, or numbers, become outputs: the backbone's, or those of a new head."""
-        data, held, fresh = fit_both(data, held, backbone.labels, head, way_out=way_out)
-        return Fitted(data, held, data.names, known=not fresh)
+        data, eval_data, fresh = fit_both(data, eval_data, backbone.labels, head, way_out=way_out)
+        return Fitted(data, eval_data, data.names, known=not fresh)
 
     def teacher_labels(self, outputs: Tensor) -> NDArray[Any]:
         """int64 [N]: the teacher's classes."""
@@ -131,7 +131,7 @@ class Classification(Task):
 
     def measure_base(
         self,
-        held: Dataset,
+        eval_data: Dataset,
         names: tuple[str, ...],
         backbone: Backbone,
         measure: Callable[[Dataset], NDArray[np.float32]],
@@ -139,7 +139,7 @@ class Classification(Task):
         """By class names: labels that the backbone does not know are missed."""
         known = {name: index for index, name in enumerate(backbone.labels)}
         theirs = np.array([known.get(name, -1) for name in names])
-        found = measure(replace(held, labels=theirs[held.labels], names=()))
+        found = measure(replace(eval_data, labels=theirs[eval_data.labels], names=()))
         mine = {int(index): own for own, index in enumerate(theirs) if index >= 0}
         found[:, 0] = [mine.get(int(answer), -1) for answer in found[:, 0]]
         return found

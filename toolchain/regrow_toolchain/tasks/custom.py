@@ -44,14 +44,14 @@ class Custom(Task):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
     ) -> Fitted:
         """The outputs are the backbone's, whatever the loss makes of them."""
         width, names = _width(backbone), backbone.labels
-        return Fitted(data, held, names if len(names) == width else numbered(width))
+        return Fitted(data, eval_data, names if len(names) == width else numbered(width))
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         result = outputs_of(model, inputs)

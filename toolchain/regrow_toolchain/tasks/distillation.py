@@ -84,13 +84,13 @@ class _FromTeacher(Task):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
     ) -> Fitted:
         """What labels there are is not looked at."""
-        return Fitted(data, held)
+        return Fitted(data, eval_data)
 
 
 @dataclass(frozen=True)

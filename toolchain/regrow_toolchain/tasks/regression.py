@@ -39,7 +39,7 @@ class Regression(Task):
     def fit(
         self,
         data: Dataset,
-        held: Dataset | None,
+        eval_data: Dataset | None,
         backbone: Backbone,
         head: str = "keep",
         way_out: str = "",
@@ -47,7 +47,7 @@ class Regression(Task):
         """An output for each value: the backbone's if it has as many."""
         count = 1 if data.labels.ndim == 1 else data.labels.shape[1]
         known = 0 < len(backbone.labels) == count
-        return Fitted(data, held, backbone.labels if known else numbered(count), known)
+        return Fitted(data, eval_data, backbone.labels if known else numbered(count), known)
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """[N, m]; a model that gives one number per sample may leave the last dimension out."""

@@ -38,7 +38,7 @@ def teacher_labelled(task: Task, teacher: nn.Module, data: Dataset) -> Dataset:
     """Samples to score by, with a teacher's outputs as labels where those are learnt."""
     if not task.learns_from_teacher:
         return data
-    parts = [task.teacher_labels(out) for out, _ in _outputs(teacher, task, data, _PREDICT_BATCH)]
+    parts = [task.teacher_labels(out) for out, _ in _outputs(teacher, task, data, PREDICT_BATCH)]
     return replace(data, labels=np.concatenate(parts), names=())
 
 

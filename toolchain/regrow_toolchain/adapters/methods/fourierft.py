@@ -18,7 +18,7 @@ from regrow_format.errors import UsageError
 
 from .base import Changes, TrainableAdapter, parse_settings
 
-__all__ = ["Fourierft", "FourierftSettings", "biased_places"]
+__all__ = ["Fourierft", "FourierftSettings", "biased_indices"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Fourierft:
             draw = np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(start.shape))
             start = torch.from_numpy(draw.astype(np.float32))
         grids = sorted({(t.out_features, t.in_features) for t in targets})
-        places = {grid: _places(parsed, grid, seed) for grid in grids}
-        trained = _TrainedFourierft(self.name, config, targets, {"c": start}, users, places)
+        indices = {grid: _indices(parsed, grid, seed) for grid in grids}
+        trained = _TrainedFourierft(self.name, config, targets, {"c": start}, users, indices)
         if parsed["bias_width"]:
             trained.basis = BasisSpec("stored", 1)
             trained.stored_basis = {
                 f"places.{high}x{wide}": found.astype(np.uint32)
-                for (high, wide), found in places.items()
+                for (high, wide), found in indices.items()
             }
         return trained
 
@@ -93,14 +93,14 @@ def _check(settings: Mapping[str, Any], targets: Sequence[Target]) -> None:
             )
 
 
-def _places(settings: Mapping[str, Any], grid: tuple[int, int], seed: int) -> NDArray[np.int64]:
+def _indices(settings: Mapping[str, Any], grid: tuple[int, int], seed: int) -> NDArray[np.int64]:
     if not settings["bias_width"]:
         return locations(seed, settings["n"], *grid)
     frequency, width = settings["bias_frequency"], settings["bias_width"]
-    return biased_places(grid, settings["n"], frequency, width, seed)
+    return biased_indices(grid, settings["n"], frequency, width, seed)
 
 
-def biased_places(
+def biased_indices(
     grid: tuple[int, int], count: int, frequency: float, width: float, seed: int
 ) -> NDArray[np.int64]:
     """Distinct places with weight exp(-((D^2 - f_c^2) / (D W))^2), eq. 5 of the paper.
@@ -133,14 +133,14 @@ def biased_places(
 
 class _TrainedFourierft(TrainableAdapter):
     def __init__(self, *arguments: Any) -> None:
-        *rest, places = arguments
+        *rest, indices = arguments
         super().__init__(*rest)
         self._grids: dict[tuple[int, int], list[int]] = {}
         for index, target in enumerate(self.targets):
             grid = (target.out_features, target.in_features)
             self._grids.setdefault(grid, []).append(index)
         for grid in self._grids:
-            folded, weight = _folded(places[grid], grid)
+            folded, weight = _folded(indices[grid], grid)
             self.register_buffer(f"places_{grid[0]}_{grid[1]}", torch.from_numpy(folded))
             self.register_buffer(f"weight_{grid[0]}_{grid[1]}", torch.from_numpy(weight))
 
@@ -167,7 +167,7 @@ class _TrainedFourierft(TrainableAdapter):
 
 
 def _folded(
-    places: NDArray[np.int64], grid: tuple[int, int]
+    indices: NDArray[np.int64], grid: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Each place in the half of the spectrum that `irfft2` reads, and its weight there.
 
@@ -175,7 +175,7 @@ def _folded(
     the half has; in the columns that are their own mirrors the real part alone is read, all of it.
     """
     high, wide = grid
-    j, k = places // wide, places % wide
+    j, k = indices // wide, indices % wide
     mirrored = 2 * k > wide
     j, k = np.where(mirrored, -j % high, j), np.where(mirrored, wide - k, k)
     weight = np.where((k == 0) | (2 * k == wide), 1.0, 0.5)

@@ -237,7 +237,7 @@ def _many(
     )
     assert data.users is not None
     left = data.take(np.flatnonzero(~np.isin(data.users, sorted(folder.done))))
-    with resumable(folder.room):
+    with resumable(folder.scratch):
         if len(left):
             for user, done in adapt_each(model, left, config, loss=loss, state=folder.state):
                 folder.add(user, done)

@@ -53,7 +53,7 @@ class Base:
         layers: (in, out) of the layers that adapters can change, by module path.
         head: (in, out) of the head's layers, first to last.
         labels: class names; empty if there are none.
-        turned: layers whose in and out may be the other way round: weights alone tell, which
+        transposed: layers whose in and out may be the other way round: weights alone tell, which
             GPT-2's Conv1D stores transposed; convolutions do not.
         loaded: the backbone itself, where it had to be loaded.
         is_bundle: it is a bundle, whose weights are not to be had.
@@ -65,7 +65,7 @@ class Base:
     layers: Mapping[str, Widths]
     head: Mapping[str, Widths]
     labels: tuple[str, ...]
-    turned: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
     loaded: Backbone | None = None
     is_bundle: bool = False
 
@@ -116,7 +116,7 @@ class Base:
         if (missing := self.missing(layer)) is not None:
             return missing
         want = self.layers[layer]
-        if found == want or (layer in self.turned and found == want[::-1]):
+        if found == want or (layer in self.transposed and found == want[::-1]):
             return None
         return f"{layer} must be {want[0]} -> {want[1]}, got {found[0]} -> {found[1]}"
 
@@ -219,9 +219,9 @@ def _of_compressed(path: Path) -> Base:
         )
         for plan in fields.objects("layers")
     }
-    turned = frozenset(n for n in layers.keys() - pairs if len(weights[n]) == 2)
+    transposed = frozenset(n for n in layers.keys() - pairs if len(weights[n]) == 2)
     identity = fields.take("backbone_id", str)
-    return Base(str(path), _LINEAR, identity, layers | pairs, heads, _labels(path), turned)
+    return Base(str(path), _LINEAR, identity, layers | pairs, heads, _labels(path), transposed)
 
 
 def _has_torch() -> bool:

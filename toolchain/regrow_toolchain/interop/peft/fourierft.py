@@ -36,7 +36,7 @@ _BEHIND_A_DOT = r".*\.{}$"
 class PeftFourierft(PeftKind):
     """How many coefficients a layer has, and what they are multiplied by.
 
-    `turned` is `fan_in_fan_out`, which PEFT sets by the layers that it finds.
+    `transposed` is `fan_in_fan_out`, which PEFT sets by the layers that it finds.
     """
 
     peft_type = "FOURIERFT"
@@ -50,7 +50,7 @@ class PeftFourierft(PeftKind):
     alpha: float
     seed: int
     counts: Patterns[int]
-    turned: bool
+    transposed: bool
 
     @classmethod
     def read(cls, fields: Fields, saved: tuple[str, ...]) -> Self:
@@ -64,7 +64,7 @@ class PeftFourierft(PeftKind):
                 fields, "n_frequency_pattern", lambda p, n: p.number(n, 1, _MAX_COUNT),
                 _BEHIND_A_DOT,
             ),
-            turned=flag(fields, "fan_in_fan_out"),
+            transposed=flag(fields, "fan_in_fan_out"),
         )  # fmt: skip
 
     def count_of(self, layer: str) -> int:
@@ -85,7 +85,7 @@ class PeftFourierft(PeftKind):
                 f"{layer} must have fourierft_spectrum [{count}], as its config says, "
                 f"got {list(found)}"
             )
-        if layer in base.turned and self.turned:
+        if layer in base.transposed and self.transposed:
             wide, high = high, wide
         return wide, high
 
@@ -118,9 +118,9 @@ class PeftFourierft(PeftKind):
         if all(high * wide < LONG for high, wide in grids):
             return self.seed, BasisSpec("peft-mt19937"), {}
         count = self._most(targets)
-        places = {
+        indices = {
             f"places.{high}x{wide}": permutation_head(self.seed, count, high * wide)
             for high, wide in grids
         }
-        tensors = {name: found.astype(np.uint32) for name, found in places.items()}
+        tensors = {name: found.astype(np.uint32) for name, found in indices.items()}
         return self.seed, BasisSpec("stored"), tensors

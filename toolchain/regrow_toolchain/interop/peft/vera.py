@@ -63,7 +63,7 @@ class PeftVera(PeftKind):
             return missing
         wide, high = base.layers[layer]
         d, b = (parts[part].shape for part in self.parts)
-        if layer in base.turned and b == (wide,) != (high,):
+        if layer in base.transposed and b == (wide,) != (high,):
             wide, high = high, wide
         if (d, b) != ((self.rank,), (high,)):
             return (

@@ -23,9 +23,9 @@ _WARM, _RUNS = 3, 20
 
 def run(case: Case, report: Reporter) -> dict[str, Any]:
     """`modules` and `types`: microseconds a run; `arena`: what ONNX Runtime's allocator tells."""
-    room = Path(case["room"])
-    times = _runs(case, report, room / "ort")
-    (path,) = room.glob("ort*.json")
+    scratch = Path(case["room"])
+    times = _runs(case, report, scratch / "ort")
+    (path,) = scratch.glob("ort*.json")
     events = json.loads(path.read_text(encoding="utf-8"))
     return group(events, _WARM + _RUNS, warm=_WARM) | {"run_ms": sorted(times)[len(times) // 2]}
 

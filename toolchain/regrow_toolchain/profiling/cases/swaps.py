@@ -36,9 +36,9 @@ def run(case: Case, report: Reporter) -> dict[str, Any]:
     return {"counts": found, "calibration_ms": calibration}
 
 
-def install(path: Path, room: Path, count: int) -> list[Path]:
+def install(path: Path, scratch: Path, count: int) -> list[Path]:
     """Copies under names of their own, as a device with so many users has them."""
-    files = [room / f"user-{number:06}.safetensors" for number in range(count)]
+    files = [scratch / f"user-{number:06}.safetensors" for number in range(count)]
     for file in files:
         shutil.copyfile(path, file)
     return files
@@ -63,8 +63,8 @@ def _count(case: Case, report: Reporter, files: Sequence[Path]) -> dict[str, Any
 def roomy(case: Case, wanted: int) -> Profile:
     """The case's profile, with room for `wanted` bytes of residents if the machine has it."""
     profile = PROFILES[case["profile"]]
-    room = max(profile.resident_bytes, min(2 * wanted, int(_RAM_SHARE * case["available"])))
-    return replace(profile, resident_bytes=room)
+    scratch = max(profile.resident_bytes, min(2 * wanted, int(_RAM_SHARE * case["available"])))
+    return replace(profile, resident_bytes=scratch)
 
 
 def _from_disk(
