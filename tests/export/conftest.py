@@ -232,22 +232,33 @@ def run() -> Callable[..., dict[str, np.ndarray]]:
 def merged_logits() -> Callable[..., np.ndarray]:
     """Logits of a Hugging Face model with an expansion in its weights and biases, by torch.
 
-    Targets are nn.Linear or nn.LayerNorm; parts are A and B, D, b, or several of them.
+    Targets are nn.Linear or nn.LayerNorm; parts are A and B, D, s, t, b, or several of them.
     """
 
     def call(source: ExportSource, inputs: Mapping[str, np.ndarray], expansion: Any) -> np.ndarray:
         weights = {}
         for name, parts in expansion.items():
-            delta = parts.get("D", 0) + (parts["A"] @ parts["B"] if "A" in parts else 0)
-            if np.ndim(delta):
-                weight = source.model.get_parameter(f"{name}.weight")
-                weights[f"{name}.weight"] = weight + torch.from_numpy(delta.T.copy())
-            if "b" in parts:
-                bias = source.model.get_parameter(f"{name}.bias")
-                weights[f"{name}.bias"] = bias + torch.from_numpy(parts["b"].reshape(-1).copy())
+            layer = source.model.get_submodule(name)
+            weights[f"{name}.weight"], weights[f"{name}.bias"] = _changed(layer, parts)
         tensors = {name: torch.from_numpy(value.copy()) for name, value in inputs.items()}
         with torch.inference_mode():
             result = torch.func.functional_call(source.model, weights, kwargs=tensors)
         return result.logits.numpy()
 
     return call
+
+
+def _changed(layer: Any, parts: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a Linear or a LayerNorm with an expansion's parts in them."""
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    own = {name: torch.from_numpy(np.array(value)) for name, value in parts.items()}
+    if "A" in own:
+        weight = weight + (own["A"] @ own["B"]).T
+    if "D" in own:
+        weight = weight + own["D"].T
+    if "t" in own:
+        weight = weight * (1 + own["t"].reshape(-1))
+    if "s" in own:
+        factor = 1 + own["s"].reshape(-1)
+        weight, bias = (factor * weight.T).T, factor * bias
+    return weight, bias + own["b"].reshape(-1) if "b" in own else bias

@@ -52,7 +52,7 @@ def _slots() -> tuple[Slot, ...]:
             {part: f"{t.name}.adapter_{part}" for part in SLOT_KINDS[kind].parts},
         )
         for t in TARGETS
-        for kind in ("low_rank", "delta", "bias")
+        for kind in ("low_rank", "delta", "bias", "scale", "input_scale")
     ]  # fmt: skip
     return (*adapted, Slot("head", "head", 8, 3, {"weight": "head.weight", "bias": "head.bias"}))
 
@@ -242,12 +242,13 @@ def reference(weights: dict[str, np.ndarray]) -> Callable[..., np.ndarray]:
     ) -> np.ndarray:
         x = pixels.reshape(len(pixels), 16)
         for name in ("fc1", "fc2"):
-            y = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
             parts = (expansion or {}).get(name, {})
+            x = x * (1 + parts.get("t", 0))
+            y = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
             if "A" in parts:
                 y = y + (x @ parts["A"]) @ parts["B"]
-            y = y + (x @ parts["D"] if "D" in parts else parts.get("b", 0))
-            x = np.tanh(y)
+            y = y + (x @ parts["D"] if "D" in parts else 0)
+            x = np.tanh(y * (1 + parts.get("s", 0)) + parts.get("b", 0))
         if head is None:
             return x @ weights["head.weight"].T + weights["head.bias"]
         return x @ head.layers[0].weight.T + head.layers[0].bias

@@ -184,8 +184,8 @@ def test_a_bundle_without_the_kind(bundle, make_adapter):
     with pytest.raises(MismatchError) as caught:
         check_fit(make_adapter("fourierft"), replace(bundle.manifest, slots=slots))
     assert caught.value.findings == (
-        "fc1 must have a delta slot, got low_rank, bias",
-        "fc2 must have a delta slot, got low_rank, bias",
+        "fc1 must have a delta slot, got low_rank, bias, scale, input_scale",
+        "fc2 must have a delta slot, got low_rank, bias, scale, input_scale",
     )
 
 

@@ -3,9 +3,10 @@
 Run once, with the [export] extra: `python tests/runtime/data/make_model.py`. The tests use the
 written files, because the base install has no `onnx`.
 
-The model is a classifier of images of 4 x 4: two tanh layers with low_rank, delta and bias slots
-("fc1" 16 -> 8, "fc2" 8 -> 8) and a head slot ("head", 8 -> 3). Slots are inputs with defaults, as
-export makes them: empty or zeros for fc1 and fc2, the base's head for "head".
+The model is a classifier of images of 4 x 4: two tanh layers with input_scale, low_rank, delta,
+scale and bias slots ("fc1" 16 -> 8, "fc2" 8 -> 8) and a head slot ("head", 8 -> 3). Slots are
+inputs with defaults, as export makes them: empty or zeros for fc1 and fc2, the base's head for
+"head".
 """
 
 from pathlib import Path
@@ -31,20 +32,30 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def slotted(name: str, x: str) -> list[onnx.NodeProto]:
-    """tanh(x W + b + (x A) B + x[..., :r] D + adapter_b)."""
-    a, b, d = (f"{name}.adapter_{part}" for part in "ABD")
+    """tanh((x W + b + (x A) B + x[..., :r] D) (1 + s) + adapter_b), of x (1 + t) for x."""
+    a, b, d, s, t = (f"{name}.adapter_{part}" for part in "ABDst")
     return [
-        helper.make_node("MatMul", [x, f"{name}.W"], [f"{name}.base"]),
+        *scaled(x, t, f"{name}.x"),
+        helper.make_node("MatMul", [f"{name}.x", f"{name}.W"], [f"{name}.base"]),
         helper.make_node("Add", [f"{name}.base", f"{name}.b"], [f"{name}.biased"]),
-        helper.make_node("MatMul", [x, a], [f"{name}.down"]),
+        helper.make_node("MatMul", [f"{name}.x", a], [f"{name}.down"]),
         helper.make_node("MatMul", [f"{name}.down", b], [f"{name}.up"]),
         helper.make_node("Add", [f"{name}.biased", f"{name}.up"], [f"{name}.sum"]),
         helper.make_node("Shape", [d], [f"{name}.read"], start=1, end=2),
-        helper.make_node("Slice", [x, "zero", f"{name}.read", "last"], [f"{name}.first"]),
+        helper.make_node("Slice", [f"{name}.x", "zero", f"{name}.read", "last"], [f"{name}.first"]),
         helper.make_node("MatMul", [f"{name}.first", d], [f"{name}.delta"]),
         helper.make_node("Add", [f"{name}.sum", f"{name}.delta"], [f"{name}.whole"]),
-        helper.make_node("Add", [f"{name}.whole", f"{name}.adapter_b"], [f"{name}.all"]),
+        *scaled(f"{name}.whole", s, f"{name}.scaled"),
+        helper.make_node("Add", [f"{name}.scaled", f"{name}.adapter_b"], [f"{name}.all"]),
         helper.make_node("Tanh", [f"{name}.all"], [f"{name}.out"]),
+    ]
+
+
+def scaled(value: str, scale: str, to: str) -> list[onnx.NodeProto]:
+    """value + value scale."""
+    return [
+        helper.make_node("Mul", [value, scale], [f"{to}.change"]),
+        helper.make_node("Add", [value, f"{to}.change"], [to]),
     ]
 
 
@@ -62,6 +73,8 @@ def model() -> onnx.ModelProto:
             ("A", (1, wide, 0), [f"{name}.n", wide, f"{name}.rank"]),
             ("B", (1, 0, high), [f"{name}.n", f"{name}.rank", high]),
             ("D", (1, 0, high), [f"{name}.delta_n", f"{name}.delta_rank", high]),
+            ("s", (1, 1, high), [f"{name}.scale_n", 1, high]),
+            ("t", (1, 1, wide), [f"{name}.input_scale_n", 1, wide]),
             ("b", (1, 1, high), [f"{name}.bias_n", 1, high]),
         ):
             tensors[f"{name}.adapter_{part}"] = np.zeros(empty, np.float32)

@@ -7,14 +7,25 @@ from regrow_format.slot_kinds import SLOT_KINDS
 from .base import Tensors, TorchKind, zeros
 from .bias import BiasSlot
 from .delta import DeltaSlot
+from .input_scale import InputScaleSlot
 from .low_rank import LowRankSlot
+from .scale import ScaleSlot
 from .vector import VectorSlot
 from .weight import WeightSlot
 
 __all__ = ["KINDS", "TARGET_KINDS", "Tensors", "TorchKind", "zeros"]
 
 _HALVES: dict[str, TorchKind] = {
-    kind.name: kind for kind in (WeightSlot(), LowRankSlot(), DeltaSlot(), VectorSlot(), BiasSlot())
+    kind.name: kind
+    for kind in (
+        InputScaleSlot(),
+        WeightSlot(),
+        LowRankSlot(),
+        DeltaSlot(),
+        VectorSlot(),
+        ScaleSlot(),
+        BiasSlot(),
+    )
 }
 # In the order in which a layer applies them.
 KINDS: dict[str, TorchKind] = {name: _HALVES[name] for name in SLOT_KINDS if name in _HALVES}
