@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .huggingface import quiet_transformers as quiet_transformers
     from .identity import StoredTensor as StoredTensor
     from .identity import stored_tensors as stored_tensors
+    from .layer_names import role_of as role_of
     from .low_rank import LowRankLinear as LowRankLinear
     from .low_rank import Plan as Plan
     from .low_rank import apply_plan as apply_plan
@@ -44,6 +45,7 @@ else:
             ),
             ".huggingface": ("quiet_if_loaded", "quiet_transformers"),
             ".identity": ("StoredTensor", "stored_tensors"),
+            ".layer_names": ("role_of",),
             ".low_rank": (
                 "LowRankLinear",
                 "Plan",

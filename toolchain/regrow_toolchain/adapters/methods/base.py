@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
@@ -74,6 +74,14 @@ class TrainableAdapter(nn.Module, ABC):
         values: Tensor = self.get_parameter(_key(name))
         values = fake_quantize(values, self.storage, self.group) if self.rounded else values
         return values * self.get_buffer(f"{_key(name)}_constant")[:, None]
+
+    def unstacked(self, part: str, widths: Sequence[int], each: int = 1) -> Iterator[Tensor]:
+        """[users, each, width]: the rows of `<part>.<width>` by target, in the targets' order."""
+        rows = {width: self.rows(f"{part}.{width}") for width in dict.fromkeys(widths)}
+        used = dict.fromkeys(rows, 0)
+        for width in widths:
+            yield rows[width][:, used[width] : used[width] + each]
+            used[width] += each
 
     def values(self, user: int = 0) -> dict[str, NDArray[np.float32]]:
         """By tensor name of the file, [rows, length]: one user's numbers without any constant."""
@@ -147,7 +155,8 @@ def parse_settings(
     """The settings dataclass `kind` with `given` in it, as a dict; strings are converted.
 
     Args:
-        kept: the settings that the file's config has; all if None. Others are not checked here.
+        kept: the settings that the file's config has as they are; all if None. Others are not
+            checked here.
 
     Raises:
         UsageError: a name is unknown (all names are listed), a value has the wrong type, or one
@@ -163,9 +172,10 @@ def parse_settings(
     settings = asdict(kind(**values))
     config = {k: v for k, v in settings.items() if kept is None or k in kept}
     try:
-        return {**settings, **get_method(method).check_config(config, method)}
+        checked = get_method(method).check_config(config, method)
     except FormatError as error:
         raise UsageError(str(error)) from None
+    return {**settings, **{name: checked[name] for name in config}}
 
 
 def _convert(value: Any, kind: type, what: str) -> Any:

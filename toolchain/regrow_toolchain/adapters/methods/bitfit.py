@@ -40,11 +40,5 @@ class Bitfit:
 
 class _TrainedBitfit(TrainableAdapter):
     def changes(self) -> Changes:
-        rows = {name: self.rows(name) for name in self._names}
-        used = dict.fromkeys(rows, 0)
-        found: Changes = {}
-        for target in self.targets:
-            name = f"b.{target.out_features}"
-            found[target.name] = {"bias": {"b": rows[name][:, used[name], None]}}
-            used[name] += 1
-        return found
+        rows = self.unstacked("b", [t.out_features for t in self.targets])
+        return {t.name: {"bias": {"b": b}} for t, b in zip(self.targets, rows, strict=True)}

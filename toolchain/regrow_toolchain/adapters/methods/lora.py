@@ -53,17 +53,6 @@ class Lora:
 class _TrainedLora(TrainableAdapter):
     def changes(self) -> Changes:
         rank = self.config["rank"]
-        rows = {name: self.rows(name) for name in self._names}
-        used = dict.fromkeys(rows, 0)
-        found: Changes = {}
-        for target in self.targets:
-            a, b = f"A.{target.in_features}", f"B.{target.out_features}"
-            found[target.name] = {
-                "low_rank": {
-                    "A": rows[a][:, used[a] : used[a] + rank].mT,
-                    "B": rows[b][:, used[b] : used[b] + rank],
-                }
-            }
-            used[a] += rank
-            used[b] += rank
-        return found
+        a = self.unstacked("A", [t.in_features for t in self.targets], rank)
+        b = self.unstacked("B", [t.out_features for t in self.targets], rank)
+        return {t.name: {"low_rank": {"A": next(a).mT, "B": next(b)}} for t in self.targets}

@@ -67,21 +67,18 @@ class _TrainedVera(TrainableAdapter):
 
     def changes(self) -> Changes:
         d = self.rows("d")
-        rows = {name: self.rows(name) for name in self._names if name != "d"}
-        used = dict.fromkeys(rows, 0)
-        found: Changes = {}
-        for index, target in enumerate(self.targets):
-            name = f"b.{target.out_features}"
-            found[target.name] = {
+        rows = self.unstacked("b", [t.out_features for t in self.targets])
+        return {
+            target.name: {
                 "vector": {
                     "A": self.get_buffer("shared_a")[:, : target.in_features].mT,
                     "B": self.get_buffer("shared_b")[: target.out_features].mT,
                     "d": d[:, index, None],
-                    "b": rows[name][:, used[name], None],
+                    "b": next(rows),
                 }
             }
-            used[name] += 1
-        return found
+            for index, target in enumerate(self.targets)
+        }
 
 
 def _signs(seed: int, role: Role, vectors: int, entries: int) -> Tensor:
