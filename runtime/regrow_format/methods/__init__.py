@@ -14,7 +14,15 @@ from .vera import Vera
 __all__ = ["METHODS", "Method", "get_method"]
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Nola(), Vera(), Fourierft(), Lora(), Bitfit(), HeadOnly())
+    method.name: method
+    for method in (
+        Nola(),
+        Vera(),
+        Fourierft(),
+        Lora(),
+        Bitfit(),
+        HeadOnly(),
+    )
 }
 
 

@@ -15,7 +15,15 @@ from .vera import Vera
 __all__ = ["METHODS", "get_trainable"]
 
 METHODS: dict[str, TrainableMethod] = {
-    method.name: method for method in (Nola(), Vera(), Fourierft(), Lora(), Bitfit(), HeadOnly())
+    method.name: method
+    for method in (
+        Nola(),
+        Vera(),
+        Fourierft(),
+        Lora(),
+        Bitfit(),
+        HeadOnly(),
+    )
 }
 
 
