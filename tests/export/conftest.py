@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fourierft": {"n": 20, "alpha": 64.0},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
     "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
+    "ia3": {"feedforward": ["a", "down", "output.dense", "pair"]},
     "bitfit": {},
     "head": {},
 }

@@ -41,6 +41,7 @@ CONFIGS = {
     "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
     "vera": {"rank": 11},
     "fourierft": {"n": 20, "alpha": 16.0},
+    "ia3": {"feedforward": ["fc2"]},
     "bitfit": {},
     "head": {},
 }

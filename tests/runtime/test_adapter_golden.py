@@ -44,6 +44,8 @@ SMALLEST = {
         "dora", {"rank": 1, "alpha": 1.0, "rslora": False, "bias": True},
         {"A.1": CODE, "B.1": CODE, "s.1": CODE, "b.1": CODE},
     ),
+    "ia3": _smallest("ia3", {"feedforward": []}, {"s.1": CODE}),
+    "ia3, of inputs": _smallest("ia3", {"feedforward": ["a"]}, {"t.1": CODE}),
     "bitfit": _smallest("bitfit", {}, {"b.1": CODE}),
     "bitfit, extra and probe": _smallest(
         "bitfit", {}, {"b.1": CODE},

@@ -235,6 +235,16 @@ def fourierft(adapter: Adapter) -> Arrays:
     return found
 
 
+def ia3(adapter: Adapter) -> Arrays:
+    ends = tuple(f".{ending}" for ending in adapter.config["feedforward"])
+    forward = [t for t in adapter.targets if f".{t.name}".endswith(ends)]
+    others = [t for t in adapter.targets if t not in forward]
+    t_rows = stacked(adapter, "t", [t.in_features for t in forward], 1)
+    s_rows = stacked(adapter, "s", [t.out_features for t in others], 1)
+    found = {f"{t.name}.t": row for t, row in zip(forward, t_rows, strict=True)}
+    return found | {f"{t.name}.s": row for t, row in zip(others, s_rows, strict=True)}
+
+
 def bitfit(adapter: Adapter) -> Arrays:
     targets = adapter.targets
     rows = stacked(adapter, "b", [t.out_features for t in targets], 1)
@@ -243,6 +253,7 @@ def bitfit(adapter: Adapter) -> Arrays:
 
 EXPAND: dict[str, Callable[[Adapter], Arrays]] = {
     "nola": nola, "vera": vera, "lora": lora, "dora": dora, "fourierft": fourierft,
+    "ia3": ia3,
     "bitfit": bitfit, "head": lambda adapter: {},
 }  # fmt: skip
 
@@ -354,6 +365,8 @@ def adapters() -> dict[str, tuple[Adapter, bool]]:
         "dora-fp16": (
             adapter("dora", "fp16", {"rank": 1, "alpha": 1.0, "rslora": True, "bias": False},
                     TARGETS), True),
+        "ia3-int3": (adapter("ia3", "int3", {"feedforward": ["0.down", "ﬀ"]}, TARGETS), True),
+        "ia3-blocks-fp16": (adapter("ia3", "fp16", {"feedforward": ["up"]}, BLOCKS), True),
         "bitfit-fp16": (
             adapter("bitfit", "fp16", {}, TARGETS,
                     extra={"norm.weight": np.ones(9, dtype=np.float32)}), True),

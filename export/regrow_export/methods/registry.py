@@ -9,6 +9,7 @@ from .bitfit import BitfitGraph
 from .dora import DoraGraph
 from .fourierft import FourierftGraph
 from .head import HeadGraph
+from .ia3 import Ia3Graph
 from .lora import LoraGraph
 from .nola import NolaGraph
 from .vera import VeraGraph
@@ -23,6 +24,7 @@ BUILDERS: dict[str, GraphMethod] = {
         FourierftGraph(),
         LoraGraph(),
         DoraGraph(),
+        Ia3Graph(),
         BitfitGraph(),
         HeadGraph(),
     )

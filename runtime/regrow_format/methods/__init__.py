@@ -8,6 +8,7 @@ from .bitfit import Bitfit
 from .dora import Dora
 from .fourierft import Fourierft
 from .head import HeadOnly
+from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
 from .vera import Vera
@@ -22,6 +23,7 @@ METHODS: dict[str, Method] = {
         Fourierft(),
         Lora(),
         Dora(),
+        Ia3(),
         Bitfit(),
         HeadOnly(),
     )

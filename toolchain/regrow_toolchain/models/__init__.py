@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .huggingface import quiet_transformers as quiet_transformers
     from .identity import StoredTensor as StoredTensor
     from .identity import stored_tensors as stored_tensors
+    from .layer_names import role_of as role_of
     from .loading import load_backbone as load_backbone
     from .loading import load_structure as load_structure
     from .low_rank import LowRankPair as LowRankPair
@@ -39,6 +40,7 @@ else:
             ".huggingface": ("quiet_if_loaded", "quiet_transformers"),
             ".identity": ("StoredTensor", "stored_tensors"),
             ".loading": ("load_backbone", "load_structure"),
+            ".layer_names": ("role_of",),
             ".low_rank": (
                 "LowRankPair",
                 "Plan",

@@ -65,7 +65,7 @@ class _Search:
     def __init__(self, model: nn.Module, method: Method | None) -> None:
         self._model, self._method = model, method
         sort = method.targets if method else "linear"
-        self._biased = sort == "biased"
+        self._biased, self._noun = sort == "biased", _NOUNS[sort]
         self._attention = tuple(
             f"{name}." if name else ""
             for name, module in model.named_modules()
@@ -96,9 +96,9 @@ class _Search:
     def _blocks(self) -> set[str]:
         found = set(_outermost(self._inside(self._found)))
         if not found:
-            what = "layers with a bias" if self._biased else "linear layers"
+            layers = self._noun.format("s")
             raise RegrowError(
-                f"model must have {what} in a stack of blocks, got none: name the targets"
+                f"model must have {layers} in a stack of blocks, got none: name the targets"
             )
         return found
 
@@ -171,9 +171,8 @@ class _Search:
         near = near or difflib.get_close_matches(
             pattern, [*self._found, *endings], n=_NEAR, cutoff=0.4
         )
-        what = "layer with a bias" if self._biased else "linear layer"
         raise UsageError(
-            f"target must match a {what}, got {pattern!r}, which matches none; "
+            f"target must match a {self._noun.format('')}, got {pattern!r}, which matches none; "
             f"{'near: ' + ', '.join(near) if near else 'endings: ' + ', '.join(endings)}"
         )
 
@@ -208,6 +207,7 @@ def _all_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 # By `Method.targets`.
+_NOUNS = {"linear": "linear layer{}", "biased": "layer{} with a bias", "any": "layer{}"}
 _FINDERS: dict[str, Callable[[nn.Module], dict[str, nn.Module]]] = {
     "biased": find_biased,
     "any": _all_layers,

@@ -165,7 +165,8 @@ def parse_settings(
     """The settings dataclass `kind` with `given` in it, as a dict; strings are converted.
 
     Args:
-        kept: the settings that the file's config has; all if None. Others are not checked here.
+        kept: the settings that the file's config has as they are; all if None. Others are not
+            checked here.
 
     Raises:
         UsageError: a name is unknown (all names are listed), a value has the wrong type, or one
@@ -181,9 +182,10 @@ def parse_settings(
     settings = asdict(kind(**values))
     config = {k: v for k, v in settings.items() if kept is None or k in kept}
     try:
-        return {**settings, **get_method(method).check_config(config, method)}
+        checked = get_method(method).check_config(config, method)
     except FormatError as error:
         raise UsageError(str(error)) from None
+    return {**settings, **{name: checked[name] for name in config}}
 
 
 def _convert(value: Any, kind: type, what: str) -> Any:

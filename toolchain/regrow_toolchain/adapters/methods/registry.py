@@ -9,6 +9,7 @@ from .bitfit import Bitfit
 from .dora import Dora
 from .fourierft import Fourierft
 from .head import HeadOnly
+from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
 from .vera import Vera
@@ -23,6 +24,7 @@ METHODS: dict[str, TrainableMethod] = {
         Fourierft(),
         Lora(),
         Dora(),
+        Ia3(),
         Bitfit(),
         HeadOnly(),
     )

@@ -17,7 +17,17 @@ from regrow_format.files import read_bytes
 
 from .method import PeftKind
 
-__all__ = ["ANY_END", "CONFIG", "MERGE", "Patterns", "flag", "patterns", "read_config", "take_any"]
+__all__ = [
+    "ANY_END",
+    "CONFIG",
+    "MERGE",
+    "Patterns",
+    "flag",
+    "pattern",
+    "patterns",
+    "read_config",
+    "take_any",
+]
 
 T = TypeVar("T")
 # By pattern over module paths, in the file's order: the first that fits counts.
@@ -130,11 +140,11 @@ def patterns(
         return ()
     if len(names) > _MAX_PATTERNS:
         raise FormatError(f"{part.where}: must have at most {_MAX_PATTERNS} patterns")
-    return tuple((_pattern(text, part.where, form), take(part, text)) for text in names)
+    return tuple((pattern(text, part.where, form), take(part, text)) for text in names)
 
 
-def _pattern(text: str, where: str, form: str) -> re.Pattern[str]:
-    """Expressions that may take for ever are refused: the file comes from a stranger."""
+def pattern(text: str, where: str, form: str = "{}") -> re.Pattern[str]:
+    """An expression; those that may take for ever are refused: the file comes from a stranger."""
     most = max(len(re.findall(r"[*+{]|(?<!\()\?", text)), text.count("("))
     if len(text) > _MAX_PATTERN or most > _MAX_REPEATS or re.search(r"\)[*+{]", text):
         raise FormatError(

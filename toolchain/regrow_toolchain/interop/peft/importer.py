@@ -19,6 +19,7 @@ from .config import read_config
 from .dora import PeftDora
 from .fourierft import PeftFourierft
 from .head import head_findings, read_head
+from .ia3 import PeftIa3
 from .lora import PeftLora
 from .method import PeftKind, Row
 from .probe import with_probe
@@ -27,7 +28,7 @@ from .vera import PeftVera
 __all__ = ["KINDS", "import_peft"]
 
 # The first that claims a config has it.
-KINDS: tuple[type[PeftKind], ...] = (PeftDora, PeftLora, PeftVera, PeftFourierft)
+KINDS: tuple[type[PeftKind], ...] = (PeftDora, PeftLora, PeftVera, PeftFourierft, PeftIa3)
 
 MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
 
