@@ -333,7 +333,6 @@ def test_through_a_bundle(
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_ia3_in_every_kind_of_bundle(
     name: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
@@ -393,6 +392,7 @@ def test_a_blend_of_ia3_adds_their_changes(
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize(("storage", "most"), [("fp16", 2e-3), ("int8", 0.05), ("int4", 1.0)])
 def test_smaller_storage(
     storage: str,
