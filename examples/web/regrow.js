@@ -83,6 +83,10 @@ const LAYOUTS = {
   fourierft: ({ n }, targets) => [["c", targets.length, n]],
   lora: ({ rank }, targets) =>
     [...stacked("A", targets, "in", rank), ...stacked("B", targets, "out", rank)],
+  dora: (config, targets) => [
+    ...LAYOUTS.lora(config, targets), ...stacked("s", targets, "out", 1),
+    ...(config.bias ? stacked("b", targets, "out", 1) : []),
+  ],
   bitfit: (_, targets) => stacked("b", targets, "out", 1),
   head: () => [],
 };
@@ -304,6 +308,14 @@ function lora(adapter) {
   return targets.map((t, i) => ({ low_rank: { A: transposed(a[i].data, rank, t.in), B: b[i] } }));
 }
 
+function dora(adapter) {
+  const found = lora(adapter);
+  for (const [kind, part] of [["scale", "s"], ...(adapter.config.bias ? [["bias", "b"]] : [])]) {
+    unstacked(adapter, part, "out", 1).forEach((row, i) => { found[i][kind] = { [part]: row }; });
+  }
+  return found;
+}
+
 function fourierft(adapter) {
   const { targets, seed, basis, tensors, config: { n } } = adapter, grids = new Map();
   const draw = basis.kind === "peft-mt19937" ? shuffled : locations;
@@ -368,6 +380,10 @@ const METHODS = {
   nola: { kinds: () => ["low_rank"], expand: nola },
   vera: { kinds: () => ["low_rank"], expand: vera },
   lora: { kinds: () => ["low_rank"], expand: lora },
+  dora: {
+    kinds: ({ config }) => ["low_rank", "scale", ...(config.bias ? ["bias"] : [])],
+    expand: dora,
+  },
   fourierft: { kinds: () => ["delta"], expand: fourierft },
   bitfit: { kinds: () => ["bias"], expand: bitfit },
   head: { kinds: () => [], expand: () => [] },

@@ -38,6 +38,7 @@ TARGETS = (Target("fc1", 16, 8), Target("fc2", 8, 8))
 CONFIGS = {
     "nola": {"k": 12, "l": 9, "rank": 2, "c": 1.0, "shared": True},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
+    "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
     "vera": {"rank": 11},
     "fourierft": {"n": 20, "alpha": 16.0},
     "bitfit": {},

@@ -40,6 +40,10 @@ SMALLEST = {
         "fourierft", {"n": 1, "alpha": 1.0}, {"c": CODE},
         basis=BasisSpec("stored"), stored_basis=PLACES,
     ),
+    "dora": _smallest(
+        "dora", {"rank": 1, "alpha": 1.0, "rslora": False, "bias": True},
+        {"A.1": CODE, "B.1": CODE, "s.1": CODE, "b.1": CODE},
+    ),
     "bitfit": _smallest("bitfit", {}, {"b.1": CODE}),
     "bitfit, extra and probe": _smallest(
         "bitfit", {}, {"b.1": CODE},

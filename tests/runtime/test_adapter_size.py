@@ -39,6 +39,7 @@ CONFIGS = {
     "vera": {"rank": 256},
     "fourierft": {"n": 1000, "alpha": 300.0},
     "lora": {"rank": 1, "alpha": 16.0, "rslora": True},
+    "dora": {"rank": 1, "alpha": 16.0, "rslora": True, "bias": True},
     "bitfit": {},
     "head": {},
 }

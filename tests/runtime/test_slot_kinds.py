@@ -42,7 +42,7 @@ def test_what_is_resident(bundle, make_adapter, method, numbers):
 
 
 def test_swapping_kinds_leaves_nothing_behind(bundle, pixels, reference, make_adapter):
-    for method in ("fourierft", "bitfit", "nola", "head", "bitfit", "vera"):
+    for method in ("fourierft", "bitfit", "dora", "nola", "head", "bitfit", "vera"):
         adapter = make_adapter(method)
         bundle.swap(adapter, name=method)
         np.testing.assert_allclose(
@@ -189,7 +189,7 @@ def test_a_bundle_without_the_kind(bundle, make_adapter):
     )
 
 
-@pytest.mark.parametrize("method", ["fourierft", "bitfit", "vera"])
+@pytest.mark.parametrize("method", ["fourierft", "bitfit", "vera", "dora"])
 def test_other_widths(bundle, make_adapter, method):
     adapter = make_adapter(method, targets=(Target("fc1", 16, 9), Target("fc2", 8, 8)))
     with pytest.raises(MismatchError, match="fc1 must be 16 -> 8, got 16 -> 9"):

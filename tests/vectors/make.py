@@ -204,6 +204,14 @@ def lora(adapter: Adapter) -> Arrays:
     return found
 
 
+def dora(adapter: Adapter) -> Arrays:
+    targets, found = adapter.targets, lora(adapter)
+    for part in ("s", "b") if adapter.config["bias"] else ("s",):
+        rows = stacked(adapter, part, [t.out_features for t in targets], 1)
+        found |= {f"{t.name}.{part}": row for t, row in zip(targets, rows, strict=True)}
+    return found
+
+
 def places_of(adapter: Adapter, target: Target) -> list[int]:
     """Where a target's coefficients stand on its grid."""
     high, wide, count = target.out_features, target.in_features, adapter.config["n"]
@@ -234,8 +242,8 @@ def bitfit(adapter: Adapter) -> Arrays:
 
 
 EXPAND: dict[str, Callable[[Adapter], Arrays]] = {
-    "nola": nola, "vera": vera, "lora": lora, "fourierft": fourierft, "bitfit": bitfit,
-    "head": lambda adapter: {},
+    "nola": nola, "vera": vera, "lora": lora, "dora": dora, "fourierft": fourierft,
+    "bitfit": bitfit, "head": lambda adapter: {},
 }  # fmt: skip
 
 
@@ -340,6 +348,12 @@ def adapters() -> dict[str, tuple[Adapter, bool]]:
                     probe=Probe(np.array([0.5, -1.25], dtype=np.float16), 0.01)), True),
         "lora-int7": (
             adapter("lora", "int7", {"rank": 2, "alpha": 2.0, "rslora": False}, TARGETS), True),
+        "dora-int4": (
+            adapter("dora", "int4", {"rank": 2, "alpha": 4.0, "rslora": False, "bias": True},
+                    TARGETS), True),
+        "dora-fp16": (
+            adapter("dora", "fp16", {"rank": 1, "alpha": 1.0, "rslora": True, "bias": False},
+                    TARGETS), True),
         "bitfit-fp16": (
             adapter("bitfit", "fp16", {}, TARGETS,
                     extra={"norm.weight": np.ones(9, dtype=np.float32)}), True),

@@ -40,7 +40,7 @@ WEB = ROOT / "examples" / "web"
 VECTORS = ROOT / "tests" / "vectors"
 BACKBONE = "sha256:" + "ab" * 32
 TOLERANCE = 1e-6
-KINDS = ("low_rank", "delta", "bias")
+KINDS = ("low_rank", "delta", "scale", "bias")
 OTHER = "nola-other"  # with the config that is built into the seeded bundle
 PIXELS = np.random.default_rng(7).standard_normal((3, 1, 8, 8)).astype(np.float32)
 
@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vera-int8": ("vera", "int8", {"rank": 37}),
     "vera-fp16": ("vera", "fp16", {"rank": 5}),
     "lora-int8": ("lora", "int8", {"rank": 3, "alpha": 6.0, "rslora": False}),
+    "dora-int8": ("dora", "int8", {"rank": 3, "alpha": 6.0, "rslora": False, "bias": True}),
+    "dora-fp16": ("dora", "fp16", {"rank": 2, "alpha": 1.0, "rslora": True, "bias": False}),
     "bitfit-int8": ("bitfit", "int8", {}),
     "fourierft-int8": ("fourierft", "int8", {"n": 100, "alpha": 30.0}),
 }

@@ -6,6 +6,7 @@ from regrow_format.errors import UsageError
 
 from .base import GraphMethod
 from .bitfit import BitfitGraph
+from .dora import DoraGraph
 from .fourierft import FourierftGraph
 from .head import HeadGraph
 from .lora import LoraGraph
@@ -21,6 +22,7 @@ BUILDERS: dict[str, GraphMethod] = {
         VeraGraph(),
         FourierftGraph(),
         LoraGraph(),
+        DoraGraph(),
         BitfitGraph(),
         HeadGraph(),
     )

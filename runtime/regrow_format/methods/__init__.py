@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import FormatError
 from .base import Method
 from .bitfit import Bitfit
+from .dora import Dora
 from .fourierft import Fourierft
 from .head import HeadOnly
 from .lora import Lora
@@ -14,7 +15,16 @@ from .vera import Vera
 __all__ = ["METHODS", "Method", "get_method"]
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Nola(), Vera(), Fourierft(), Lora(), Bitfit(), HeadOnly())
+    method.name: method
+    for method in (
+        Nola(),
+        Vera(),
+        Fourierft(),
+        Lora(),
+        Dora(),
+        Bitfit(),
+        HeadOnly(),
+    )
 }
 
 

@@ -26,7 +26,11 @@ IDS = np.random.default_rng(3).integers(1, 50, (3, 6))
 FORMS = {
     "weight": (("weight",), None, ("nola", "vera", "lora", "fourierft")),
     "vector": (("vector",), None, ("vera",)),
-    "fixed": (("low_rank", "delta", "bias"), 6, ("nola", "vera", "lora", "fourierft", "bitfit")),
+    "fixed": (
+        ("low_rank", "delta", "scale", "bias"),
+        6,
+        ("nola", "vera", "lora", "dora", "fourierft", "bitfit"),
+    ),
     "fixed weight": (("weight",), 6, ("lora", "fourierft")),
 }
 
@@ -81,14 +85,13 @@ def _torch(source, inputs, expansion, head=None):
     weights = {}
     for name, parts in expansion.items():
         layer = source.model.get_submodule(name)
-        if "b" in parts:
-            weights[f"{name}.bias"] = layer.bias + torch.from_numpy(parts["b"].reshape(-1).copy())
-        else:
-            delta = torch.from_numpy(
-                (parts["D"] if "D" in parts else parts["A"] @ parts["B"]).copy()
-            )
-            turned = delta if type(layer).__name__ == "Conv1D" else delta.T
-            weights[f"{name}.weight"] = layer.weight + turned
+        own = {part: torch.from_numpy(np.array(value)) for part, value in parts.items()}
+        turned, none = type(layer).__name__ == "Conv1D", torch.zeros(1)
+        factor = 1 + own.get("s", none).reshape(-1)
+        delta = own["D"] if "D" in own else own["A"] @ own["B"] if "A" in own else none
+        weight = (layer.weight if turned else layer.weight.T) + delta  # [in, out]
+        weights[f"{name}.weight"] = weight * factor if turned else (weight * factor).T
+        weights[f"{name}.bias"] = layer.bias * factor + own.get("b", none).reshape(-1)
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     with torch.inference_mode():
         return torch.func.functional_call(source.model, weights, kwargs=tensors).logits.numpy()

@@ -36,6 +36,7 @@ _LEARN: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("inverted", {"steps": 80, "lr": 0.05}),
     "fourierft": ("inverted", {"steps": 80}),
     "lora": ("inverted", {"steps": 130, "lr": 0.02}),
+    "dora": ("inverted", {"steps": 130, "lr": 0.02}),
     "bitfit": ("faint", {"steps": 70, "lr": 0.05}),
     "head": ("swapped", {"steps": 60, "head_lr": 0.05}),
 }
@@ -300,19 +301,21 @@ def test_without_samples_held_back_there_is_no_score(small: Backbone, dataset: D
 # -- applying ------------------------------------------------------------------------------------
 
 
-def _gain(parts: Mapping[str, np.ndarray], x: torch.Tensor) -> torch.Tensor:
-    """What a slot adds: (x A) B, x D, or b."""
+def _changed(parts: Mapping[str, np.ndarray], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(y + (x A) B + x D)(1 + s) + b, of the parts that there are."""
     tensors = {name: torch.from_numpy(np.array(part)) for name, part in parts.items()}
     if "A" in tensors:
-        return (x @ tensors["A"]) @ tensors["B"]
-    return x @ tensors["D"] if "D" in tensors else tensors["b"].expand(*x.shape[:-1], -1)
+        y = y + (x @ tensors["A"]) @ tensors["B"]
+    if "D" in tensors:
+        y = y + x @ tensors["D"]
+    return y * (1 + tensors.get("s", 0)) + tensors.get("b", 0)
 
 
 @pytest.mark.parametrize(
     ("method", "target"),
     [
         *((m, t) for m in METHODS for t in ("query", "output.dense") if m != "head"),
-        *((m, "query.down") for m in ("nola", "vera", "fourierft", "lora")),
+        *((m, "query.down") for m in ("nola", "vera", "fourierft", "lora", "dora")),
         *(("bitfit", t) for t in ("query.up", "layernorm_before", "*layernorm*")),
     ],
 )
@@ -321,7 +324,7 @@ def test_applied_adds_what_the_slots_do(
 ) -> None:
     """By hand, with the tensors that the device's code expands."""
     config = replace(_QUICK, method=method)
-    if method in ("nola", "vera", "lora"):
+    if method in ("nola", "vera", "lora", "dora"):
         config = replace(config, method_settings={"rank": 3})
     adapter = adapt(small, dataset(24, 5), replace(config, targets=[target])).adapter
     expansion = flat(get_method(method).expand(adapter, BasisCache()))
@@ -342,7 +345,8 @@ def test_applied_adds_what_the_slots_do(
         with torch.no_grad():
             plain = small.model.get_submodule(name)(x)
         assert (out - plain).abs().max() > 1e-5
-        torch.testing.assert_close(out, plain + _gain(expansion[name], x), rtol=1e-5, atol=1e-5)
+        wanted = _changed(expansion[name], x, plain)
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -755,7 +755,9 @@ def test_accumulation_runs_the_model_on_pieces(shared: Backbone, data: Dataset) 
     assert sizes == [*[6, 5, 5] * 2, 1]  # and the probe
 
 
-_RATES = {"nola": 0.05, "lora": 0.02, "vera": 0.05, "fourierft": 0.03, "bitfit": 0.05}
+_RATES = {
+    "nola": 0.05, "lora": 0.02, "dora": 0.02, "vera": 0.05, "fourierft": 0.03, "bitfit": 0.05,
+}  # fmt: skip
 
 # -- precision and devices ------------------------------------------------------------------------
 

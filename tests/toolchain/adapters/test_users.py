@@ -40,6 +40,7 @@ _SMALL = {
     "vera": {"rank": 16},
     "fourierft": {"n": 24},
     "lora": {"rank": 2},
+    "dora": {"rank": 2},
 }
 
 

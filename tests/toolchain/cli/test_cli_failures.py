@@ -144,7 +144,7 @@ _CASES: list[tuple[tuple[str, ...], int, str]] = [
     (_with(_ADAPT, "--set", "k=many"), 2, "nola's k must be of type int, got 'many'"),
     (_with(_ADAPT, "--set", "rank=1000"), 2, "rank must be at most 32"),
     (_with(_ADAPT, "--method", "lora", "--set", "k=3"), 2, "settings of lora must be among rank=4"),
-    (_with(_ADAPT, "--method", "dora"), 2, "--method"),
+    (_with(_ADAPT, "--method", "magic"), 2, "--method"),
     (_with(_ADAPT, "--no-such-option"), 2, "No such option"),
     (_with(_COMPRESS, "--ratio", "0.5"), 2, "--ratio"),
     (_with(_COMPRESS, "--ratio", "nan"), 2, "must be a finite number, got nan"),

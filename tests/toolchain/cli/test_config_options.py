@@ -73,7 +73,7 @@ def test_options_say_settings() -> None:
         (ExportConfig, ["--fixed-rank", "9000"], {"fixed_rank": 9000}),
         (ExportConfig, ["--precision", "int2"], {"precision": "int2"}),
         (ExportConfig, ["--slots", "bias", "--slots", "bias"], {"slots": ("bias", "bias")}),
-        (ExportConfig, ["--for", "dora"], {"methods": ("dora",)}),
+        (ExportConfig, ["--for", "magic"], {"methods": ("magic",)}),
         (ExportConfig, ["--mode", "merged", "--for", "lora"],
          {"mode": "merged", "methods": ("lora",)}),
         (CompressConfig, ["--ratio", "0.5"], {"ratio": 0.5}),

@@ -148,7 +148,7 @@ def test_requests_that_make_no_sense(exported: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--for", "dora"], "--for must be among nola, .*, got 'dora'"),
+        (["--for", "magic"], "--for must be among nola, .*, got 'magic'"),
         (
             ["--mode", "seeded", "--adapter", "a", "--for", "lora"],
             "--for must be for --mode swappable, got seeded",

@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 6},
     "fourierft": {"n": 20, "alpha": 64.0},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
+    "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
     "bitfit": {},
     "head": {},
 }
@@ -42,7 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, vit_folder: Path) -> Path:
     export_bundle(
         source,
         folder,
-        ExportRequest(ExportConfig(targets=LAYERS, slots=("low_rank", "delta", "bias"))),
+        ExportRequest(ExportConfig(targets=LAYERS, slots=("low_rank", "delta", "scale", "bias"))),
     )
     return folder
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from regrow_format.errors import UsageError
 from regrow_runtime import Adapter, Bundle
 from regrow_toolchain.adapters import applied
 from regrow_toolchain.interop import export_backbone, import_peft
@@ -77,6 +78,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 8}),
+    "dora": (peft.LoraConfig, {"r": 4, "lora_alpha": 8, "use_dora": True}),
     "vera": (peft.VeraConfig, {"r": 24, "projection_prng_key": 2**40 + 3}),
     "vera-drawn": (peft.VeraConfig, {"r": 24, "projection_prng_key": 12,
                                      "save_projection": False}),
@@ -140,6 +142,7 @@ def _compare(base: Path, folder: Path, name: str, out: Path) -> Adapter:
 
 CONFIGS = {
     "lora": {"rank": 4, "alpha": 8.0, "rslora": False},
+    "dora": {"rank": 4, "alpha": 8.0, "rslora": False, "bias": True},
     "vera": {"rank": 24},
     "fourierft": {"n": 70, "alpha": 20.0},
 }
@@ -157,8 +160,10 @@ def test_outputs_are_pefts(
     adapter = _compare(dense(name), trained(name, kind), name, tmp_path / "backbone")
     method = kind.partition("-")[0]
     assert (adapter.method, adapter.storage) == (method, "fp32")
-    assert dict(adapter.config) == CONFIGS[method]
-    assert adapter.basis.kind == ("philox-sign" if method == "lora" else "peft-mt19937")
+    biases = {"bias": False} if method == "dora" and "llama" in name else {}
+    assert dict(adapter.config) == CONFIGS[method] | biases
+    drawn = method in ("vera", "fourierft")
+    assert adapter.basis.kind == ("peft-mt19937" if drawn else "philox-sign")
     options = {**KINDS[kind][1], **MODELS[name][2]}
     seed = options.get("projection_prng_key", options.get("random_loc_seed", 0))
     assert adapter.seed == seed
@@ -170,21 +175,45 @@ def test_outputs_are_pefts(
         assert layers == HEADS.get(name, layers)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_patterns_and_rslora(
     name: str,
     rslora: bool,
+    dora: bool,
     dense: Callable[[str], Path],
     trained: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     ranks = {"bert": {"query": 2, r"layer\.1\..*value": 7}, "gpt2": {"h.0.attn.c_attn": 9}}[name]
     alphas = {"bert": {"layer.0.output.dense": 3, "value": 20}, "gpt2": {"mlp.c_proj": 0.5}}[name]
-    folder = trained(name, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    folder = trained(
+        name, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora, use_dora=dora
+    )
     adapter = _compare(dense(name), folder, name, tmp_path / "backbone")
     assert adapter.config["rank"] == max(ranks.values())
     assert adapter.config["rslora"] is rslora
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
+def test_dora_that_peft_trained(name: str, dense: Callable[[str], Path], tmp_path: Path) -> None:
+    """Steps of Adam from PEFT's own start, where m = ||W|| and B = 0."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, **MODELS[name][2])
+    torch.manual_seed(2)
+    model = peft.get_peft_model(load_backbone(dense(name)).model, config).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+    for _ in range(4):
+        optimizer.zero_grad()
+        logits = model(**_inputs(name)).logits
+        torch.nn.functional.cross_entropy(
+            logits[:, -1] if logits.dim() > 2 else logits, torch.tensor([1, 2])
+        ).backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "peft")
+    adapter = _compare(dense(name), tmp_path / "peft", name, tmp_path / "backbone")
+    scales = [adapter.coefficients[n] for n in adapter.coefficients if n.startswith("s.")]
+    assert all(0.001 < np.abs(part.dense()).max() < 0.9 for part in scales)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama-classes"])
@@ -275,10 +304,13 @@ def test_through_a_bundle(
 ) -> None:
     """ONNX Runtime with the imported file, layers and head, gives PEFT's outputs."""
     folder, bundle = trained("vit", kind), tmp_path / "bundle"
-    first = import_peft(folder, dense("vit"))
-    export_backbone(load_backbone(dense("vit")), bundle, adapter=first)
-    adapter = import_peft(folder, bundle)
-    assert adapter.to_bytes() == first.to_bytes()
+    adapter = import_peft(folder, dense("vit"))
+    export_backbone(load_backbone(dense("vit")), bundle, adapter=adapter)
+    if kind == "dora":  # a bundle has its weights' graph, and nobody reads it
+        with pytest.raises(UsageError, match=r"must be a backbone for DoRA, .* got a bundle, "):
+            import_peft(folder, bundle)
+    else:
+        assert import_peft(folder, bundle).to_bytes() == adapter.to_bytes()
     adapter.save(tmp_path / "a.safetensors")
     device = Bundle.open(bundle)
     device.swap(tmp_path / "a.safetensors")
@@ -287,15 +319,17 @@ def test_through_a_bundle(
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize(("storage", "most"), [("fp16", 2e-3), ("int8", 0.05), ("int4", 1.0)])
 def test_smaller_storage(
     storage: str,
     most: float,
+    kind: str,
     dense: Callable[[str], Path],
     trained: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    folder = trained("bert")
+    folder = trained("bert", kind)
     adapter = import_peft(folder, dense("bert"), storage=storage)
     whole = import_peft(folder, dense("bert"))
     assert len(adapter.to_bytes()) < len(whole.to_bytes())

@@ -16,7 +16,8 @@ HEAD = "base_model.model.head"
 _FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "ADALORA"}, "must be one of LORA, VERA, FOURIERFT, got 'ADALORA': train one"),
     ({"peft_type": None}, "peft_type must be of type str"),
-    ({"use_dora": True}, "use_dora must not be set, got True: DoRA also scales"),
+    ({"use_dora": True}, "of every layer, blocks.0.k.lora_magnitude_vector, "),
+    ({"use_dora": "yes"}, "use_dora must be of type bool, got 'yes'"),
     ({"lora_bias": True}, "lora_bias must not be set"),
     ({"bias": "all"}, "bias must be 'none', got 'all'"),
     ({"bias": "lora_only"}, "bias must be 'none', got 'lora_only'"),
@@ -58,7 +59,7 @@ _NAN = np.full((2, 8), np.nan, "f4")
 # By name: what is put into the file; None takes the tensor out.
 _TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"base_model.model.emb.lora_embedding_A": _ones(2, 8)}, "is an embedding's LoRA"),
-    ({f"{Q}.lora_magnitude_vector": _ones(6)}, "is DoRA's, which cannot come in"),
+    ({f"{Q}.lora_magnitude_vector": _ones(6)}, "is DoRA's, where use_dora is not set: set it"),
     ({f"{Q}.lora_B.bias": _ones(6)}, "is no A or B of plain LoRA"),
     ({f"{Q}.base_layer.weight": _ones(6, 8)}, "save with save_embedding_layers=False"),
     ({"blocks.0.q.weight": _ones(6, 8)}, "does not begin with base_model.model."),

@@ -6,6 +6,7 @@ from regrow_format.errors import UsageError
 
 from .base import TrainableMethod
 from .bitfit import Bitfit
+from .dora import Dora
 from .fourierft import Fourierft
 from .head import HeadOnly
 from .lora import Lora
@@ -15,7 +16,16 @@ from .vera import Vera
 __all__ = ["METHODS", "get_trainable"]
 
 METHODS: dict[str, TrainableMethod] = {
-    method.name: method for method in (Nola(), Vera(), Fourierft(), Lora(), Bitfit(), HeadOnly())
+    method.name: method
+    for method in (
+        Nola(),
+        Vera(),
+        Fourierft(),
+        Lora(),
+        Dora(),
+        Bitfit(),
+        HeadOnly(),
+    )
 }
 
 

@@ -16,6 +16,7 @@ from regrow_format.mt19937 import DTYPES
 from .base_model import Base, read_base
 from .checkpoint import Stored, read_header
 from .config import read_config
+from .dora import PeftDora
 from .fourierft import PeftFourierft
 from .head import head_findings, read_head
 from .lora import PeftLora
@@ -26,7 +27,7 @@ from .vera import PeftVera
 __all__ = ["KINDS", "import_peft"]
 
 # The first that claims a config has it.
-KINDS: tuple[type[PeftKind], ...] = (PeftLora, PeftVera, PeftFourierft)
+KINDS: tuple[type[PeftKind], ...] = (PeftDora, PeftLora, PeftVera, PeftFourierft)
 
 _MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
 

@@ -31,7 +31,6 @@ FACTORS = ("lora_A", "lora_B")
 
 _MAX_RANK = 1 << 12
 _REFUSED = {
-    "use_dora": "DoRA also scales whole columns of the weights",
     "lora_bias": "a bias of lora_B has no place in an adapter yet",
     "target_parameters": "parameters that belong to no linear layer cannot be changed",
     "trainable_token_indices": "embeddings of tokens cannot be changed",
@@ -65,7 +64,7 @@ class PeftLora(PeftKind):
     refused = _REFUSED
     reasons = (
         (".lora_embedding_", "is an embedding's LoRA, which cannot come in: adapt linear layers"),
-        (".lora_magnitude_vector", "is DoRA's, which cannot come in: train with use_dora=False"),
+        (".lora_magnitude_vector", "is DoRA's, where use_dora is not set: set it to true"),
         (".lora_", "is no A or B of plain LoRA"),
     )
 
@@ -78,8 +77,9 @@ class PeftLora(PeftKind):
 
     @classmethod
     def read(cls, fields: Fields, saved: tuple[str, ...]) -> Self:
-        """r, lora_alpha, use_rslora, rank_pattern, alpha_pattern."""
+        """r, lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern."""
         _check_start(fields)
+        flag(fields, "use_dora")  # of `PeftDora` where it is true
         return cls(
             saved,
             rank=fields.number("r", 1, _MAX_RANK, 8),
