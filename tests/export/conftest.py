@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
     "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
     "ia3": {"feedforward": ["a", "down", "output.dense", "pair"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }
@@ -262,5 +263,6 @@ def _changed(layer: Any, parts: Mapping[str, np.ndarray]) -> tuple[torch.Tensor,
         weight = weight * (1 + own["t"].reshape(-1))
     if "s" in own:
         factor = 1 + own["s"].reshape(-1)
-        weight, bias = (factor * weight.T).T, factor * bias
+        rows = factor[:, None] if weight.dim() > 1 else factor
+        weight, bias = rows * weight, factor * bias
     return weight, bias + own["b"].reshape(-1) if "b" in own else bias

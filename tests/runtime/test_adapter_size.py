@@ -41,6 +41,7 @@ CONFIGS = {
     "lora": {"rank": 1, "alpha": 16.0, "rslora": True},
     "dora": {"rank": 1, "alpha": 16.0, "rslora": True, "bias": True},
     "ia3": {"feedforward": ["down_proj", "query"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }

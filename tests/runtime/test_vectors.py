@@ -55,7 +55,7 @@ def test_the_files_are_those_that_make_writes():
 
 def test_they_are_small_and_every_method_has_some():
     files = [*FOLDER.rglob("*.json"), *FOLDER.rglob("*.safetensors")]
-    assert 100 < sum(path.stat().st_size for path in files) / 1e3 < 150
+    assert 100 < sum(path.stat().st_size for path in files) / 1e3 < 180
     assert {entry["method"] for entry in ENTRIES.values()} == set(METHODS)
 
 

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dora-int8": ("dora", "int8", {"rank": 3, "alpha": 6.0, "rslora": False, "bias": True}),
     "dora-fp16": ("dora", "fp16", {"rank": 2, "alpha": 1.0, "rslora": True, "bias": False}),
     "ia3-int8": ("ia3", "int8", {"feedforward": ["0.down", "intermediate.dense"]}),
+    "ssf-int8": ("ssf", "int8", {}),
     "bitfit-int8": ("bitfit", "int8", {}),
     "fourierft-int8": ("fourierft", "int8", {"n": 100, "alpha": 30.0}),
 }

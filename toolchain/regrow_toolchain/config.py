@@ -159,7 +159,7 @@ class AdaptConfig(_Checked):
     method: str = setting(
         "nola",
         "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
-        choices=("nola", "vera", "fourierft", "lora", "dora", "ia3", "bitfit", "head"),
+        choices=("nola", "vera", "fourierft", "lora", "dora", "ia3", "ssf", "bitfit", "head"),
     )
     coefficient_dtype: str = setting(
         "int4",

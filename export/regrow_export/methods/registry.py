@@ -12,6 +12,7 @@ from .head import HeadGraph
 from .ia3 import Ia3Graph
 from .lora import LoraGraph
 from .nola import NolaGraph
+from .ssf import SsfGraph
 from .vera import VeraGraph
 
 __all__ = ["BUILDERS", "get_builder"]
@@ -25,6 +26,7 @@ BUILDERS: dict[str, GraphMethod] = {
         LoraGraph(),
         DoraGraph(),
         Ia3Graph(),
+        SsfGraph(),
         BitfitGraph(),
         HeadGraph(),
     )

@@ -11,6 +11,7 @@ from .head import HeadOnly
 from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
+from .ssf import Ssf
 from .vera import Vera
 
 __all__ = ["METHODS", "Method", "get_method"]
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {
         Lora(),
         Dora(),
         Ia3(),
+        Ssf(),
         Bitfit(),
         HeadOnly(),
     )

@@ -21,13 +21,13 @@ from regrow_format.manifest import Manifest
 from regrow_format.methods import get_method
 from regrow_runtime import Bundle
 
-METHODS = ("lora", "dora", "vera", "fourierft", "ia3", "bitfit")
+METHODS = ("lora", "dora", "vera", "fourierft", "ia3", "ssf", "bitfit")
 LAYER = "vit.encoder.layer.1."
 
 
 def _names(method: str) -> list[str]:
     names = [f"{LAYER}attention.attention.value", f"{LAYER}output.dense"]
-    return [*names, f"{LAYER}layernorm_before"] if method == "bitfit" else names
+    return [*names, f"{LAYER}layernorm_before"] if method in ("ssf", "bitfit") else names
 
 
 def _expand(adapter):
@@ -166,7 +166,7 @@ def test_a_bias_merges_into_every_layer_that_can_have_one(layer):
     [
         (
             {"delta": {"D": np.ones((3, 3))}},
-            "must be Linear, Conv1D or a pair",
+            "must be Conv1D, Linear or a pair",
         ),
         (
             {"bias": {"b": np.ones(3)}},

@@ -18,8 +18,8 @@ from regrow_runtime.slots import expand
 
 LAYER = "vit.encoder.layer.2."
 NAMES = [f"{LAYER}intermediate.dense", f"{LAYER}output.dense"]
-KINDS = ("low_rank", "delta", "scale", "bias", "scale", "input_scale")
-METHODS = ("nola", "vera", "lora", "dora", "fourierft", "ia3", "bitfit")
+KINDS = ("low_rank", "delta", "scale", "bias", "input_scale")
+METHODS = ("nola", "vera", "lora", "dora", "fourierft", "ia3", "ssf", "bitfit")
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
     "dora": {"rank": 2, "alpha": 2.0, "rslora": False, "bias": True},
     "ia3": {"feedforward": ["query"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }

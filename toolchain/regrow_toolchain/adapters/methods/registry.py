@@ -12,6 +12,7 @@ from .head import HeadOnly
 from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
+from .ssf import Ssf
 from .vera import Vera
 
 __all__ = ["METHODS", "get_trainable"]
@@ -25,6 +26,7 @@ METHODS: dict[str, TrainableMethod] = {
         Lora(),
         Dora(),
         Ia3(),
+        Ssf(),
         Bitfit(),
         HeadOnly(),
     )
