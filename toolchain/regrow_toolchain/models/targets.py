@@ -98,7 +98,8 @@ class _Search:
         if not found:
             what = "layers with a bias" if self._biased else "linear layers"
             raise RegrowError(
-                f"model must have {what} in a stack of blocks, got none: name the targets"
+                f"model must have {what} in a stack of blocks, got none: name the targets, or "
+                "train a head alone (method head)"
             )
         return found
 
