@@ -36,8 +36,8 @@ def targets_setting() -> Any:
         (),
         "Layer to adapt: an ending such as `query`, a shell pattern such as `*.layer.0.*`, or a "
         "set: `@qv` (query and value, or the layer that fuses them), `@attention`, `@mlp`, `@all` "
-        "(every linear layer of the blocks, the default), `all-linear` (those outside of the "
-        "blocks too, but not the head); repeatable.",
+        "(every linear layer of the blocks, 1 x 1 convolutions too, the default), `all-linear` "
+        "(those outside of the blocks too, but not convolutions and the head); repeatable.",
         option="--target",
         metavar="NAME",
     )

@@ -93,7 +93,10 @@ def block_weights(model: nn.Module) -> list[BlockWeight]:
                 if weight is not None:
                     found.setdefault(id(weight), BlockWeight(path, name, weight, transposed))
     if not found:
-        raise RegrowError("model must have linear layers in a stack of blocks to round, got none")
+        raise RegrowError(
+            "model must have linear layers in a stack of blocks to round, got none: use fp32, in "
+            "which convolutions stay"
+        )
     return list(found.values())
 
 

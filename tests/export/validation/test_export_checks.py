@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
+from regrow_export.slots import set_slots, with_slots
+from regrow_export.validation import parity
 from regrow_export.validation.mobile import partitions, required_operators
 from regrow_format.errors import RegrowError
 from regrow_format.manifest import Manifest
@@ -285,3 +287,43 @@ def test_a_bundle_that_disagrees_on_the_probe_is_not_kept(tmp_path, monkeypatch)
             ),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+class _Amplifying(nn.Module):
+    """Blocks that amplify what goes into them once adapters make their weights large."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            nn.init.normal_(self.fc.weight, std=0.05)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(6 * self.fc(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_made_adapters_are_no_stronger_than_a_model_can_take(tmp_path):
+    """In full strength its outputs hang on how sums are rounded, in torch alone too."""
+    torch.manual_seed(0)
+    source = ExportSource(_Amplifying().eval(), "custom", "sha256:" + "ab" * 32)
+    x = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+    config = ExportConfig(targets=[f"blocks.{i}.fc" for i in range(16)])
+    manifest = export_bundle(source, tmp_path / "b", ExportRequest(config, inputs={"x": x}))
+    slots = manifest.slots
+    slotted, feeds = with_slots(source.model, slots), parity.random_feeds(slots, 1)
+    set_slots(slotted, feeds)
+    with torch.inference_mode():
+        single = slotted(torch.from_numpy(x)).double()
+        exact = slotted.double()(torch.from_numpy(x).double())
+    assert (single - exact).abs().max() > 10 * manifest.parity["adapter_max_abs"] + 1e-3
+    assert manifest.parity["adapter_effect"] > 0.01
+    assert manifest.parity["slot_effect_min"] > 0

@@ -370,7 +370,7 @@ def test_bitfit_of_a_compressed_backbone(backbone: Backbone, compressed: Compres
 
 def test_bitfit_leaves_other_norms_alone() -> None:
     """A bias along the channels of an image is not added to the last dimension."""
-    layers = {"bn": nn.BatchNorm2d(8), "gn": nn.GroupNorm(2, 8), "conv": nn.Conv2d(8, 8, 1)}
+    layers = {"bn": nn.BatchNorm2d(8), "gn": nn.GroupNorm(2, 8), "conv": nn.Conv2d(8, 8, 3)}
     model = _Plain(**layers, norm=nn.LayerNorm(8), grid=nn.LayerNorm((4, 8)))
     assert find_targets(model, method="bitfit") == (Target("layers.0.norm", 8, 8),)
 

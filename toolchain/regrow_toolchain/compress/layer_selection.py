@@ -1,7 +1,8 @@
 """Which layers compression factors: a rule for all architectures, a few exceptions, patterns.
 
-Linear layers (and GPT-2's Conv1D) inside of the model's stacks of blocks are factored; embeddings,
-norms, pooler and head lie outside and stay dense. What else stays dense says why.
+Linear layers (GPT-2's Conv1D and convolutions of 1 x 1 among them) inside of the model's stacks of
+blocks are factored; embeddings, norms, pooler and head lie outside and stay dense. What else stays
+dense says why.
 """
 
 from __future__ import annotations
@@ -193,7 +194,10 @@ def plans_of(layers: Sequence[LayerPlan]) -> tuple[Plan, ...]:
     if not any(layer.rank for layer in layers):
         reasons = sorted({layer.skip_reason for layer in layers})
         found = f"{len(layers)} that stay dense: {'; '.join(reasons)}" if layers else "none"
-        raise RegrowError(f"model must have linear layers to factor in its blocks, got {found}")
+        raise RegrowError(
+            f"model must have linear layers to factor in its blocks, got {found}: "
+            + ("name layers to factor (--only)" if layers else "use the model as it is")
+        )
     return tuple(
         Plan(layer.name, layer.in_features, layer.out_features, layer.rank, layer.bias)
         for layer in layers

@@ -98,7 +98,8 @@ class _Search:
         if not found:
             layers = self._noun.format("s")
             raise RegrowError(
-                f"model must have {layers} in a stack of blocks, got none: name the targets"
+                f"model must have {layers} in a stack of blocks, got none: name the targets, or "
+                "train a head alone (method head)"
             )
         return found
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .base import LayerType
 from .conv1d import CONV1D
+from .conv2d import CONV2D
 from .custom import CUSTOM
 from .linear import LINEAR
 from .low_rank_pair import LowRankLinear, LowRankPair
@@ -29,6 +30,7 @@ __all__ = [
 SINGLE_TYPES: tuple[LayerType, ...] = (
     CONV1D,
     LINEAR,
+    CONV2D,
 )
 # What messages call them.
 LINEAR_TITLES = ", ".join(found.title for found in SINGLE_TYPES)

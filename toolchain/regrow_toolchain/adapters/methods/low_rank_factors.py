@@ -15,5 +15,6 @@ def check_rank(rank: int, targets: Sequence[Target]) -> None:
     for target in targets:
         if rank > (least := min(target.in_features, target.out_features)):
             raise UsageError(
-                f"rank must be at most {least}, the width of {target.name}, got {rank}"
+                f"rank must be at most {least}, the width of {target.name}, got {rank}: lower it, "
+                "or leave that layer out of the targets"
             )

@@ -118,7 +118,7 @@ def _check_model(folder: Path, stored: Stored, base: Base) -> None:
         hint = ", or the bundle was exported for other layers (--target)" if slots else ""
         raise MismatchError(
             f"{folder} must be of {base.where} to fit, got none of its {count} layers there, such "
-            f"as {first}: it was trained on another model{hint}"
+            f"as {first}: it was trained on another model, or adapts no linear layers of it{hint}"
         )
 
 
