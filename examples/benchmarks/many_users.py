@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from regrow import AdaptConfig, Backbone, Dataset, adapt, adapt_users
-from regrow_toolchain.compress import plan_layers
+from regrow_toolchain.compress import factored_layers
 from regrow_toolchain.demo import new_model
 from regrow_toolchain.models import apply_plan
 from regrow_toolchain.profiling import read_environment
@@ -32,7 +32,7 @@ SAMPLES = 8
 def make_backbone() -> Backbone:
     """With random weights: the time does not depend on them."""
     model = new_model(0).eval()
-    apply_plan(model, plan_layers(model, 2.0))
+    apply_plan(model, factored_layers(model, 2.0))
     labels = tuple(str(digit) for digit in range(10))
     identity = "sha256:" + "0" * 64
     return Backbone(model.eval(), identity, "image-classification", ("classifier",), labels)

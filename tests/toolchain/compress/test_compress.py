@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.compress import Compressed, compress, plan_layers
+from regrow_toolchain.compress import Compressed, compress, factored_layers
 from regrow_toolchain.config import CompressConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone, apply_plan
@@ -69,7 +69,7 @@ def test_without_data_it_is_plain_svd(backbone: Backbone) -> None:
     assert plain.samples == 0
     assert all(map(math.isnan, (plain.dense_score, plain.start_score, plain.score)))
     assert "scores" not in plain.backbone.report
-    apply_plan(backbone.model, plan_layers(backbone.model, CompressConfig().ratio))
+    apply_plan(backbone.model, factored_layers(backbone.model, CompressConfig().ratio))
     assert _same(plain.backbone, backbone)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from regrow_export.layers import LowRankPair, layer_type
 from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.adapters import Hooks
-from regrow_toolchain.compress import build_report, compress, survey
+from regrow_toolchain.compress import build_report, compress, plan_layers
 from regrow_toolchain.compress.calibration import calibrated, tokens_of
 from regrow_toolchain.compress.decomposition import Moments, decompose
 from regrow_toolchain.config import CompressConfig
@@ -100,7 +100,7 @@ def test_the_svd_of_the_matrix_at_the_papers_rank(backbone: Backbone, tmp_path: 
 
 def test_calibration_looks_at_the_pixels_that_are_multiplied(backbone: Backbone) -> None:
     data = _data(6)
-    layers = [layer for layer in survey(backbone.model, 2.0) if layer.name in (STRIDED, WIDE)]
+    layers = [layer for layer in plan_layers(backbone.model, 2.0) if layer.name in (STRIDED, WIDE)]
     found = calibrated(backbone.model, layers, data, samples=6, seed=0, gradients=False)
     seen: dict[str, torch.Tensor] = {}
     for name in (STRIDED, WIDE):
@@ -202,7 +202,7 @@ def _convolution(module: nn.Module, parts: dict, user: int) -> nn.Conv2d:
 
 def test_a_pairs_factors_are_not_factored_again(backbone: Backbone) -> None:
     small = compress(backbone).backbone.model
-    names = [layer.name for layer in survey(small, 2.0)]
+    names = [layer.name for layer in plan_layers(small, 2.0)]
     assert not any(name.endswith((".down", ".up")) for name in names)
     up = find_targets(small, [f"{WIDE}.up"])[0]
     assert layer_type(small.get_submodule(up.name)).is_convolution(small.get_submodule(up.name))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.compress import compress, kernel_timing, plan_layers, survey
+from regrow_toolchain.compress import compress, factored_layers, kernel_timing, plan_layers
 from regrow_toolchain.compress.calibration import calibrated
 from regrow_toolchain.compress.decomposition import Moments, Spectrum, decompose
 from regrow_toolchain.compress.factorization import factor
@@ -98,7 +98,7 @@ def test_moments_are_those_of_the_inputs_without_padding() -> None:
     ids = draw.integers(0, 9, (20, 6))
     mask = (np.arange(6) < draw.integers(1, 7, 20)[:, None]).astype(np.int64)
     data = Dataset({"input_ids": ids, "attention_mask": mask}, np.full(20, -1))
-    layers = [layer for layer in survey(model, 2) if layer.rank]
+    layers = [layer for layer in plan_layers(model, 2) if layer.rank]
     found = calibrated(model, layers, data, samples=20, seed=0, gradients=False)
     rows = model.words(torch.from_numpy(ids))[torch.from_numpy(mask).bool()].double()
     first = model.get_submodule("layers.0.0")
@@ -235,6 +235,6 @@ def test_nan_in_the_weights_names_the_layer(
 
 def test_plain_factors_are_untouched_by_it(backbone: Backbone) -> None:
     student = copy.deepcopy(backbone.model)
-    apply_plan(student, plan_layers(student, 2))
+    apply_plan(student, factored_layers(student, 2))
     other = compress(backbone).backbone.model.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in student.state_dict().items())

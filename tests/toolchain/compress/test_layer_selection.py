@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.compress import compress, plan_layers, plans_of, survey
+from regrow_toolchain.compress import compress, factored_layers, plan_layers, plans_of
 from regrow_toolchain.compress.calibration import first_tensor
 from regrow_toolchain.models import (
     LowRankPair,
@@ -77,7 +77,7 @@ def test_deit_base_has_the_papers_size_and_multiplications() -> None:
     inputs = example_inputs(model)
     assert _millions(model) == 86.57
     assert round(count_macs(model, inputs) / 1e9, 2) == 17.56
-    apply_plan(model, plan_layers(model, 2), empty=True)
+    apply_plan(model, factored_layers(model, 2), empty=True)
     assert _millions(model) == 44.08
     assert round(count_macs(model, inputs) / 1e9, 2) == 9.19
 
@@ -108,7 +108,7 @@ def test_deit_base_with_fused_projections() -> None:
     model = nn.Module()
     with torch.device("meta"):
         model.blocks = nn.Sequential(*(_Block(768) for _ in range(12)))
-    plans = plan_layers(model, 2)
+    plans = factored_layers(model, 2)
     assert [p.rank for p in plans[:4]] == [288, 192, 307, 307]
     before = sum(p.numel() for p in model.parameters())
     apply_plan(model, plans, empty=True)
@@ -123,7 +123,7 @@ def test_deit_iii_large_has_the_papers_size() -> None:
     model = _meta("ViTConfig", "ViTForImageClassification", **sizes)
     scales = 24 * 2 * 1024 / 1e6
     assert _millions(model) + scales == pytest.approx(304.4, abs=0.05)
-    apply_plan(model, plan_layers(model, 2), empty=True)
+    apply_plan(model, factored_layers(model, 2), empty=True)
     assert _millions(model) + scales == pytest.approx(153.2, abs=0.05)
 
 
@@ -132,7 +132,7 @@ def test_swin_base_has_the_papers_size() -> None:
     sizes = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32],
              "num_labels": 1000}  # fmt: skip
     model = _meta("SwinConfig", "SwinForImageClassification", **sizes)
-    layers = survey(model, 1.5)
+    layers = plan_layers(model, 1.5)
     apply_plan(model, plans_of(layers), empty=True)
     assert _millions(model) == 62.12
     reasons = {layer.name.rsplit(".", 1)[-1]: layer.skip_reason for layer in layers}
@@ -151,7 +151,7 @@ def test_text_is_multiplied_as_much_less(family: str) -> None:
     model = _meta(name, model_name, **settings)
     inputs = example_inputs(model, 16)
     before = count_macs(model, inputs)
-    layers = survey(model, 2)
+    layers = plan_layers(model, 2)
     apply_plan(model, plans_of(layers), empty=True)
     tokens = {"CLIP": 0}.get(family, 16)
     saved = sum(a.dense - a.after for a in layers) * tokens
@@ -225,39 +225,39 @@ def vit() -> nn.Module:
 
 
 def test_only_and_keep_dense(vit: nn.Module) -> None:
-    names = {p.name.rsplit(".", 1)[-1] for p in plan_layers(vit, 2, only=("query", "value"))}
+    names = {p.name.rsplit(".", 1)[-1] for p in factored_layers(vit, 2, only=("query", "value"))}
     assert names == {"query", "value"}
-    assert len(plan_layers(vit, 2, only=("@mlp",))) == 4
-    assert len(plan_layers(vit, 2, keep_dense=("*.layer.0.*",))) == 6
-    layers = {layer.name: layer for layer in survey(vit, 2, keep_dense=("query",))}
+    assert len(factored_layers(vit, 2, only=("@mlp",))) == 4
+    assert len(factored_layers(vit, 2, keep_dense=("*.layer.0.*",))) == 6
+    layers = {layer.name: layer for layer in plan_layers(vit, 2, keep_dense=("query",))}
     assert layers["classifier"].skip_reason == "outside of the blocks"
     assert layers["vit.encoder.layer.0.attention.attention.query"].skip_reason == "as asked for"
 
 
 def test_the_largest_ratio_is_told(vit: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"got 16\.5, which leaves .* none: take at most 16,"):
-        survey(vit, 16.5)
-    assert all(layer.rank for layer in survey(vit, 16) if not layer.skip_reason)
+        plan_layers(vit, 16.5)
+    assert all(layer.rank for layer in plan_layers(vit, 16) if not layer.skip_reason)
     narrow = nn.ModuleDict({"a": nn.Linear(1, 64), "b": nn.Linear(64, 64)})
     with pytest.raises(UsageError, match=r"leaves a \(1 -> 64\) none: keep it dense"):
-        survey(narrow, 1, only=["a", "b"])
+        plan_layers(narrow, 1, only=["a", "b"])
 
 
 def test_a_layer_outside_of_the_blocks_can_be_asked_for() -> None:
     model = _meta("BertConfig", "BertModel", **TEXT)
-    assert [p.name for p in plan_layers(model, 2, only=("pooler.dense",))] == ["pooler.dense"]
+    assert [p.name for p in factored_layers(model, 2, only=("pooler.dense",))] == ["pooler.dense"]
 
 
 def test_a_pattern_without_a_layer_is_refused(vit: nn.Module) -> None:
     with pytest.raises(UsageError, match="querry"):
-        survey(vit, 2, keep_dense=("querry",))
+        plan_layers(vit, 2, keep_dense=("querry",))
 
 
 def test_what_the_model_does_not_call_stays_dense() -> None:
     """torch's attention reads its projection's weight; its encoder's fast path reads linear1's."""
     stack = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     model = nn.TransformerEncoder(stack, 2).eval()
-    layers = survey(model, 1)
+    layers = plan_layers(model, 1)
     reasons = {
         layer.name.partition(".")[2].partition(".")[2]: layer.skip_reason for layer in layers
     }
@@ -279,12 +279,12 @@ def test_a_tied_layer_stays_dense() -> None:
 
     model = nn.Module()
     model.blocks = nn.ModuleList([Block(), Block()])
-    assert [p.name for p in plan_layers(model, 2)] == ["blocks.0.free", "blocks.1.free"]
+    assert [p.name for p in factored_layers(model, 2)] == ["blocks.0.free", "blocks.1.free"]
 
 
 def test_nothing_left_to_factor_says_why(vit: nn.Module) -> None:
     with pytest.raises(RegrowError, match=r"13 that stay dense: as asked for; outside of"):
-        plan_layers(vit, 2, keep_dense=("@all",))
+        factored_layers(vit, 2, keep_dense=("@all",))
 
 
 # -- regrow inspect --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow_toolchain.compress import kernel_timing, plan_layers
+from regrow_toolchain.compress import factored_layers, kernel_timing
 from regrow_toolchain.compress.factorization import Factored, factor
 from regrow_toolchain.compress.kernel_timing import ROUNDS, Times, Widths
 from regrow_toolchain.compress.layer_selection import LayerPlan
@@ -249,7 +249,7 @@ def test_a_budget_of_time(backbone: Backbone, dataset: Data) -> None:
     def mlp(found: Factored) -> int:
         return sum(p.rank for p in found.plans if max(p.in_features, p.out_features) == 64)
 
-    plain = plan_layers(backbone.model, 2)
+    plain = factored_layers(backbone.model, 2)
     by_macs = factor(backbone.model, dataset(60, 1), config, timer=timer)
     assert timer.asked == []
     by_time = factor(backbone.model, dataset(60, 1), replace(config, budget="time"), timer=timer)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regrow_format.errors import UsageError
-from regrow_toolchain.compress import DistillationTrainer, compress, plan_layers
+from regrow_toolchain.compress import DistillationTrainer, compress, factored_layers
 from regrow_toolchain.compress.losses import (
     BlockFeatures,
     feature_blocks,
@@ -59,7 +59,7 @@ def test_features_are_every_blocks_output(backbone: Backbone) -> None:
 def moved(backbone: Backbone) -> tuple[nn.Module, dict[str, torch.Tensor], np.ndarray]:
     """A factored model, its dense weights, and how far each layer is from them."""
     student = copy.deepcopy(backbone.model)
-    plans = plan_layers(student, 2)
+    plans = factored_layers(student, 2)
     apply_plan(student, plans)
     dense = {p.name: weight_of(backbone.model.get_submodule(p.name)) for p in plans}
     far = [
@@ -144,7 +144,7 @@ def step_terms(
     def terms(**settings: object) -> tuple[float, float, float]:
         config = CompressConfig(ratio=3, batch_size=12, epsilon=0.0, **settings)
         student = copy.deepcopy(backbone.model)
-        apply_plan(student, plan_layers(student, 3))
+        apply_plan(student, factored_layers(student, 3))
         task = Classification(config.label_smoothing)
         with accelerated(backbone.model, config) as accelerator:
             job = DistillationTrainer(
@@ -166,7 +166,7 @@ def test_the_terms_are_those_of_a_plain_computation(
     step_terms: Callable[..., tuple[float, float, float]],
 ) -> None:
     student = copy.deepcopy(backbone.model)
-    plans = plan_layers(student, 3)
+    plans = factored_layers(student, 3)
     apply_plan(student, plans)
     data = dataset(12, 1)
     x = {name: torch.from_numpy(array) for name, array in data.inputs.items()}
@@ -216,7 +216,7 @@ def test_blocks_of_blocks_are_compared_one_by_one() -> None:
     config = SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 2],
                         num_heads=[2, 4], window_size=4)  # fmt: skip
     model = SwinForImageClassification(config)
-    apply_plan(model, plan_layers(model, 2))
+    apply_plan(model, factored_layers(model, 2))
     stages = "swin.encoder.layers"
     assert feature_blocks(model) == (
         f"{stages}.0.blocks.0", f"{stages}.1.blocks.0", f"{stages}.1.blocks.1",
@@ -233,7 +233,7 @@ def test_a_list_in_a_list_is_no_block() -> None:
     config = SegformerConfig(hidden_sizes=[16, 32], depths=[1, 2], num_attention_heads=[1, 2],
                              num_encoder_blocks=2, sr_ratios=[2, 1])  # fmt: skip
     model = SegformerForImageClassification(config).eval()
-    apply_plan(model, plan_layers(model, 2))
+    apply_plan(model, factored_layers(model, 2))
     found = feature_blocks(model)
     stages = "segformer.encoder.block"
     assert found == (f"{stages}.0.0", f"{stages}.1.0", f"{stages}.1.1")

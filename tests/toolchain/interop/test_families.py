@@ -18,7 +18,7 @@ import torch
 from regrow_format.methods import get_method
 from regrow_runtime import Adapter, Bundle, Coefficients, UsageError
 from regrow_toolchain.adapters import applied
-from regrow_toolchain.compress import plan_layers
+from regrow_toolchain.compress import factored_layers
 from regrow_toolchain.config import ExportConfig
 from regrow_toolchain.interop import export_backbone
 from regrow_toolchain.models import (
@@ -182,7 +182,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
             backbone, at = load_backbone(_save(name, tmp_path / "dense")), ""
         if form == "dense":
             return backbone
-        plans = plan_layers(backbone.model, 2)
+        plans = factored_layers(backbone.model, 2)
         apply_plan(backbone.model, plans)
         backbone.layers = plans
         save_backbone(backbone, tmp_path / "small")

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow_export.layers import layer_type
 from regrow_format.errors import RegrowError, UsageError
-from regrow_toolchain.compress import plan_layers
+from regrow_toolchain.compress import factored_layers
 from regrow_toolchain.models import (
     Backbone,
     LowRankPair,
@@ -149,17 +149,19 @@ _GPT2_LAYERS = {
 
 def test_layers_of_vit(backbone: Backbone) -> None:
     """Not the patches' convolution, not the head."""
-    assert {plan.name for plan in plan_layers(backbone.model, 2)} == _VIT_LAYERS
+    assert {plan.name for plan in factored_layers(backbone.model, 2)} == _VIT_LAYERS
 
 
 def test_layers_of_bert(bert_folder: Path) -> None:
     """Not the pooler, not the head."""
-    assert {plan.name for plan in plan_layers(load_backbone(bert_folder).model, 2)} == _BERT_LAYERS
+    assert {
+        plan.name for plan in factored_layers(load_backbone(bert_folder).model, 2)
+    } == _BERT_LAYERS
 
 
 def test_layers_of_gpt2(gpt2_folder: Path) -> None:
     """Its Conv1D layers, not the output that shares the embeddings' weights."""
-    plans = plan_layers(load_backbone(gpt2_folder).model, 2)
+    plans = factored_layers(load_backbone(gpt2_folder).model, 2)
     assert {plan.name for plan in plans} == _GPT2_LAYERS
     assert {(p.in_features, p.out_features, p.rank) for p in plans} == {
         (32, 96, 12), (32, 32, 8), (32, 128, 12), (128, 32, 12),
@@ -176,7 +178,7 @@ def test_merging_of_patches_and_narrow_layers_stay_dense() -> None:
 
     model = nn.Module()
     model.blocks = nn.ModuleList([Block(), Block()])
-    assert [plan.name for plan in plan_layers(model, 2)] == ["blocks.0.fc", "blocks.1.fc"]
+    assert [plan.name for plan in factored_layers(model, 2)] == ["blocks.0.fc", "blocks.1.fc"]
 
 
 def test_deit_base_has_the_papers_size() -> None:
@@ -186,7 +188,7 @@ def test_deit_base_has_the_papers_size() -> None:
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
     dense = sum(p.numel() for p in model.parameters())
-    plans = plan_layers(model, 2)
+    plans = factored_layers(model, 2)
     ranks = {
         plan.name.split(".layer.0.")[1]: plan.rank for plan in plans if ".layer.0." in plan.name
     }
@@ -207,7 +209,7 @@ def test_deit_base_has_the_papers_size() -> None:
 def test_applying_replaces_the_planned_layers_alone(backbone: Backbone) -> None:
     model = backbone.model
     head = model.classifier.weight.clone()
-    apply_plan(model, plan_layers(model, 2))
+    apply_plan(model, factored_layers(model, 2))
     pairs = {name for name, m in model.named_modules() if isinstance(m, LowRankPair)}
     assert pairs == _VIT_LAYERS
     assert torch.equal(model.classifier.weight, head)
@@ -216,19 +218,19 @@ def test_applying_replaces_the_planned_layers_alone(backbone: Backbone) -> None:
 
 def test_ratio_one_costs_no_parameters(backbone: Backbone) -> None:
     before = backbone.parameters
-    apply_plan(backbone.model, plan_layers(backbone.model, 1))
+    apply_plan(backbone.model, factored_layers(backbone.model, 1))
     assert backbone.parameters <= before
 
 
 @pytest.mark.parametrize("ratio", [0.99, 0, -2, math.nan, math.inf])
 def test_a_ratio_below_one_is_refused(backbone: Backbone, ratio: float) -> None:
     with pytest.raises(UsageError, match="ratio must be a finite number of at least 1, got"):
-        plan_layers(backbone.model, ratio)
+        factored_layers(backbone.model, ratio)
 
 
 def test_a_ratio_that_leaves_no_rank_is_refused(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match=r"rank of 1 or more, got 17.*query \(32 -> 32\)"):
-        plan_layers(backbone.model, 17)
+        factored_layers(backbone.model, 17)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +238,11 @@ def test_a_ratio_that_leaves_no_rank_is_refused(backbone: Backbone) -> None:
 )
 def test_a_model_without_blocks_of_linear_layers_is_refused(model: nn.Module) -> None:
     with pytest.raises(RegrowError, match="model must have linear layers"):
-        plan_layers(model, 2)
+        factored_layers(model, 2)
 
 
 def test_nan_in_a_model_names_the_layer(backbone: Backbone) -> None:
     with torch.no_grad():
         backbone.model.vit.encoder.layer[1].output.dense.weight[0, 0] = math.nan
     with pytest.raises(RegrowError, match=r"vit\.encoder\.layer\.1\.output\.dense\.weight"):
-        apply_plan(backbone.model, plan_layers(backbone.model, 2))
+        apply_plan(backbone.model, factored_layers(backbone.model, 2))

@@ -21,11 +21,11 @@ def inspect_dense(
     from regrow_toolchain.extras import require_extra
 
     require_extra("export", "regrow inspect MODEL")
-    from regrow_toolchain.compress import plans_of, survey
+    from regrow_toolchain.compress import plan_layers, plans_of
     from regrow_toolchain.models import apply_plan, load_structure, quiet_transformers
 
     model = load_structure(path)
-    layers = survey(model, ratio, only=only, keep_dense=keep_dense)
+    layers = plan_layers(model, ratio, only=only, keep_dense=keep_dense)
     before = sum(p.numel() for p in model.parameters())
     with quiet_transformers():
         macs = _macs(model, tokens)

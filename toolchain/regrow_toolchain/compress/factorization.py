@@ -27,7 +27,7 @@ from regrow_toolchain.training import progress, trimmed
 from .calibration import calibrated, tokens_of
 from .decomposition import Spectrum
 from .kernel_timing import timed
-from .layer_selection import LayerPlan, plans_of, survey
+from .layer_selection import LayerPlan, plan_layers, plans_of
 from .layer_times import LayerTimes, Shape, Timer
 from .rank_allocation import Cost, allocate, candidates
 
@@ -63,7 +63,7 @@ class Factored:
 def restored(model: nn.Module, stored: torch.Tensor, config: CompressConfig) -> Factored:
     """A factored copy with the ranks of an earlier one; its factors hold no useful numbers."""
     known = json.loads(bytes(stored.tolist()))
-    found = survey(model, config.ratio, only=config.only, keep_dense=config.keep_dense)
+    found = plan_layers(model, config.ratio, only=config.only, keep_dense=config.keep_dense)
     layers = tuple(
         replace(
             layer, rank=known["layers"][layer.name][0], skip_reason=known["layers"][layer.name][1]
@@ -88,7 +88,7 @@ def factor(
         UsageError: the ratio or a pattern makes no sense, or what a setting needs is missing.
         RegrowError: weights are not finite, or there is nothing to factor.
     """
-    layers = survey(model, config.ratio, only=config.only, keep_dense=config.keep_dense)
+    layers = plan_layers(model, config.ratio, only=config.only, keep_dense=config.keep_dense)
     for plan in plans_of(layers):
         finite_weight(model.get_submodule(plan.name), plan.name)
     start, times = _start(config, data), LayerTimes(config.precision, timer)

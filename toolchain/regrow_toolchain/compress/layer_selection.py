@@ -18,7 +18,7 @@ from regrow_export.layers import LayerType, LowRankPair, block_lists, layer_type
 from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.models import Plan, find_targets, rank_for
 
-__all__ = ["LayerPlan", "plan_layers", "plans_of", "survey"]
+__all__ = ["LayerPlan", "factored_layers", "plan_layers", "plans_of"]
 
 # Layers with fewer outputs hold too little to be worth two products (as in the paper's code), and
 # so do those with hardly any inputs (such as Swin v2's of a position's two coordinates).
@@ -69,7 +69,7 @@ class LayerPlan:
         return replace(self, rank=0, skip_reason=why)
 
 
-def survey(
+def plan_layers(
     model: nn.Module,
     ratio: float,
     *,
@@ -205,17 +205,17 @@ def plans_of(layers: Sequence[LayerPlan]) -> tuple[Plan, ...]:
     )
 
 
-def plan_layers(
+def factored_layers(
     model: nn.Module,
     ratio: float,
     *,
     only: Sequence[str] = (),
     keep_dense: Sequence[str] = (),
 ) -> tuple[Plan, ...]:
-    """The layers that `survey` factors, with the paper's ranks.
+    """The layers that `plan_layers` factors, with the paper's ranks.
 
     Raises:
-        UsageError: as `survey`.
+        UsageError: as `plan_layers`.
         RegrowError: there is no layer to factor.
     """
-    return plans_of(survey(model, ratio, only=only, keep_dense=keep_dense))
+    return plans_of(plan_layers(model, ratio, only=only, keep_dense=keep_dense))

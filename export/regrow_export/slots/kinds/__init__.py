@@ -27,7 +27,7 @@ _HALVES: dict[str, TorchKind] = {
         BiasSlot(),
     )
 }
-# In the order in which a layer applies them.
-KINDS: dict[str, TorchKind] = {name: _HALVES[name] for name in SLOT_KINDS if name in _HALVES}
 # Kinds of slots around targets.
 TARGET_KINDS = tuple(name for name, kind in SLOT_KINDS.items() if not kind.is_head)
+# In the order in which a layer applies them; one that has no torch half is found here, at once.
+KINDS: dict[str, TorchKind] = {name: _HALVES[name] for name in TARGET_KINDS}
