@@ -147,7 +147,7 @@ def _numbers(adapter: Any) -> int:
     return head + sum(part.values.size for part in adapter.coefficients.values())
 
 
-# -- full fine-tuning, the upper bracket: a copy of the model for every user --------------------
+# -- full fine-tuning, the upper bound: a copy of the model for every user --------------------
 
 
 def full_fine_tuning(task: Task, variant: Variant, seed: int) -> tuple[Any, ...]:

@@ -160,7 +160,7 @@ def test_silence_is_a_sound(read):
         assert np.isfinite(read(**fields)([np.zeros(500, np.float32)])["values"]).all()
 
 
-def test_a_batch_is_its_sounds(read):
+def test_a_batch_is_its_audio(read):
     """Each as if it were alone; the shorter one is filled up."""
     front = read(
         feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=RATE,

@@ -189,7 +189,7 @@ def test_images_in_arrays(read, tmp_path):
         ({"pixel_values": np.zeros((4, 4))}, r"pixel_values must be floats \[n, channels"),
     ],
 )
-def test_arrays_that_are_no_pictures(read, tmp_path, arrays, message):
+def test_arrays_that_are_no_images(read, tmp_path, arrays, message):
     steps = read(1)
     with pytest.raises(UsageError, match=message):
         as_images(arrays, tmp_path, lambda: steps)

@@ -50,7 +50,7 @@ def test_images(folder):
     assert InputReader.from_bundle(str(path)).takes == ("images",)
 
 
-def test_sounds(folder):
+def test_audio(folder):
     path = folder(_spec("input_values", "length"), preprocessing=CLIPS)
     reader = InputReader.from_bundle(path)
     assert reader.takes == ("audio",)

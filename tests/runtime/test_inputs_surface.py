@@ -44,7 +44,7 @@ def test_every_module_works_without_the_extras(python):
     assert int(found.stdout) >= 8
 
 
-def test_arrays_of_pictures_need_no_pillow(python, bundle_folder):
+def test_arrays_of_images_need_no_pillow(python, bundle_folder):
     found = python(
         "import sys, numpy as np\n"
         "from regrow_inputs import InputReader, answer\n"

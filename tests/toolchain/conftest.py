@@ -77,7 +77,7 @@ def _one_thread() -> Iterator[None]:
 Images = tuple[np.ndarray, np.ndarray]
 
 
-def make_pictures(count: int, seed: int, *, inverted: bool = False) -> Images:
+def make_images(count: int, seed: int, *, inverted: bool = False) -> Images:
     """uint8 [n, 12, 12, 3] with labels [n]: a coloured square left, in the middle, or right."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(CLASSES)
@@ -98,7 +98,7 @@ def normal(images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def images() -> Callable[..., Images]:
-    return make_pictures
+    return make_images
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def dataset() -> Callable[..., Dataset]:
     def make(
         count: int, seed: int, *, inverted: bool = False, names: tuple[str, ...] = CLASSES
     ) -> Dataset:
-        pixels, labels = make_pictures(count, seed, inverted=inverted)
+        pixels, labels = make_images(count, seed, inverted=inverted)
         return Dataset({"pixel_values": normal(pixels)}, labels, names)
 
     return make
@@ -128,7 +128,7 @@ def class_folder() -> Callable[..., Path]:
         inverted: bool = False,
     ) -> Path:
         for index, (pixels, label) in enumerate(
-            zip(*make_pictures(count, seed, inverted=inverted), strict=True)
+            zip(*make_images(count, seed, inverted=inverted), strict=True)
         ):
             (path / names[label]).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path / names[label] / f"{index:03}.png")
@@ -360,9 +360,9 @@ def workshop(
     shutil.copytree(vit_folder, room / "vit")
     class_folder(room / "train", 180, 1)
     class_folder(room / "mine", 60, 5, inverted=True)
-    pixels, labels = make_pictures(60, 6)
+    pixels, labels = make_images(60, 6)
     np.savez(room / "own.npz", images=pixels, labels=np.array(["open", "shut", "stop"])[labels])
-    pixels, labels = make_pictures(90, 7, inverted=True)
+    pixels, labels = make_images(90, 7, inverted=True)
     np.savez(room / "test.npz", images=pixels, labels=labels)
     class_folder(room / "test", 12, 8, inverted=True)
     options = ("--steps", 80, "--shift", 0.3, "--noise", 0.05, "--json")

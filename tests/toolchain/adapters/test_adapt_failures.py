@@ -318,7 +318,7 @@ def test_a_head_that_is_trained_is_no_target(shared: Backbone, dataset: Data) ->
     assert done.adapter.targets[0].name == "classifier"
 
 
-def test_a_model_that_takes_no_pictures(bert_folder: Path, dataset: Data) -> None:
+def test_a_model_that_takes_no_images(bert_folder: Path, dataset: Data) -> None:
     names = ("LABEL_0", "LABEL_1", "LABEL_2")
     with pytest.raises(RegrowError, match=r"model must take the data's inputs, got pixel_values"):
         adapt(load_backbone(bert_folder), dataset(24, 5, names=names), _QUICK)

@@ -86,7 +86,7 @@ def audio_bundle(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_sounds(run, audio_bundle, tmp_path):
+def test_audio(run, audio_bundle, tmp_path):
     """Each alone, whatever is beside it; torch gives the same probabilities."""
     bundle, logits = audio_bundle
     files = [_sound(tmp_path / f"{n}.wav", n, 300) for n in (900, 1500)]
@@ -103,7 +103,7 @@ def test_sounds(run, audio_bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_sounds_by_class(run, audio_bundle, tmp_path):
+def test_a_folder_of_audio_by_class(run, audio_bundle, tmp_path):
     for word in WORDS[:2]:
         _sound(tmp_path / "data" / word / "1.wav", 900, 400)
         _sound(tmp_path / "data" / word / "2.WAV", 1800, 400, 8000)

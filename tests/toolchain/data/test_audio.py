@@ -32,7 +32,7 @@ EXTRACTORS = {
 @pytest.mark.filterwarnings("ignore:At least one mel filter")
 @pytest.mark.parametrize("length", [400, 7001, 40_000])
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_sounds(tmp_path, name, length):
+def test_audio(tmp_path, name, length):
     extractor = EXTRACTORS[name]()
     extractor.save_pretrained(tmp_path)
     draw = np.random.default_rng(length)

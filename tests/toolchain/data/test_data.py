@@ -66,7 +66,7 @@ def _normal(pixels: np.ndarray) -> np.ndarray:
 # -- folders -------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_pictures(
+def test_a_folder_of_images(
     class_folder: Callable[..., Path],
     images: Callable[..., tuple[np.ndarray, np.ndarray]],
     vit: Backbone,
@@ -92,7 +92,7 @@ def test_a_folder_without_classes(vit: Backbone, tmp_path: Path) -> None:
         load_data(tmp_path, vit)
 
 
-def test_a_class_without_pictures(
+def test_a_class_without_images(
     class_folder: Callable[..., Path], vit: Backbone, tmp_path: Path
 ) -> None:
     class_folder(tmp_path, 6, 0)
@@ -141,7 +141,7 @@ def test_ready_values_are_taken_as_they_are(bare: Backbone, tmp_path: Path) -> N
     assert data.names == ("0", "1", "2")
 
 
-def test_grey_pictures_get_the_models_channels(vit: Backbone, tmp_path: Path) -> None:
+def test_grey_images_get_the_models_channels(vit: Backbone, tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (2, 12, 12), dtype=np.uint8)
     np.savez(tmp_path / "d.npz", images=grey, labels=[0, 1])
     values = load_data(tmp_path / "d.npz", vit).inputs["pixel_values"]

@@ -138,14 +138,14 @@ def test_long_sounds_are_cut(
         load_data(tmp_path / "d", wav2vec2)
 
 
-def test_images_beside_sounds(audio: Callable[..., Path], wav2vec2: Backbone) -> None:
+def test_images_beside_audio(audio: Callable[..., Path], wav2vec2: Backbone) -> None:
     folder = audio()
     (folder / "low" / "cover.png").write_bytes(b"")
     with pytest.raises(UsageError, match=r"must be images or audio, got both: .*cover\.png"):
         load_data(folder, wav2vec2)
 
 
-def test_backbones_that_take_no_sounds(
+def test_backbones_that_take_no_audio(
     audio: Callable[..., Path], backbone: Backbone, wav2vec2: Backbone, bert_folder: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"backbone must take audio .*got one of pixel_values"):
@@ -155,7 +155,7 @@ def test_backbones_that_take_no_sounds(
         load_data(audio(), plain)
 
 
-def test_sounds_backbones_take_no_pictures(
+def test_audio_backbones_take_no_images(
     class_folder: Callable[..., Path], wav2vec2: Backbone, tmp_path: Path
 ) -> None:
     class_folder(tmp_path, 6, 0)

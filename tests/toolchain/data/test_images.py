@@ -82,7 +82,7 @@ def test_images_in_colour(tmp_path, name, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_grey_pictures_are_converted_as_clip_does(tmp_path, size):
+def test_grey_images_are_converted_as_clip_does(tmp_path, size):
     processor, image = PROCESSORS["CLIP"], _picture(size, "L", size[1])
     expected = _theirs(processor, image)
     found = _ours(tmp_path, processor, 3)([image])
@@ -109,7 +109,7 @@ def test_every_mode_is_converted_as_pillow_does(tmp_path, mode):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
-def test_a_batch_is_its_pictures(tmp_path):
+def test_a_batch_is_its_images(tmp_path):
     processor = PROCESSORS["CLIP"]
     images = [_picture(size, "RGB", i) for i, size in enumerate(SIZES)]
     ours = _ours(tmp_path, processor, 3)

@@ -78,7 +78,7 @@ def _session(bundle: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _pictures() -> np.ndarray:
+def _images() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((3, 3, 12, 12)).astype(np.float32)
 
 
@@ -87,9 +87,9 @@ def test_both_formats_equal_a_swap(method: str, bundle: Path, tmp_path: Path) ->
     adapter = _adapter(method, bundle)
     adapter.save(tmp_path / "a.safetensors")
     device = Bundle.open(bundle)
-    plain = device.run({"pixel_values": _pictures()})["logits"]
+    plain = device.run({"pixel_values": _images()})["logits"]
     device.swap(tmp_path / "a.safetensors")
-    wanted = device.run({"pixel_values": _pictures()})["logits"]
+    wanted = device.run({"pixel_values": _images()})["logits"]
     assert wanted.shape != plain.shape
 
     convert(tmp_path / "a.safetensors", bundle, tmp_path / "a.npz", to="npz")
@@ -97,7 +97,7 @@ def test_both_formats_equal_a_swap(method: str, bundle: Path, tmp_path: Path) ->
     with np.load(tmp_path / "a.npz", allow_pickle=False) as stored:
         feeds = dict(stored)
     assert {array.dtype for array in feeds.values()} == {np.dtype("float32")}
-    found = session.run(["logits"], {"pixel_values": _pictures(), **feeds})[0]
+    found = session.run(["logits"], {"pixel_values": _images(), **feeds})[0]
     assert np.array_equal(found, wanted)
 
     convert(tmp_path / "a.safetensors", bundle, tmp_path / "a.onnx_adapter", to="onnx_adapter")
@@ -105,9 +105,9 @@ def test_both_formats_equal_a_swap(method: str, bundle: Path, tmp_path: Path) ->
     loaded.Load(str(tmp_path / "a.onnx_adapter"))
     options = onnxruntime.RunOptions()
     options.add_active_adapter(loaded)
-    found = session.run(["logits"], {"pixel_values": _pictures()}, options)[0]
+    found = session.run(["logits"], {"pixel_values": _images()}, options)[0]
     assert np.array_equal(found, wanted)
-    again = session.run(["logits"], {"pixel_values": _pictures()})[0]
+    again = session.run(["logits"], {"pixel_values": _images()})[0]
     assert np.array_equal(again, plain)  # without it: the base
 
 

@@ -65,7 +65,7 @@ def test_the_seed_decides_the_order() -> None:
 # -- batches of several users --------------------------------------------------------------------
 
 
-def _pictures(count: int, seed: int) -> Dataset:
+def _images(count: int, seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
     return Dataset(
         {"pixel_values": rng.normal(size=(count, 2, 6, 5)).astype(np.float32),
@@ -77,7 +77,7 @@ def _pictures(count: int, seed: int) -> Dataset:
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(1.5, 0.3)])
 def test_a_users_samples_are_the_same_in_any_company(augmentation: Augmentation, seed: int) -> None:
-    parts = [_pictures(count, i) for i, count in enumerate((9, 3, 9, 2, 14))]
+    parts = [_images(count, i) for i, count in enumerate((9, 3, 9, 2, 14))]
     together = MultiUserBatches(parts, size=4, seed=seed, augmentation=augmentation)
     for user, part in enumerate(parts):
         alone = MultiUserBatches([part], size=4, seed=seed, augmentation=augmentation)
@@ -114,7 +114,7 @@ def test_a_cohort_sees_every_sample_once_in_a_pass(count: int, size: int) -> Non
 
 def test_a_step_does_not_need_those_before_it() -> None:
     """Interrupted training goes on with the samples and the noise that it would have had."""
-    parts = [_pictures(7, 1), _pictures(40, 2)]
+    parts = [_images(7, 1), _images(40, 2)]
     walked = MultiUserBatches(parts, size=5, seed=1, augmentation=Augmentation(1, 0.2))
     for step in range(30):
         last = walked.batch(step)
@@ -126,7 +126,7 @@ def test_a_step_does_not_need_those_before_it() -> None:
 @pytest.mark.parametrize("pieces", [2, 3, 4])
 def test_the_pieces_of_a_step_are_its_samples(pieces: int) -> None:
     """With their noise, and with weights that sum to 1 over all of them."""
-    parts = [_pictures(9, 0), _pictures(3, 1)]
+    parts = [_images(9, 0), _images(3, 1)]
     cohort = MultiUserBatches(parts, size=4, seed=0, augmentation=Augmentation(1, 0.2))
     whole = cohort.batch(3)
     some = [cohort.batch(3, piece, pieces) for piece in range(pieces)]
@@ -139,8 +139,8 @@ def test_the_pieces_of_a_step_are_its_samples(pieces: int) -> None:
         assert torch.equal(found.flatten(0, 1), value)
 
 
-def test_only_pictures_are_augmented_and_no_two_steps_alike() -> None:
-    part = _pictures(6, 0)
+def test_only_images_are_augmented_and_no_two_steps_alike() -> None:
+    part = _images(6, 0)
     cohort = MultiUserBatches([part], size=6, seed=0, augmentation=Augmentation(1, 0.2))
     plain = MultiUserBatches([part], size=6, seed=0)
     noisy = MultiUserBatches([part], size=6, seed=0, augmentation=Augmentation(0, 0.2))
@@ -163,7 +163,7 @@ def test_no_augmentation_is_the_identity() -> None:
     assert all(found[name] is value for name, value in inputs.items())
 
 
-def test_shapes_stay_and_only_pictures_move() -> None:
+def test_shapes_stay_and_only_images_move() -> None:
     inputs = {
         "pixel_values": torch.randn(3, 2, 5, 6),
         "features": torch.randn(3, 7),
