@@ -23,13 +23,22 @@ from numpy.typing import NDArray
 
 from .errors import RegrowError
 
-__all__ = ["SAFE_CODES", "PackedSigns", "integer_product", "saturates"]
+__all__ = [
+    "PACKED_MODEL",
+    "PRODUCT_MODEL",
+    "SAFE_CODES",
+    "PackedSigns",
+    "integer_product",
+    "product_session",
+    "saturates",
+    "varint",
+]
 
 SAFE_CODES = (-64, 64)  # of weights that any uint8 are multiplied with, exact on every processor
 
 # ModelProto: y = MatMulInteger(a, b) for matrices of any size. To transpose is left to NumPy, which
 # widens to floats in the same pass.
-_MODEL = (
+PRODUCT_MODEL = (
     b"\x08\x05:P"  # IR version 5, the graph's 80 bytes
     b'\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x01g'
     b"Z\x0f\n\x01a\x12\n\n\x08\x08\x02\x12\x04\n\x00\n\x00"  # uint8
@@ -38,7 +47,7 @@ _MODEL = (
     b"B\x02\x10\n"  # opset 10
 )
 # y = Mul(Cast(MatMulInteger(a, b, z)), s), where z = 128 is the zero point of a, and b is constant.
-_PACKED = (
+PACKED_MODEL = (
     b"\x08\x05:\xa8\x01"  # IR version 5, the graph's 168 bytes
     b'\n\x1b\n\x01a\n\x01b\n\x01z\x12\x01x"\rMatMulInteger'
     b'\n\x17\n\x01x\x12\x01f"\x04Cast*\t\n\x02to\x18\x01\xa0\x01\x02'
@@ -63,7 +72,7 @@ def integer_product(
     Returns:
         A function, or None where ONNX Runtime was built without this operator.
     """
-    session = _session()
+    session = product_session()
     if session is None:
         return None
     targets, vectors = codes.shape
@@ -108,7 +117,7 @@ class PackedSigns:
             options.enable_cpu_mem_arena = True
             value = ort.OrtValue.ortvalue_from_numpy(signs)
             options.add_external_initializers(["b"], [value])
-            model = _PACKED % tuple(map(_varint, signs.shape))
+            model = PACKED_MODEL % tuple(map(varint, signs.shape))
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # as below
             raise RegrowError(f"signs must be packed by ONNX Runtime, got: {error}") from None
@@ -125,7 +134,7 @@ def saturates() -> bool:
     """Whether products with codes beyond `SAFE_CODES` are wrong here: on this processor, with the
     ONNX Runtime that is installed. False where it has no such operator: nothing is computed then.
     """
-    session = _session()
+    session = product_session()
     if session is None:
         return False
     entries, columns, code = 64, 16, 127
@@ -137,13 +146,13 @@ def saturates() -> bool:
     return False
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     """A protobuf integer below 2**28 in four bytes, whatever its size."""
     return bytes(number >> shift & 127 | 128 for shift in (0, 7, 14)) + bytes([number >> 21])
 
 
 @cache
-def _session() -> Any:
+def product_session() -> Any:
     """One for the process, made at first use; any number of threads may run it."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -151,7 +160,9 @@ def _session() -> Any:
     except ImportError:
         return None
     try:
-        return ort.InferenceSession(_MODEL, _options(ort), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            PRODUCT_MODEL, _options(ort), providers=["CPUExecutionProvider"]
+        )
     except Exception:  # its errors have no common class; NumPy gives the same bits, more slowly
         return None
 

@@ -9,7 +9,14 @@ import pytest
 
 import regrow_runtime.sessions
 from regrow_format.errors import FormatError, RegrowError
-from regrow_format.integers import _MODEL, _PACKED, SAFE_CODES, _session, _varint, saturates
+from regrow_format.integers import (
+    PACKED_MODEL,
+    PRODUCT_MODEL,
+    SAFE_CODES,
+    product_session,
+    saturates,
+    varint,
+)
 from regrow_format.manifest import Manifest
 from regrow_format.products import IntegerProduct, integer_products
 from regrow_format.rounding import Rounding
@@ -66,9 +73,9 @@ def read(tmp_path):
 
 def test_the_runtimes_own_models(tmp_path):
     path = tmp_path / "x.onnx"
-    path.write_bytes(_MODEL)
+    path.write_bytes(PRODUCT_MODEL)
     assert integer_products(path) == [IntegerProduct("y", "MatMulInteger", "b", None)]
-    path.write_bytes(_PACKED % (_varint(4), _varint(8)))
+    path.write_bytes(PACKED_MODEL % (varint(4), varint(8)))
     with pytest.raises(FormatError, match=r"x\.onnx must be an ONNX graph, got something else"):
         integer_products(path)  # its signs are given when it is loaded
 
@@ -177,7 +184,7 @@ def test_saturation_is_found():
         codes = draw.choice([-most, most], (96, 32)).astype(np.int8)
         inputs = draw.integers(0, 256, (9, 96)).astype(np.uint8)
         inputs[0] = 255
-        found = _session().run(None, {"a": inputs, "b": codes})[0]
+        found = product_session().run(None, {"a": inputs, "b": codes})[0]
         wanted = inputs.astype(np.int64) @ codes.astype(np.int64)
         assert np.array_equal(found, wanted) == exact
 

@@ -461,7 +461,7 @@ def test_what_it_took_may_not_be_told(monkeypatch):
     from regrow_toolchain.profiling.processes import Outcome
 
     silent = [{"name": name, "ms": 1.0, "memory": {"data": None}} for name in STAGES]
-    monkeypatch.setattr(fit, "_try", lambda _, limit: (
+    monkeypatch.setattr(fit, "try_limit", lambda _, limit: (
         Outcome(silent, {} if limit > 1.2e9 else None, {"message": "x"}), "RLIMIT_DATA", None
     ))  # fmt: skip
     found = fit.measure_fit({}, 2 * 10**9, silent)
@@ -470,15 +470,15 @@ def test_what_it_took_may_not_be_told(monkeypatch):
 
 
 def test_a_limit_that_cannot_be_tried_is_no_yes(monkeypatch):
-    from regrow_toolchain.cli.commands.profile import _check_fit
+    from regrow_toolchain.cli.commands.profile import check_fit
     from regrow_toolchain.profiling import fit, limits
 
-    monkeypatch.setattr(limits, "_make_group", lambda *_: None)
+    monkeypatch.setattr(limits, "make_group", lambda *_: None)
     monkeypatch.setattr(limits.sys, "platform", "darwin")
     found = fit.measure_fit({}, 10**9, [])
     assert found["fits"] is None
     with pytest.raises(RegrowError, match="must be held by Linux, got darwin"):
-        _check_fit(found)
+        check_fit(found)
 
 
 def test_a_part_that_fails_is_named_and_the_rest_is_made(bundle_folder, files, monkeypatch):

@@ -232,7 +232,7 @@ def test_a_group_is_made_and_removed_where_it_may_be(
     (tmp_path / "cgroup.subtree_control").write_text("cpu memory\n")
     removed: list[Path] = []
     monkeypatch.setattr(Path, "rmdir", lambda self: removed.append(self))
-    monkeypatch.setattr(limits, "_own_groups", lambda root: [root / "none", root])
+    monkeypatch.setattr(limits, "own_groups", lambda root: [root / "none", root])
     with memory_limit(10**9, tmp_path) as held:
         (group,) = tmp_path.glob("regrow-*")
         assert held.kind == "cgroup v2 memory.max"
@@ -321,9 +321,9 @@ def test_noise_of_others_is_noted() -> None:
     from regrow_toolchain.profiling import environment
 
     assert NoiseMeter().read()["note"]
-    assert "not quiet: other programs kept 1.5 cores busy" in environment._note(1.5, 0.0, 2.0)
-    assert environment._note(0.02, 0.0, 2.0).startswith("the machine was quiet")
-    assert "not told" in environment._note(None, None, None)
+    assert "not quiet: other programs kept 1.5 cores busy" in environment.note_of(1.5, 0.0, 2.0)
+    assert environment.note_of(0.02, 0.0, 2.0).startswith("the machine was quiet")
+    assert "not told" in environment.note_of(None, None, None)
 
 
 def test_memory_on_other_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

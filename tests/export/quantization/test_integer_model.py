@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from regrow_format.integers import _MODEL, _PACKED, _varint
+from regrow_format.integers import PACKED_MODEL, PRODUCT_MODEL, varint
 
 _KINDS = onnx.TensorProto
 
@@ -27,15 +27,15 @@ def _types(graph: onnx.GraphProto) -> dict[str, int]:
 
 
 def test_the_model_is_a_product():
-    onnx.checker.check_model(onnx.load_from_string(_MODEL), full_check=True)
-    graph = _read(_MODEL)
+    onnx.checker.check_model(onnx.load_from_string(PRODUCT_MODEL), full_check=True)
+    graph = _read(PRODUCT_MODEL)
     assert _nodes(graph) == [("MatMulInteger", ["a", "b"], ["y"])]
     assert _types(graph) == {"a": _KINDS.UINT8, "b": _KINDS.INT8, "y": _KINDS.INT32}
 
 
 @pytest.mark.parametrize("shape", [(1, 1 << 20), (1000, 6144), (65_536, 127), (128, (1 << 28) - 1)])
 def test_the_model_of_packed_signs_is_a_product_with_them_times_a_scale(shape):
-    graph = _read(_PACKED % tuple(map(_varint, shape)))
+    graph = _read(PACKED_MODEL % tuple(map(varint, shape)))
     assert _nodes(graph) == [
         ("MatMulInteger", ["a", "b", "z"], ["x"]),
         ("Cast", ["x"], ["f"]),

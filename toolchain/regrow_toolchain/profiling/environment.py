@@ -12,7 +12,7 @@ from regrow_toolchain.measurement import read_cpu, read_governor, read_load
 
 from .significance import LOUD
 
-__all__ = ["NoiseMeter", "read_environment"]
+__all__ = ["NoiseMeter", "note_of", "read_environment"]
 
 _PACKAGES = ("regrow", "numpy", "onnxruntime")
 
@@ -58,7 +58,7 @@ class NoiseMeter:
             "load_after": after.average,
             "others": others,
             "stolen": None if stolen is None else stolen / elapsed,
-            "note": _note(others, stolen and stolen / elapsed, before.average),
+            "note": note_of(others, stolen and stolen / elapsed, before.average),
         }
 
 
@@ -72,7 +72,8 @@ def _own_cpu() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def _note(others: float | None, stolen: float | None, load: float | None) -> str:
+def note_of(others: float | None, stolen: float | None, load: float | None) -> str:
+    """What to know of the noise: cores' worth of others' work, the stolen share, load average."""
     if others is None:
         told = f"load average {load:.1f} at the start" if load is not None else "not told"
         return f"what other programs did meanwhile: {told}"

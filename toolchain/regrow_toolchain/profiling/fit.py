@@ -11,7 +11,7 @@ from regrow_toolchain.pages import GAP, size
 from .limits import memory_limit
 from .processes import Outcome, run_case
 
-__all__ = ["measure_fit"]
+__all__ = ["measure_fit", "try_limit"]
 
 _SECONDS = 300.0
 _MB = 10**6
@@ -34,7 +34,7 @@ def measure_fit(case: Mapping[str, Any], limit: int, free: Stages) -> dict[str, 
         the stages that were reached.
     """
     try:
-        outcome, kind, peak = _try(case, limit)
+        outcome, kind, peak = try_limit(case, limit)
     except RegrowError as error:
         return {"limit": limit, "fits": None, "stage": None, "kind": None, "answer": str(error)}
     failed = None if outcome.result is not None else _failed(outcome, free)
@@ -54,7 +54,7 @@ def measure_fit(case: Mapping[str, Any], limit: int, free: Stages) -> dict[str, 
     }  # fmt: skip
 
 
-def _try(case: Mapping[str, Any], limit: int) -> tuple[Outcome, str, int | None]:
+def try_limit(case: Mapping[str, Any], limit: int) -> tuple[Outcome, str, int | None]:
     """What became of it, the kind of limit, and the most that it counted, if it tells."""
     with memory_limit(limit) as held:
         outcome = run_case(case, before_exec=held.enter, timeout=_SECONDS)
@@ -67,7 +67,7 @@ def _enough(case: Mapping[str, Any], limit: int, free: int) -> int | None:
     """
     tries = (-(-int(share * (free or limit)) // _MB) * _MB for share in _MORE)
     for count in dict.fromkeys(count for count in tries if count > limit):
-        if _try(case, count)[0].result is not None:
+        if try_limit(case, count)[0].result is not None:
             return count
     return None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from regrow_format.errors import RegrowError
 
-__all__ = ["Limit", "memory_limit"]
+__all__ = ["Limit", "make_group", "memory_limit", "own_groups"]
 
 _ROOT = Path("/sys/fs/cgroup")
 _TRIAL = 64 << 20  # enough to see whether a process may enter at all
@@ -45,7 +45,7 @@ def memory_limit(count: int, root: Path = _ROOT) -> Iterator[Limit]:
     Raises:
         RegrowError: this system has no such limit.
     """
-    group = _make_group(count, root)
+    group = make_group(count, root)
     if group is not None:
         try:
             yield Limit("cgroup v2 memory.max", partial(_join, group), partial(_peak, group))
@@ -60,9 +60,9 @@ def memory_limit(count: int, root: Path = _ROOT) -> Iterator[Limit]:
     yield Limit("RLIMIT_DATA", partial(_set_data, count), lambda: None)
 
 
-def _make_group(count: int, root: Path) -> Path | None:
+def make_group(count: int, root: Path) -> Path | None:
     """A new group with the limit, or None where none can be made and entered."""
-    for parent in _own_groups(root):
+    for parent in own_groups(root):
         group = None
         try:
             if "memory" not in (parent / "cgroup.subtree_control").read_text().split():
@@ -81,7 +81,7 @@ def _make_group(count: int, root: Path) -> Path | None:
     return None
 
 
-def _own_groups(root: Path) -> list[Path]:
+def own_groups(root: Path) -> list[Path]:
     """This process's group and those around it, nearest first."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()

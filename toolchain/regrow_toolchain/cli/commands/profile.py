@@ -105,10 +105,10 @@ def _profile(
         for line in (*failed(record), *left_out(record)):
             click.echo(f"regrow: {line}", err=True)
     emit(record, [*record_lines(record), f"Written: {out}/profile.html"], as_json=as_json)
-    _check_fit(record["fit"])
+    check_fit(record["fit"])
 
 
-def _check_fit(fit: Mapping[str, Any] | None) -> None:
+def check_fit(fit: Mapping[str, Any] | None) -> None:
     """Raise `RegrowError` if it was asked whether the bundle fits, and the answer is not yes."""
     from regrow_format.errors import RegrowError
     from regrow_toolchain.pages import GAP, size
