@@ -16,7 +16,7 @@ HEAD = "base_model.model.head"
 _FIELDS: list[tuple[dict[str, Any], str]] = [
     (
         {"peft_type": "ADALORA"},
-        "must be one of LORA, VERA, FOURIERFT, IA3, got 'ADALORA'",
+        "must be one of LORA, VERA, FOURIERFT, IA3, got 'ADALORA': train",
     ),
     ({"peft_type": None}, "peft_type must be of type str"),
     ({"use_dora": True}, "of every layer, blocks.0.k.lora_magnitude_vector, "),

@@ -35,7 +35,7 @@ class Ia3:
     """See `TrainableMethod`."""
 
     name = "ia3"
-    default_lr = 1e-2
+    default_lr = 3e-2
     settings = Ia3Settings
 
     def init(
