@@ -447,7 +447,7 @@ export function mismatches(adapter, { backbone_id, seeded, slots }) {
       const slot = find(slots, t.name, kind);
       const wanted = slot ? `${slot.in_features} -> ${slot.out_features}` : `a ${kind} slot`;
       same(t.name, wanted, `${t.in} -> ${t.out}`);
-      if (slot?.rank < adapter.config.rank) same("rank", slot.rank, adapter.config.rank);
+      if (slot?.rank && slot.rank < adapter.config.rank) same("rank", slot.rank, adapter.config.rank);
     }
   }
   const heads = slots.filter((slot) => slot.kind === "head");
