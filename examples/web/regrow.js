@@ -83,6 +83,10 @@ const LAYOUTS = {
   fourierft: ({ n }, targets) => [["c", targets.length, n]],
   lora: ({ rank }, targets) =>
     [...stacked("A", targets, "in", rank), ...stacked("B", targets, "out", rank)],
+  ia3: (config, targets) => [
+    ...stacked("s", targets.filter((t) => !isFeedforward(config, t)), "out", 1),
+    ...stacked("t", targets.filter((t) => isFeedforward(config, t)), "in", 1),
+  ],
   bitfit: (_, targets) => stacked("b", targets, "out", 1),
   head: () => [],
 };
@@ -358,6 +362,20 @@ function transform(rows) {
   });
 }
 
+/** Whether IA3 multiplies a target's inputs, and not its outputs. */
+function isFeedforward({ feedforward = [] }, { name }) {
+  return feedforward.some((ending) => `.${name}`.endsWith(`.${ending}`));
+}
+
+function ia3(adapter) {
+  const { config, targets } = adapter, forward = (t) => isFeedforward(config, t);
+  const of = (members, part, side) => unstacked({ ...adapter, targets: members }, part, side, 1);
+  const s = of(targets.filter((t) => !forward(t)), "s", "out").values();
+  const t = of(targets.filter(forward), "t", "in").values();
+  return targets.map((target) => (
+    forward(target) ? { input_scale: { t: t.next().value } } : { scale: { s: s.next().value } }));
+}
+
 function bitfit(adapter) {
   const rows = unstacked(adapter, "b", "out", 1);
   return rows.map(({ data }) => ({ bias: { b: { data, dims: [data.length] } } }));
@@ -369,6 +387,10 @@ const METHODS = {
   vera: { kinds: () => ["low_rank"], expand: vera },
   lora: { kinds: () => ["low_rank"], expand: lora },
   fourierft: { kinds: () => ["delta"], expand: fourierft },
+  ia3: {
+    kinds: ({ config }, t) => [isFeedforward(config, t) ? "input_scale" : "scale"],
+    expand: ia3,
+  },
   bitfit: { kinds: () => ["bias"], expand: bitfit },
   head: { kinds: () => [], expand: () => [] },
 };

@@ -40,6 +40,7 @@ CONFIGS = {
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
     "vera": {"rank": 11},
     "fourierft": {"n": 20, "alpha": 16.0},
+    "ia3": {"feedforward": ["fc2"]},
     "bitfit": {},
     "head": {},
 }

@@ -244,6 +244,11 @@ HOSTILE = {
     "lora": (
         "lora", {"rank": 4096, "alpha": 1}, WIDE, {"kind": "philox-sign", "version": 1},
     ),
+    "ia3": ("ia3", {}, WIDE, {"kind": "philox-sign", "version": 1}),
+    "ia3 of inputs": (
+        "ia3", {"feedforward": [f"{i:03}" for i in range(200)]}, WIDE,
+        {"kind": "philox-sign", "version": 1},
+    ),
     "bitfit": ("bitfit", {}, WIDE, {"kind": "philox-sign", "version": 1}),
 }  # fmt: skip
 

@@ -40,6 +40,8 @@ SMALLEST = {
         "fourierft", {"n": 1, "alpha": 1.0}, {"c": CODE},
         basis=BasisSpec("stored"), stored_basis=PLACES,
     ),
+    "ia3": _smallest("ia3", {"feedforward": []}, {"s.1": CODE}),
+    "ia3, of inputs": _smallest("ia3", {"feedforward": ["a"]}, {"t.1": CODE}),
     "bitfit": _smallest("bitfit", {}, {"b.1": CODE}),
     "bitfit, extra and probe": _smallest(
         "bitfit", {}, {"b.1": CODE},

@@ -39,6 +39,7 @@ CONFIGS = {
     "vera": {"rank": 256},
     "fourierft": {"n": 1000, "alpha": 300.0},
     "lora": {"rank": 1, "alpha": 16.0, "rslora": True},
+    "ia3": {"feedforward": ["down_proj", "query"]},
     "bitfit": {},
     "head": {},
 }

@@ -72,7 +72,7 @@ def _rewritten(folder, target, **changes):
 # -- findings --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["nola", "vera", "fourierft", "lora", "bitfit", "head"])
+@pytest.mark.parametrize("method", ["nola", "vera", "fourierft", "lora", "ia3", "bitfit", "head"])
 def test_what_training_gave_is_fine(probed, with_probe, make_adapter, method):
     adapter = with_probe(make_adapter(method, "int4"))
     probed.swap(adapter, name="user", check=True)

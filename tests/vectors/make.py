@@ -227,6 +227,16 @@ def fourierft(adapter: Adapter) -> Arrays:
     return found
 
 
+def ia3(adapter: Adapter) -> Arrays:
+    ends = tuple(f".{ending}" for ending in adapter.config["feedforward"])
+    forward = [t for t in adapter.targets if f".{t.name}".endswith(ends)]
+    others = [t for t in adapter.targets if t not in forward]
+    t_rows = stacked(adapter, "t", [t.in_features for t in forward], 1)
+    s_rows = stacked(adapter, "s", [t.out_features for t in others], 1)
+    found = {f"{t.name}.t": row for t, row in zip(forward, t_rows, strict=True)}
+    return found | {f"{t.name}.s": row for t, row in zip(others, s_rows, strict=True)}
+
+
 def bitfit(adapter: Adapter) -> Arrays:
     targets = adapter.targets
     rows = stacked(adapter, "b", [t.out_features for t in targets], 1)
@@ -234,7 +244,8 @@ def bitfit(adapter: Adapter) -> Arrays:
 
 
 EXPAND: dict[str, Callable[[Adapter], Arrays]] = {
-    "nola": nola, "vera": vera, "lora": lora, "fourierft": fourierft, "bitfit": bitfit,
+    "nola": nola, "vera": vera, "lora": lora, "fourierft": fourierft, "ia3": ia3,
+    "bitfit": bitfit,
     "head": lambda adapter: {},
 }  # fmt: skip
 
@@ -340,6 +351,8 @@ def adapters() -> dict[str, tuple[Adapter, bool]]:
                     probe=Probe(np.array([0.5, -1.25], dtype=np.float16), 0.01)), True),
         "lora-int7": (
             adapter("lora", "int7", {"rank": 2, "alpha": 2.0, "rslora": False}, TARGETS), True),
+        "ia3-int3": (adapter("ia3", "int3", {"feedforward": ["0.down", "ﬀ"]}, TARGETS), True),
+        "ia3-blocks-fp16": (adapter("ia3", "fp16", {"feedforward": ["up"]}, BLOCKS), True),
         "bitfit-fp16": (
             adapter("bitfit", "fp16", {}, TARGETS,
                     extra={"norm.weight": np.ones(9, dtype=np.float32)}), True),

@@ -40,7 +40,7 @@ WEB = ROOT / "examples" / "web"
 VECTORS = ROOT / "tests" / "vectors"
 BACKBONE = "sha256:" + "ab" * 32
 TOLERANCE = 1e-6
-KINDS = ("low_rank", "delta", "bias")
+KINDS = ("low_rank", "delta", "bias", "scale", "input_scale")
 OTHER = "nola-other"  # with the config that is built into the seeded bundle
 PIXELS = np.random.default_rng(7).standard_normal((3, 1, 8, 8)).astype(np.float32)
 
@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vera-int8": ("vera", "int8", {"rank": 37}),
     "vera-fp16": ("vera", "fp16", {"rank": 5}),
     "lora-int8": ("lora", "int8", {"rank": 3, "alpha": 6.0, "rslora": False}),
+    "ia3-int8": ("ia3", "int8", {"feedforward": ["0.down", "intermediate.dense"]}),
     "bitfit-int8": ("bitfit", "int8", {}),
     "fourierft-int8": ("fourierft", "int8", {"n": 100, "alpha": 30.0}),
 }
@@ -166,7 +167,7 @@ def _own_head() -> Head:
 
 
 def _vit_adapters(vit: ExportSource) -> dict[str, Adapter]:
-    """By name; low-rank factors, deltas, biases, and heads of 3 classes."""
+    """By name; low-rank factors, deltas, scales, biases, and heads of 3 classes."""
     names = [
         "vit.encoder.layer.0.attention.attention.query",
         "vit.encoder.layer.1.intermediate.dense",

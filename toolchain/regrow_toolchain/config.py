@@ -17,7 +17,7 @@ __all__ = ["AdaptConfig", "CompressConfig", "ExportConfig", "ImportConfig", "Pro
 _METHOD_SETTINGS = (
     "nola: k=64, l=64, rank=8, c=8.0, shared=true; vera: rank=64, d_initial=0.1; "
     "fourierft: n=128, alpha=64.0, init=zero, bias_frequency=0, bias_width=0; "
-    "lora: rank=4, alpha=4.0, rslora=false"
+    "lora: rank=4, alpha=4.0, rslora=false; ia3: feedforward=auto"
 )
 
 
@@ -158,7 +158,7 @@ class AdaptConfig(_Checked):
     method: str = setting(
         "nola",
         "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
-        choices=("nola", "vera", "fourierft", "lora", "bitfit", "head"),
+        choices=("nola", "vera", "fourierft", "lora", "ia3", "bitfit", "head"),
     )
     storage: str = setting(
         "int4",

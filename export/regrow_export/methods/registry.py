@@ -8,6 +8,7 @@ from .base import GraphMethod
 from .bitfit import BitfitGraph
 from .fourierft import FourierftGraph
 from .head import HeadGraph
+from .ia3 import Ia3Graph
 from .lora import LoraGraph
 from .nola import NolaGraph
 from .vera import VeraGraph
@@ -21,6 +22,7 @@ BUILDERS: dict[str, GraphMethod] = {
         VeraGraph(),
         FourierftGraph(),
         LoraGraph(),
+        Ia3Graph(),
         BitfitGraph(),
         HeadGraph(),
     )

@@ -7,6 +7,7 @@ from .base import Method
 from .bitfit import Bitfit
 from .fourierft import Fourierft
 from .head import HeadOnly
+from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
 from .vera import Vera
@@ -20,6 +21,7 @@ METHODS: dict[str, Method] = {
         Vera(),
         Fourierft(),
         Lora(),
+        Ia3(),
         Bitfit(),
         HeadOnly(),
     )

@@ -21,7 +21,7 @@ from regrow_format.manifest import Manifest
 from regrow_format.methods import get_method
 from regrow_runtime import Bundle
 
-METHODS = ("lora", "vera", "fourierft", "bitfit")
+METHODS = ("lora", "vera", "fourierft", "ia3", "bitfit")
 LAYER = "vit.encoder.layer.1."
 
 

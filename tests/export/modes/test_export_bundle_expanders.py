@@ -18,8 +18,8 @@ from regrow_runtime.slots import expand
 
 LAYER = "vit.encoder.layer.2."
 NAMES = [f"{LAYER}intermediate.dense", f"{LAYER}output.dense"]
-KINDS = ("low_rank", "delta", "bias")
-METHODS = ("nola", "vera", "lora", "fourierft", "bitfit")
+KINDS = ("low_rank", "delta", "bias", "scale", "input_scale")
+METHODS = ("nola", "vera", "lora", "fourierft", "ia3", "bitfit")
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ _LEARN: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("inverted", {"steps": 80, "lr": 0.05}),
     "fourierft": ("inverted", {"steps": 80}),
     "lora": ("inverted", {"steps": 130, "lr": 0.02}),
+    "ia3": ("faint", {"steps": 70, "lr": 0.1}),
     "bitfit": ("faint", {"steps": 70, "lr": 0.05}),
     "head": ("swapped", {"steps": 60, "head_lr": 0.05}),
 }
@@ -300,12 +301,17 @@ def test_without_samples_held_back_there_is_no_score(small: Backbone, dataset: D
 # -- applying ------------------------------------------------------------------------------------
 
 
-def _gain(parts: Mapping[str, np.ndarray], x: torch.Tensor) -> torch.Tensor:
-    """What a slot adds: (x A) B, x D, or b."""
+def _changed(
+    layer: torch.nn.Module, parts: Mapping[str, np.ndarray], x: torch.Tensor
+) -> torch.Tensor:
+    """(layer(x (1 + t)) + (x A) B + x D) (1 + s) + b, of what there is."""
     tensors = {name: torch.from_numpy(np.array(part)) for name, part in parts.items()}
+    y: torch.Tensor = layer(x * (1 + tensors.get("t", 0)))
     if "A" in tensors:
-        return (x @ tensors["A"]) @ tensors["B"]
-    return x @ tensors["D"] if "D" in tensors else tensors["b"].expand(*x.shape[:-1], -1)
+        y = y + (x @ tensors["A"]) @ tensors["B"]
+    if "D" in tensors:
+        y = y + x @ tensors["D"]
+    return y * (1 + tensors.get("s", 0)) + tensors.get("b", 0)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +322,7 @@ def _gain(parts: Mapping[str, np.ndarray], x: torch.Tensor) -> torch.Tensor:
         *(("bitfit", t) for t in ("query.up", "layernorm_before", "*layernorm*")),
     ],
 )
-def test_applied_adds_what_the_slots_do(
+def test_applied_changes_what_the_slots_do(
     small: Backbone, dataset: Data, method: str, target: str
 ) -> None:
     """By hand, with the tensors that the device's code expands."""
@@ -325,24 +331,32 @@ def test_applied_adds_what_the_slots_do(
         config = replace(config, method_settings={"rank": 3})
     adapter = adapt(small, dataset(24, 5), replace(config, targets=[target])).adapter
     expansion = flat(get_method(method).expand(adapter, BasisCache()))
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    came: dict[str, torch.Tensor] = {}
+    gave: dict[str, torch.Tensor] = {}
+    layers = {name: small.model.get_submodule(name) for name in expansion}
+
+    def note(name: str) -> Any:
+        return lambda _m, args: came.__setitem__(name, args[0])
 
     def keep(name: str) -> Any:
-        return lambda _m, args, out: seen.__setitem__(name, (args[0], out))
+        return lambda _m, _args, out: gave.__setitem__(name, out)
 
     with applied(small.model, adapter), torch.no_grad():
-        handles = [
-            small.model.get_submodule(name).register_forward_hook(keep(name)) for name in expansion
-        ]
+        handles = []
+        for name, layer in layers.items():
+            handles += [
+                layer.register_forward_pre_hook(note(name), prepend=True),
+                layer.register_forward_hook(keep(name)),
+            ]
         small.model(pixel_values=torch.randn(2, 3, 12, 12))
     for handle in handles:
         handle.remove()
-    assert len(seen) == len(expansion) > 1
-    for name, (x, out) in seen.items():
+    assert len(gave) == len(expansion) > 1
+    for name, layer in layers.items():
         with torch.no_grad():
-            plain = small.model.get_submodule(name)(x)
-        assert (out - plain).abs().max() > 1e-5
-        torch.testing.assert_close(out, plain + _gain(expansion[name], x), rtol=1e-5, atol=1e-5)
+            plain, wanted = layer(came[name]), _changed(layer, expansion[name], came[name])
+        assert (gave[name] - plain).abs().max() > 1e-5
+        torch.testing.assert_close(gave[name], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

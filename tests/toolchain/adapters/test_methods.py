@@ -21,7 +21,7 @@ from regrow_format.errors import UsageError
 from regrow_format.methods import get_method
 from regrow_format.quantize import quantize
 from regrow_toolchain.adapters import TrainableAdapter, get_trainable
-from regrow_toolchain.adapters.methods import sign_products
+from regrow_toolchain.adapters.methods import Changes, sign_products
 from regrow_toolchain.adapters.methods.base import fake_quantize
 from regrow_toolchain.adapters.methods.fourierft import biased_places
 from regrow_toolchain.adapters.methods.registry import METHODS
@@ -35,11 +35,13 @@ TARGETS = (
     Target("c.query", 24, 24),
     Target("d.odd", 15, 16),
 )
+QUERY = TARGETS[2]
 SETTINGS: dict[str, dict[str, Any]] = {
     "nola": {"k": 13, "l": 7, "rank": 3, "c": 2.0},
     "vera": {"rank": 11},
     "fourierft": {"n": 17, "alpha": 20.0},
     "lora": {"rank": 3, "alpha": 5.0},
+    "ia3": {"feedforward": "down, d.odd"},
     "bitfit": {},
 }
 WITH_TARGETS = list(SETTINGS)
@@ -89,33 +91,46 @@ def _adapter(
     return Adapter.from_bytes(adapter.to_bytes())
 
 
-def _on_device(parts: Mapping[str, np.ndarray], x: torch.Tensor) -> np.ndarray:
-    """What a slot with these tensors adds to x [rows, in], in float64."""
-    values = x.double().numpy()
+def _weight(target: Target) -> Tensor:
+    """[in, out] of a layer to be changed, the same at every call."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(target.in_features, target.out_features, generator=generator)
+
+
+def _on_device(parts: Mapping[str, np.ndarray], x: torch.Tensor, target: Target) -> np.ndarray:
+    """What slots with these tensors change of a layer's output for x [rows, in], in float64."""
+    values, weight = x.double().numpy(), _weight(target).double().numpy()
     tensors = {name: part.astype(np.float64) for name, part in parts.items()}
     if "A" in tensors:
         return np.asarray((values @ tensors["A"]) @ tensors["B"])
     if "D" in tensors:
         return np.asarray(values @ tensors["D"])
-    return np.broadcast_to(tensors["b"], (len(values), len(tensors["b"])))
+    scaled = (values * (1 + tensors.get("t", 0))) @ weight * (1 + tensors.get("s", 0))
+    return np.asarray(scaled - values @ weight + tensors.get("b", 0))
 
 
-def _gain(changes: Mapping[str, Mapping[str, Tensor]], x: Tensor) -> Tensor:
-    """What an output that is 0 becomes, [users, rows, out], in x's dtype."""
-    y = torch.zeros(*x.shape[:2], 1, dtype=x.dtype)
-    own = {k: {p: v.to(x.dtype) for p, v in parts.items()} for k, parts in changes.items()}
-    for kind, tensors in own.items():
-        if "added" in KINDS[kind].steps:
-            y = y + KINDS[kind].added(x, tensors)
-        if "on_output" in KINDS[kind].steps:
-            y = KINDS[kind].on_output(y, tensors)
-    return y
+def _gain(changes: Changes, target: Target, x: Tensor) -> Tensor:
+    """What a layer's output changes by, [users, rows, out], in x's dtype."""
+    own = {k: {p: v.to(x.dtype) for p, v in ps.items()} for k, ps in changes[target.name].items()}
+    used = [(KINDS[kind], tensors) for kind, tensors in own.items()]
+    # Where changes only add, a layer that gives 0 shows them without its rounding.
+    weight = _weight(target).to(x.dtype)
+    weight = weight if any(kind.kind.multiplies for kind, _ in used) else torch.zeros_like(weight)
+    seen, base = x, x @ weight
+    for kind, tensors in used:
+        seen = kind.on_input(seen, tensors) if "on_input" in kind.steps else seen
+    y = seen @ weight
+    for kind, tensors in used:
+        y = y + kind.added(seen, tensors) if "added" in kind.steps else y
+    for kind, tensors in used:
+        y = kind.on_output(y, tensors) if "on_output" in kind.steps else y
+    return y - base
 
 
 def _delta(trained: TrainableAdapter, target: Target, user: int = 0) -> np.ndarray:
     """[in, out]: the transposed change of the weight, by what it does to unit vectors."""
     unit = torch.eye(target.in_features).expand(trained.users, -1, -1)
-    return _gain(trained.changes()[target.name], unit)[user].detach().double().numpy()
+    return _gain(trained.changes(), target, unit)[user].detach().double().numpy()
 
 
 # -- the start ------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ def test_nothing_changes_at_first_and_gradients_flow(
     total = torch.zeros(())
     for target in TARGETS:
         x = torch.randn(2, 5, target.in_features, dtype=dtype)
-        change = _gain(changes[target.name], x)
+        change = _gain(changes, target, x)
         assert change.shape == (2, 5, target.out_features)
         assert change.dtype == dtype
         assert torch.equal(change, torch.zeros_like(change))
@@ -162,7 +177,10 @@ def test_two_steps_move_every_coefficient(method: str, dtype: torch.dtype) -> No
         optimizer.zero_grad()
         changes = trained.changes()
         loss = torch.stack(
-            [(_gain(changes[n], x).float() - goals[n]).square().mean() for n, x in inputs.items()]
+            [
+                (_gain(changes, t, inputs[t.name]).float() - goals[t.name]).square().mean()
+                for t in TARGETS
+            ]
         ).sum()
         loss.backward()
         optimizer.step()
@@ -180,7 +198,7 @@ def test_users_start_alike_and_stay_apart(method: str) -> None:
         assert parameter.shape[0] == 3
         assert torch.equal(parameter[1], alone.get_parameter(name)[0])
     x = torch.randn(3, 4, 24)
-    _gain(trained.changes()["b.query"], x)[1].square().sum().backward()
+    _gain(trained.changes(), QUERY, x)[1].square().sum().backward()
     reached = [p.grad for p in trained.parameters() if p.grad is not None]
     assert any(grad[1].any() for grad in reached)
     assert not any(grad[[0, 2]].any() for grad in reached)
@@ -189,8 +207,8 @@ def test_users_start_alike_and_stay_apart(method: str) -> None:
             for name, parameter in alone.named_parameters():
                 parameter.copy_(trained.get_parameter(name)[user : user + 1])
         torch.testing.assert_close(
-            _gain(trained.changes()["b.query"], x)[user],
-            _gain(alone.changes()["b.query"], x[user : user + 1])[0],
+            _gain(trained.changes(), QUERY, x)[user],
+            _gain(alone.changes(), QUERY, x[user : user + 1])[0],
         )
         for name, values in trained.values(user).items():
             assert np.array_equal(values, alone.values()[name])
@@ -231,8 +249,8 @@ def test_training_sees_what_the_device_expands(
     changes = trained.changes()
     for target in TARGETS:
         x = torch.randn(2, 6, target.in_features)
-        wanted = _on_device(expansion[target.name], x[1])
-        found = _gain(changes[target.name], x)[1].detach().double().numpy()
+        wanted = _on_device(expansion[target.name], x[1], target)
+        found = _gain(changes, target, x)[1].detach().double().numpy()
         assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max(), target.name
 
 
@@ -248,8 +266,8 @@ def test_training_sees_what_the_device_expands_from_groups(
     expansion = flat(get_method(method).expand(adapter, BasisCache()))
     for target in TARGETS:
         x = torch.randn(1, 6, target.in_features)
-        wanted = _on_device(expansion[target.name], x[0])
-        found = _gain(trained.changes()[target.name], x)[0].detach().double().numpy()
+        wanted = _on_device(expansion[target.name], x[0], target)
+        found = _gain(trained.changes(), target, x)[0].detach().double().numpy()
         assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max(), target.name
 
 
@@ -285,6 +303,7 @@ def test_parameter_counts_are_the_papers() -> None:
         ("vera", (("rank", 1024),)): 43_008,
         ("fourierft", (("n", 1000),)): 24_000,
         ("lora", (("rank", 4),)): 147_456,
+        ("ia3", ()): 24 * 768,
         ("bitfit", ()): 24 * 768,
     }
     for (method, settings), count in wanted.items():
@@ -342,7 +361,7 @@ def test_nola_keeps_one_bit_per_sign_for_the_backward_pass() -> None:
     signs_each = 1000 * 768 * 8
     trained = get_trainable("nola").start((target,), settings, 0)
     with _saved_bytes() as saved:
-        out = _gain(trained.changes()["x"], torch.randn(1, 4, 768))
+        out = _gain(trained.changes(), target, torch.randn(1, 4, 768))
     assert out.requires_grad
     bits = 2 * signs_each // 8
     assert bits <= saved[0] <= bits + 200_000
@@ -357,7 +376,7 @@ def test_more_layers_of_a_shared_basis_keep_no_more_of_it() -> None:
         trained = get_trainable("nola").start(targets, settings, 0)
         with _saved_bytes() as saved:
             changes = trained.changes()
-            _ = [_gain(changes[t.name], torch.zeros(1, 4, 768)) for t in targets]
+            _ = [_gain(changes, t, torch.zeros(1, 4, 768)) for t in targets]
         kept.append(saved[0])
     assert kept[1] - kept[0] < 4 * 60_000  # A, B and activations of three layers more
 
@@ -443,7 +462,7 @@ def test_vera_computes_as_peft_does() -> None:
         layer.vera_lambda_d["default"].copy_(ours.get_parameter("d")[0, 0])
         layer.vera_lambda_b["default"].copy_(ours.get_parameter("b_24")[0, 0])
     x = torch.randn(7, 24)
-    found = plain(x) + _gain(ours.changes()["query"], x[None])[0]
+    found = plain(x) + _gain(ours.changes(), target, x[None])[0]
     torch.testing.assert_close(found, theirs(x), rtol=1e-5, atol=1e-5)
     weights = torch.randn(7, 24)
     (found * weights).sum().backward()
@@ -639,8 +658,53 @@ def test_bitfit_adds_a_vector_whatever_comes_in() -> None:
     values = trained.values(1)
     rows = {"a.down": ("b.9", 0), "b.query": ("b.24", 0), "c.query": ("b.24", 1)}
     for name, (tensor, row) in rows.items():
-        change = _gain(trained.changes()[name], torch.randn(2, 3, 24))[1].detach().numpy()
+        target = next(target for target in TARGETS if target.name == name)
+        change = _gain(trained.changes(), target, torch.randn(2, 3, 24))[1].detach().numpy()
         assert np.array_equal(change, np.broadcast_to(values[tensor][row], change.shape))
+
+
+IA3_TARGETS = tuple(
+    Target(f"attention.encoder.layer.{i}.{name}", wide, high)
+    for i in (0, 1)
+    for name, wide, high in (
+        ("attention.output.dense", 8, 8),
+        ("attention.self.key", 8, 8),
+        ("intermediate.dense", 8, 12),
+        ("output.dense", 12, 8),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "endings"),
+    [
+        ("auto", ["0.output.dense", "1.output.dense"]),
+        ("", []),
+        ("key, intermediate.dense", ["intermediate.dense", "key"]),
+        ("output.dense", ["output.dense"]),  # the attention's too
+    ],
+)
+def test_ia3_knows_feedforward_layers(said: str, endings: list[str]) -> None:
+    trained = get_trainable("ia3").start(IA3_TARGETS, {"feedforward": said}, 0)
+    assert trained.config == {"feedforward": endings}
+    dotted = tuple(f".{ending}" for ending in endings)
+    forward = {name for name, parts in trained.changes().items() if "input_scale" in parts}
+    assert forward == {t.name for t in IA3_TARGETS if endings and t.name.endswith(dotted)}
+
+
+def test_ia3_multiplies_outputs_or_inputs() -> None:
+    """The paper's l ∘ k, and l ∘ γ(W1 x) before W2, with l = 1 + what is stored."""
+    trained = _moved(_start("ia3", users=2))
+    values, x = trained.values(1), torch.randn(2, 3, 24)
+    rows = {"a.down": ("t.24", 0), "b.query": ("s.24", 0), "c.query": ("s.24", 1)}
+    for target in TARGETS:
+        if target.name not in rows:
+            continue
+        tensor, row = rows[target.name]
+        scale, weight = torch.from_numpy(1 + values[tensor][row]), _weight(target)
+        wanted = (x * scale) @ weight if tensor == "t.24" else (x @ weight) * scale
+        found = _gain(trained.changes(), target, x) + x @ weight
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-5)
 
 
 def test_head_only_has_a_file_with_a_head_alone() -> None:
@@ -761,6 +825,12 @@ def test_settings_are_converted_from_text() -> None:
     [
         ("nola", {"q": 1}, r"among k=64, l=64, rank=8, c=8\.0, shared=True, got 'q'"),
         ("lora", {"k": 1}, r"among rank=4, alpha=4\.0, rslora=False, got 'k'"),
+        ("ia3", {"k": 1}, "of ia3 must be among feedforward=auto, got 'k'"),
+        (
+            "ia3",
+            {"feedforward": "down,up,wo"},
+            "auto or endings of targets, got 'wo', which ends none: endings: down, odd, query, up",
+        ),
         ("bitfit", {"k": 1}, "of bitfit must be among none: it has no settings, got 'k'"),
         ("head", {"rank": 1}, "of head must be among none: it has no settings, got 'rank'"),
         ("nola", {"k": "many"}, "nola's k must be of type int, got 'many'"),
@@ -801,7 +871,7 @@ def test_settings_that_make_no_sense(method: str, settings: dict[str, Any], word
 
 
 def test_an_unknown_method_lists_those_there_are() -> None:
-    listed = "nola, vera, fourierft, lora, bitfit, head"
+    listed = "nola, vera, fourierft, lora, ia3, bitfit, head"
     with pytest.raises(UsageError, match=f"method must be one of {listed}, got 'dora'"):
         get_trainable("dora")
     assert list(METHODS) == listed.split(", ")

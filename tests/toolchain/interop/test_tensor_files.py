@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 6},
     "fourierft": {"n": 20, "alpha": 64.0},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
+    "ia3": {"feedforward": ["query"]},
     "bitfit": {},
     "head": {},
 }
@@ -34,6 +35,7 @@ LAYERS = tuple(f"vit.encoder.layer.{i}.attention.attention.{part}" for i in (0, 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, vit_folder: Path) -> Path:
     """A tiny ViT with slots of every kind at its queries and values."""
+    kinds = ("low_rank", "delta", "bias", "scale", "input_scale")
     folder, backbone = tmp_path_factory.mktemp("convert") / "bundle", load_backbone(vit_folder)
     source = ExportSource(
         backbone.model, backbone.task, backbone.backbone_id, head=backbone.head,
@@ -42,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, vit_folder: Path) -> Path:
     export_bundle(
         source,
         folder,
-        ExportRequest(ExportConfig(targets=LAYERS, slots=("low_rank", "delta", "bias"))),
+        ExportRequest(ExportConfig(targets=LAYERS, slots=kinds)),
     )
     return folder
 

@@ -27,6 +27,8 @@ _VERA: dict[str, Any] = {"peft_type": "VERA", "r": 2, "projection_prng_key": 3,
 _FOURIERFT: dict[str, Any] = {"peft_type": "FOURIERFT", "n_frequency": 9, "scaling": 12.0,
                               "random_loc_seed": 777,
                               "n_frequency_pattern": {"0.k": 7}}  # fmt: skip
+_IA3: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["q", "k"],
+                        "feedforward_modules": ["k"], "bias": "none"}  # fmt: skip
 _HEAD = {f"{HEAD}.weight": (5, 6), f"{HEAD}.bias": (5,)}
 _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "LORA": {f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (6, 2),
@@ -34,8 +36,10 @@ _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "VERA": {f"{Q}.vera_lambda_d": (2,), f"{Q}.vera_lambda_b": (6,),
              f"{K}.vera_lambda_d": (2,), f"{K}.vera_lambda_b": (4,), **_HEAD},
     "FOURIERFT": {f"{Q}.fourierft_spectrum": (9,), f"{K}.fourierft_spectrum": (7,), **_HEAD},
+    "IA3": {f"{Q}.ia3_l": (6, 1), f"{K}.ia3_l": (1, 8), **_HEAD},
 }  # fmt: skip
-_KINDS = {"low_rank": ("A", "B"), "delta": ("D",), "head": ("weight", "bias")}
+_KINDS = {"low_rank": ("A", "B"), "delta": ("D",), "scale": ("s",), "input_scale": ("t",),
+          "head": ("weight", "bias")}  # fmt: skip
 
 
 def _slot(target: str, kind: str, wide: int, high: int) -> Slot:
@@ -80,7 +84,11 @@ class Room:
     ) -> Path:
         """A manifest alone: an import reads no more of a bundle."""
         widths = {"q": (8, 6), "k": (8, 4)}
-        slots = [_slot(f"blocks.0.{layer}", kind, *widths[layer]) for layer in layers]
+        slots = [
+            _slot(f"blocks.0.{layer}", one, *widths[layer])
+            for layer in layers
+            for one in kind.split("+")
+        ]
         logits = TensorSpec("logits", "float32", ("n", 3))
         manifest = Manifest(
             mode=mode, task="image-classification", backbone_id=ID, opset=20, ir_version=9,
@@ -124,6 +132,12 @@ def vera_room(tmp_path: Path) -> Room:
 @pytest.fixture
 def fourierft_room(tmp_path: Path) -> Room:
     return _made(Room(tmp_path, dict(_FOURIERFT)), "delta")
+
+
+@pytest.fixture
+def ia3_room(tmp_path: Path) -> Room:
+    """q's outputs and k's inputs are multiplied."""
+    return _made(Room(tmp_path, dict(_IA3)), "scale+input_scale")
 
 
 def _made(room: Room, kind: str) -> Room:

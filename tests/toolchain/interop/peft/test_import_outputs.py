@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from regrow_export import ExportConfig
 from regrow_runtime import Adapter, Bundle
 from regrow_toolchain.adapters import applied
 from regrow_toolchain.interop import export_backbone, import_peft
@@ -75,12 +76,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+# Those of every model; none is attention's.
+FORWARD = r".*(layer\.\d+\.output\.dense|intermediate\.dense|lin1|mlp\.c_proj|down_proj)"
 KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 8}),
     "vera": (peft.VeraConfig, {"r": 24, "projection_prng_key": 2**40 + 3}),
     "vera-drawn": (peft.VeraConfig, {"r": 24, "projection_prng_key": 12,
                                      "save_projection": False}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 70, "scaling": 20, "random_loc_seed": 5}),
+    "ia3": (peft.IA3Config, {"feedforward_modules": FORWARD}),
 }  # fmt: skip
 
 
@@ -143,6 +147,15 @@ CONFIGS = {
     "vera": {"rank": 24},
     "fourierft": {"n": 70, "alpha": 20.0},
 }
+ENDINGS = {
+    "bert": ["0.output.dense", "1.output.dense"],
+    "roberta": ["dense"],
+    "distilbert": ["lin1"],
+    "vit": [],
+    "gpt2": ["mlp.c_proj"],
+    "llama": ["down_proj"],
+    "llama-classes": ["down_proj"],
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,8 +170,10 @@ def test_outputs_are_pefts(
     adapter = _compare(dense(name), trained(name, kind), name, tmp_path / "backbone")
     method = kind.partition("-")[0]
     assert (adapter.method, adapter.storage) == (method, "fp32")
-    assert dict(adapter.config) == CONFIGS[method]
-    assert adapter.basis.kind == ("philox-sign" if method == "lora" else "peft-mt19937")
+    wanted = {"feedforward": ENDINGS[name]} if method == "ia3" else CONFIGS[method]
+    assert dict(adapter.config) == wanted
+    own = method in ("lora", "ia3")  # which draw nothing
+    assert adapter.basis.kind == ("philox-sign" if own else "peft-mt19937")
     options = {**KINDS[kind][1], **MODELS[name][2]}
     seed = options.get("projection_prng_key", options.get("random_loc_seed", 0))
     assert adapter.seed == seed
@@ -284,6 +299,67 @@ def test_through_a_bundle(
     device.swap(tmp_path / "a.safetensors")
     found = device.run({"pixel_values": _inputs("vit")["pixel_values"].numpy()})["logits"]
     wanted = _peft_logits(dense("vit"), folder, "vit")
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_ia3_in_every_kind_of_bundle(
+    name: str, dense: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Swapped, beside others in a batch, and merged: PEFT's outputs."""
+    backbone, folder = load_backbone(dense(name)), trained(name, "ia3", task_type=None)
+    adapter = import_peft(folder, dense(name))
+    wanted, inputs = _peft_logits(dense(name), folder, name), _inputs(name)
+    feeds = {key: value.numpy() for key, value in inputs.items()}
+    plain = _logits(backbone.model, name)
+    assert np.abs(wanted - plain).max() > 0.01
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    swappable = ExportConfig(cache=False)
+    export_backbone(backbone, tmp_path / "swappable", swappable, adapter=adapter)
+    device = Bundle.open(tmp_path / "swappable")
+    device.swap(adapter, name="imported")
+    np.testing.assert_allclose(_run(device, feeds), wanted, **close)
+    mixed = _run(device, feeds, adapters=[None, "imported"])
+    np.testing.assert_allclose(mixed, np.stack([plain[0], wanted[1]]), **close)
+    merged = ExportConfig(mode="merged", cache=False)
+    export_backbone(backbone, tmp_path / "merged", merged, adapter=adapter)
+    np.testing.assert_allclose(_run(Bundle.open(tmp_path / "merged"), feeds), wanted, **close)
+
+
+def _run(bundle: Bundle, inputs: dict[str, np.ndarray], **options: Any) -> np.ndarray:
+    names = {tensor.name for tensor in bundle.graph.inputs}
+    feeds = {name: value for name, value in inputs.items() if name in names}
+    if "token_type_ids" in names:
+        feeds["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+    if "position_ids" in names:
+        feeds["position_ids"] = np.tile(np.arange(9), (2, 1))
+    return np.asarray(bundle.run(feeds, **options)["logits"])
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.3), (-0.5, 2.0)])
+def test_a_blend_of_ia3_adds_their_changes(
+    shares: tuple[float, float],
+    dense: Callable[[str], Path],
+    trained: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """PEFT's own model with l = 1 + w1 (l1 - 1) + w2 (l2 - 1)."""
+    folder = trained("bert", "ia3", task_type=None)
+    one, path = import_peft(folder, dense("bert")), folder / "adapter_model.safetensors"
+    first = load_file(path)
+    generator = torch.Generator().manual_seed(5)
+    second = {n: torch.randn(v.shape, generator=generator) / 5 for n, v in first.items()}
+    save_file(second, path)
+    two = import_peft(folder, dense("bert"))
+    both = {n: 1 + shares[0] * (first[n] - 1) + shares[1] * (second[n] - 1) for n in first}
+    save_file(both, path)
+    export_backbone(load_backbone(dense("bert")), tmp_path / "bundle", adapter=one)
+    device = Bundle.open(tmp_path / "bundle")
+    device.load(one, name="one")
+    device.load(two, name="two")
+    device.swap({"one": shares[0], "two": shares[1]}, name="both")
+    found = _run(device, {key: value.numpy() for key, value in _inputs("bert").items()})
+    wanted = _peft_logits(dense("bert"), folder, "bert")
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 

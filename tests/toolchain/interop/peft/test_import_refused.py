@@ -14,7 +14,10 @@ Q, K = "base_model.model.blocks.0.q", "base_model.model.blocks.0.k"
 HEAD = "base_model.model.head"
 
 _FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "ADALORA"}, "must be one of LORA, VERA, FOURIERFT, got 'ADALORA': train one"),
+    (
+        {"peft_type": "ADALORA"},
+        "must be one of LORA, VERA, FOURIERFT, IA3, got 'ADALORA': train",
+    ),
     ({"peft_type": None}, "peft_type must be of type str"),
     ({"use_dora": True}, "use_dora must not be set, got True: DoRA also scales"),
     ({"lora_bias": True}, "lora_bias must not be set"),

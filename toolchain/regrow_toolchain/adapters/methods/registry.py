@@ -8,6 +8,7 @@ from .base import TrainableMethod
 from .bitfit import Bitfit
 from .fourierft import Fourierft
 from .head import HeadOnly
+from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
 from .vera import Vera
@@ -21,6 +22,7 @@ METHODS: dict[str, TrainableMethod] = {
         Vera(),
         Fourierft(),
         Lora(),
+        Ia3(),
         Bitfit(),
         HeadOnly(),
     )

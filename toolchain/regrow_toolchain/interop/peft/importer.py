@@ -18,6 +18,7 @@ from .checkpoint import Stored, read_header
 from .config import read_config
 from .fourierft import PeftFourierft
 from .head import head_findings, read_head
+from .ia3 import PeftIa3
 from .lora import PeftLora
 from .method import PeftKind, Row
 from .probe import with_probe
@@ -26,7 +27,7 @@ from .vera import PeftVera
 __all__ = ["KINDS", "import_peft"]
 
 KINDS: dict[str, type[PeftKind]] = {
-    kind.peft_type: kind for kind in (PeftLora, PeftVera, PeftFourierft)
+    kind.peft_type: kind for kind in (PeftLora, PeftVera, PeftFourierft, PeftIa3)
 }
 
 _MAX_BYTES = 1 << 30  # of an adapter file; padding must not ask for more
