@@ -31,7 +31,7 @@ QV, MLP = ("wq", "wv"), ("wo", "fc1", "fc2")  # MLP: the attention's output too
 SETTINGS = {"steps": 60, "batch_size": 32, "label_smoothing": 0.1, "shift": 0.0, "noise": 0.0}
 # Peak learning rates, chosen on nicolas: docs/tuning.md.
 RATES = {"lora": 2e-2, "nola": 1e-1, "vera": 5e-2, "fourierft": 1.5e-1, "bitfit": 1e-2,
-         "ia3": 1e-1}  # fmt: skip
+         "ia3": 1e-1, "ssf": 1e-2}  # fmt: skip
 
 
 def recordings(data: Path, front: Mfcc) -> tuple[Dataset, NDArray[np.int64]]:
@@ -123,7 +123,7 @@ def make_tasks(args: Any) -> list[Task]:
 def variants() -> list[Variant]:
     head = {"head": "tune", "head_lr": 1e-2}
     found = [Variant("head only", "head", config=head), variant("BitFit", "bitfit", ())]
-    found.append(variant("IA3 all", "ia3", ()))
+    found += [variant("IA3 all", "ia3", ()), variant("SSF all", "ssf", ())]
     for rank in (1, 2, 4, 8):
         lora = {"rank": rank, "alpha": float(rank)}
         found.append(variant(f"LoRA r={rank} QV", "lora", QV, **lora))

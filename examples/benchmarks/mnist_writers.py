@@ -40,7 +40,7 @@ QV, MLP = ("query", "value"), ("intermediate.dense", "output.dense")  # MLP: att
 SETTINGS = {"steps": 60, "batch_size": 30, "shift": 1.0, "noise": 0.0, "label_smoothing": 0.0}
 # Peak learning rates, chosen on these writers: docs/tuning.md.
 RATES = {"lora": 3e-3, "nola": 1e-2, "vera": 3e-2, "fourierft": 3e-2, "bitfit": 3e-3,
-         "ia3": 3e-2}  # fmt: skip
+         "ia3": 3e-2, "ssf": 3e-3}  # fmt: skip
 
 
 def new_model() -> ViTForImageClassification:
@@ -126,7 +126,7 @@ def make_task(args: Any) -> tuple[Task, float]:
 
 def variants() -> list[Variant]:
     found = [Variant("head only", "head", config={"head": "tune"}), variant("BitFit", "bitfit", ())]
-    found.append(variant("IA3 all", "ia3", ()))
+    found += [variant("IA3 all", "ia3", ()), variant("SSF all", "ssf", ())]
     for place, targets in (("QV", QV), ("MLP", MLP)):
         for rank in (1, 2, 4, 8):
             settings = {"rank": rank, "alpha": float(rank)}

@@ -87,6 +87,7 @@ const LAYOUTS = {
     ...stacked("s", targets.filter((t) => !isFeedforward(config, t)), "out", 1),
     ...stacked("t", targets.filter((t) => isFeedforward(config, t)), "in", 1),
   ],
+  ssf: (_, targets) => [...stacked("s", targets, "out", 1), ...stacked("b", targets, "out", 1)],
   bitfit: (_, targets) => stacked("b", targets, "out", 1),
   head: () => [],
 };
@@ -376,6 +377,11 @@ function ia3(adapter) {
     forward(target) ? { input_scale: { t: t.next().value } } : { scale: { s: s.next().value } }));
 }
 
+function ssf(adapter) {
+  const s = unstacked(adapter, "s", "out", 1), b = unstacked(adapter, "b", "out", 1);
+  return adapter.targets.map((_, i) => ({ scale: { s: s[i] }, bias: { b: b[i] } }));
+}
+
 function bitfit(adapter) {
   const rows = unstacked(adapter, "b", "out", 1);
   return rows.map(({ data }) => ({ bias: { b: { data, dims: [data.length] } } }));
@@ -391,6 +397,7 @@ const METHODS = {
     kinds: ({ config }, t) => [isFeedforward(config, t) ? "input_scale" : "scale"],
     expand: ia3,
   },
+  ssf: { kinds: () => ["scale", "bias"], expand: ssf },
   bitfit: { kinds: () => ["bias"], expand: bitfit },
   head: { kinds: () => [], expand: () => [] },
 };

@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fourierft": {"n": 20, "alpha": 64.0},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
     "ia3": {"feedforward": ["a", "down", "output.dense", "pair"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }
@@ -261,5 +262,6 @@ def _changed(layer: Any, parts: Mapping[str, np.ndarray]) -> tuple[torch.Tensor,
         weight = weight * (1 + own["t"].reshape(-1))
     if "s" in own:
         factor = 1 + own["s"].reshape(-1)
-        weight, bias = (factor * weight.T).T, factor * bias
+        rows = factor[:, None] if weight.dim() > 1 else factor
+        weight, bias = rows * weight, factor * bias
     return weight, bias + own["b"].reshape(-1) if "b" in own else bias

@@ -41,6 +41,7 @@ CONFIGS = {
     "vera": {"rank": 11},
     "fourierft": {"n": 20, "alpha": 16.0},
     "ia3": {"feedforward": ["fc2"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }

@@ -249,6 +249,7 @@ HOSTILE = {
         "ia3", {"feedforward": [f"{i:03}" for i in range(200)]}, WIDE,
         {"kind": "philox-sign", "version": 1},
     ),
+    "ssf": ("ssf", {}, WIDE, {"kind": "philox-sign", "version": 1}),
     "bitfit": ("bitfit", {}, WIDE, {"kind": "philox-sign", "version": 1}),
 }  # fmt: skip
 

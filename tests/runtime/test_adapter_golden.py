@@ -42,6 +42,7 @@ SMALLEST = {
     ),
     "ia3": _smallest("ia3", {"feedforward": []}, {"s.1": CODE}),
     "ia3, of inputs": _smallest("ia3", {"feedforward": ["a"]}, {"t.1": CODE}),
+    "ssf": _smallest("ssf", {}, {"s.1": CODE, "b.1": CODE}),
     "bitfit": _smallest("bitfit", {}, {"b.1": CODE}),
     "bitfit, extra and probe": _smallest(
         "bitfit", {}, {"b.1": CODE},

@@ -40,6 +40,7 @@ CONFIGS = {
     "fourierft": {"n": 1000, "alpha": 300.0},
     "lora": {"rank": 1, "alpha": 16.0, "rslora": True},
     "ia3": {"feedforward": ["down_proj", "query"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }

@@ -114,7 +114,7 @@ def test_opening_what_onnx_runtime_refuses(bundle_copy):
 # -- swapping --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["nola", "lora", "vera", "fourierft", "ia3", "bitfit"])
+@pytest.mark.parametrize("method", ["nola", "lora", "vera", "fourierft", "ia3", "ssf", "bitfit"])
 @pytest.mark.parametrize("storage", ["fp32", "int8", "int3"])
 def test_a_swapped_file_is_its_update(
     bundle, pixels, reference, make_adapter, tmp_path, method, storage

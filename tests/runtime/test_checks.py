@@ -12,7 +12,7 @@ from expansions import flat
 from safetensors.numpy import load_file, save_file
 
 from regrow_format.manifest import Checks, Manifest
-from regrow_format.methods import get_method
+from regrow_format.methods import METHODS, get_method
 from regrow_runtime import (
     BasisCache,
     Bundle,
@@ -72,7 +72,7 @@ def _rewritten(folder, target, **changes):
 # -- findings --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["nola", "vera", "fourierft", "lora", "ia3", "bitfit", "head"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_what_training_gave_is_fine(probed, with_probe, make_adapter, method):
     adapter = with_probe(make_adapter(method, "int4"))
     probed.swap(adapter, name="user", check=True)

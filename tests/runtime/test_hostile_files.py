@@ -30,7 +30,7 @@ def good_files(tmp_path_factory, bundle_folder, make_adapter) -> Path:
     probe = Probe(np.array([0.5, -1.25, 3.0], np.float16), 1e-3)
     scored = (Validated("fp32", "accuracy", 0.5, 0.6, 10),)
     extra = {"norm.weight": np.ones(3, np.float32)}
-    for method in ("nola", "vera", "fourierft", "lora", "ia3", "bitfit", "head"):
+    for method in ("nola", "vera", "fourierft", "lora", "ia3", "ssf", "bitfit", "head"):
         plain, grouped = make_adapter(method, "int8"), make_adapter(method, "int4", group=8)
         full = replace(
             make_adapter(method, "fp16", classes=2),

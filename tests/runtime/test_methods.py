@@ -203,6 +203,7 @@ def test_nola_counts_are_the_papers():
         ("ia3", {"feedforward": [""]}, "of 1 to 1024 characters that print, got ''"),
         ("ia3", {"feedforward": ["a" * 1025]}, "of 1 to 1024 characters that print, got 'aaa"),
         ("ia3", {"feedforward": ["a\n"]}, "of 1 to 1024 characters that print, got 'a"),
+        ("ssf", {"rank": 1}, "unknown fields rank"),
         ("bitfit", {"rank": 1}, "unknown fields rank"),
         ("head", {"rank": 1}, "unknown fields rank"),
     ],

@@ -237,6 +237,15 @@ def ia3(adapter: Adapter) -> Arrays:
     return found | {f"{t.name}.s": row for t, row in zip(others, s_rows, strict=True)}
 
 
+def ssf(adapter: Adapter) -> Arrays:
+    widths = [t.out_features for t in adapter.targets]
+    found = {}
+    for part in "sb":
+        rows = stacked(adapter, part, widths, 1)
+        found |= {f"{t.name}.{part}": row for t, row in zip(adapter.targets, rows, strict=True)}
+    return found
+
+
 def bitfit(adapter: Adapter) -> Arrays:
     targets = adapter.targets
     rows = stacked(adapter, "b", [t.out_features for t in targets], 1)
@@ -245,6 +254,7 @@ def bitfit(adapter: Adapter) -> Arrays:
 
 EXPAND: dict[str, Callable[[Adapter], Arrays]] = {
     "nola": nola, "vera": vera, "lora": lora, "fourierft": fourierft, "ia3": ia3,
+    "ssf": ssf,
     "bitfit": bitfit,
     "head": lambda adapter: {},
 }  # fmt: skip
@@ -353,6 +363,7 @@ def adapters() -> dict[str, tuple[Adapter, bool]]:
             adapter("lora", "int7", {"rank": 2, "alpha": 2.0, "rslora": False}, TARGETS), True),
         "ia3-int3": (adapter("ia3", "int3", {"feedforward": ["0.down", "ﬀ"]}, TARGETS), True),
         "ia3-blocks-fp16": (adapter("ia3", "fp16", {"feedforward": ["up"]}, BLOCKS), True),
+        "ssf-int8": (adapter("ssf", "int8", {}, TARGETS), True),
         "bitfit-fp16": (
             adapter("bitfit", "fp16", {}, TARGETS,
                     extra={"norm.weight": np.ones(9, dtype=np.float32)}), True),

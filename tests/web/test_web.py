@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vera-fp16": ("vera", "fp16", {"rank": 5}),
     "lora-int8": ("lora", "int8", {"rank": 3, "alpha": 6.0, "rslora": False}),
     "ia3-int8": ("ia3", "int8", {"feedforward": ["0.down", "intermediate.dense"]}),
+    "ssf-int8": ("ssf", "int8", {}),
     "bitfit-int8": ("bitfit", "int8", {}),
     "fourierft-int8": ("fourierft", "int8", {"n": 100, "alpha": 30.0}),
 }

@@ -158,7 +158,7 @@ class AdaptConfig(_Checked):
     method: str = setting(
         "nola",
         "Adapter method; bitfit (biases) and head (nothing but a head) are the brackets below.",
-        choices=("nola", "vera", "fourierft", "lora", "ia3", "bitfit", "head"),
+        choices=("nola", "vera", "fourierft", "lora", "ia3", "ssf", "bitfit", "head"),
     )
     storage: str = setting(
         "int4",

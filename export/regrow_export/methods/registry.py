@@ -11,6 +11,7 @@ from .head import HeadGraph
 from .ia3 import Ia3Graph
 from .lora import LoraGraph
 from .nola import NolaGraph
+from .ssf import SsfGraph
 from .vera import VeraGraph
 
 __all__ = ["BUILDERS", "get_builder"]
@@ -23,6 +24,7 @@ BUILDERS: dict[str, GraphMethod] = {
         FourierftGraph(),
         LoraGraph(),
         Ia3Graph(),
+        SsfGraph(),
         BitfitGraph(),
         HeadGraph(),
     )

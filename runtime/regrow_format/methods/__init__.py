@@ -10,6 +10,7 @@ from .head import HeadOnly
 from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
+from .ssf import Ssf
 from .vera import Vera
 
 __all__ = ["METHODS", "Method", "get_method"]
@@ -22,6 +23,7 @@ METHODS: dict[str, Method] = {
         Fourierft(),
         Lora(),
         Ia3(),
+        Ssf(),
         Bitfit(),
         HeadOnly(),
     )

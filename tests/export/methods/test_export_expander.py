@@ -55,7 +55,7 @@ def test_integer_codes_expand_to_the_same_bits(make_adapter, storage, shared):
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4", "int2", "fp16"])
-@pytest.mark.parametrize("method", ["vera", "lora", "ia3", "bitfit"])
+@pytest.mark.parametrize("method", ["vera", "lora", "ia3", "ssf", "bitfit"])
 def test_every_scaled_method_expands_to_the_same_bits(make_adapter, method, storage):
     # One multiply and no sum: this is so for floats too.
     adapter = make_adapter(TARGETS, method=method, storage=storage)
@@ -127,7 +127,7 @@ def test_onnx_reference_gives_the_same_bits(make_adapter, shared):
     _check_bits(found, _expected(adapter))
 
 
-@pytest.mark.parametrize("method", ["vera", "lora", "ia3", "bitfit", "fourierft"])
+@pytest.mark.parametrize("method", ["vera", "lora", "ia3", "ssf", "bitfit", "fourierft"])
 def test_onnx_reference_expands_every_method(make_adapter, method):
     adapter = make_adapter(SMALL, method=method)
     evaluator = ReferenceEvaluator(build_expander(adapter.config, SMALL, "int8", method))
@@ -149,7 +149,7 @@ def test_float_coefficients_agree_to_rounding(make_adapter, storage, shared):
 
 
 def test_the_expander_has_static_shapes_and_standard_operators(make_adapter):
-    for method in ("fourierft", "vera", "lora", "ia3", "bitfit", "nola"):
+    for method in ("fourierft", "vera", "lora", "ia3", "ssf", "bitfit", "nola"):
         config = make_adapter(TARGETS, method=method).config
         model = build_expander(config, TARGETS, "int8", method)
         _check_model(model)

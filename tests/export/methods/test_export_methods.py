@@ -21,13 +21,13 @@ from regrow_format.manifest import Manifest
 from regrow_format.methods import get_method
 from regrow_runtime import Bundle
 
-METHODS = ("lora", "vera", "fourierft", "ia3", "bitfit")
+METHODS = ("lora", "vera", "fourierft", "ia3", "ssf", "bitfit")
 LAYER = "vit.encoder.layer.1."
 
 
 def _names(method: str) -> list[str]:
     names = [f"{LAYER}attention.attention.value", f"{LAYER}output.dense"]
-    return [*names, f"{LAYER}layernorm_before"] if method == "bitfit" else names
+    return [*names, f"{LAYER}layernorm_before"] if method in ("ssf", "bitfit") else names
 
 
 def _expand(adapter):

@@ -17,7 +17,7 @@ from regrow_format.adapter import Adapter
 from regrow_runtime import Bundle
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-METHODS = ("ia3",)
+METHODS = ("ia3", "ssf")
 IDS = np.random.default_rng(3).integers(1, 50, (3, 6))
 TEXT = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
 BERT, GPT2 = "bert.encoder.layer.", "transformer.h."

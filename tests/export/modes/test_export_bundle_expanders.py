@@ -19,7 +19,7 @@ from regrow_runtime.slots import expand
 LAYER = "vit.encoder.layer.2."
 NAMES = [f"{LAYER}intermediate.dense", f"{LAYER}output.dense"]
 KINDS = ("low_rank", "delta", "bias", "scale", "input_scale")
-METHODS = ("nola", "vera", "lora", "fourierft", "ia3", "bitfit")
+METHODS = ("nola", "vera", "lora", "fourierft", "ia3", "ssf", "bitfit")
 
 
 @pytest.fixture(scope="module")

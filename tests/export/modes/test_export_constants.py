@@ -27,7 +27,7 @@ def pixels():
     return np.random.default_rng(5).standard_normal((3, 1, 28, 28)).astype(np.float32)
 
 
-@pytest.mark.parametrize("method", ["nola", "vera", "fourierft", "lora", "ia3", "bitfit"])
+@pytest.mark.parametrize("method", ["nola", "vera", "fourierft", "lora", "ia3", "ssf", "bitfit"])
 def test_the_adapter_is_built_in(
     vit, adapter_for, with_head, merged_logits, pixels, tmp_path, method
 ):

@@ -284,8 +284,8 @@ def test_layers_with_a_bias_are_found(vit, plain):
 
 def test_methods_have_their_kinds():
     kinds = {"nola": ("low_rank",), "vera": ("low_rank",), "lora": ("low_rank",),
-             "fourierft": ("delta",), "ia3": ("scale", "input_scale"), "bitfit": ("bias",),
-             "head": ()}  # fmt: skip
+             "fourierft": ("delta",), "ia3": ("scale", "input_scale"),
+             "ssf": ("scale", "bias"), "bitfit": ("bias",), "head": ()}  # fmt: skip
     assert {method: kinds_for(method) for method in kinds} == kinds
 
 

@@ -37,6 +37,7 @@ _LEARN: dict[str, tuple[str, dict[str, Any]]] = {
     "fourierft": ("inverted", {"steps": 80}),
     "lora": ("inverted", {"steps": 130, "lr": 0.02}),
     "ia3": ("faint", {"steps": 70, "lr": 0.1}),
+    "ssf": ("faint", {"steps": 70, "lr": 0.05}),
     "bitfit": ("faint", {"steps": 70, "lr": 0.05}),
     "head": ("swapped", {"steps": 60, "head_lr": 0.05}),
 }
@@ -319,7 +320,8 @@ def _changed(
     [
         *((m, t) for m in METHODS for t in ("query", "output.dense") if m != "head"),
         *((m, "query.down") for m in ("nola", "vera", "fourierft", "lora")),
-        *(("bitfit", t) for t in ("query.up", "layernorm_before", "*layernorm*")),
+        *((m, t) for m in ("ssf", "bitfit") for t in ("query.up", "*layernorm*")),
+        ("bitfit", "layernorm_before"),
     ],
 )
 def test_applied_changes_what_the_slots_do(

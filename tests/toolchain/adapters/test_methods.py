@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fourierft": {"n": 17, "alpha": 20.0},
     "lora": {"rank": 3, "alpha": 5.0},
     "ia3": {"feedforward": "down, d.odd"},
+    "ssf": {},
     "bitfit": {},
 }
 WITH_TARGETS = list(SETTINGS)
@@ -304,6 +305,7 @@ def test_parameter_counts_are_the_papers() -> None:
         ("fourierft", (("n", 1000),)): 24_000,
         ("lora", (("rank", 4),)): 147_456,
         ("ia3", ()): 24 * 768,
+        ("ssf", ()): 2 * 24 * 768,
         ("bitfit", ()): 24 * 768,
     }
     for (method, settings), count in wanted.items():
@@ -831,6 +833,7 @@ def test_settings_are_converted_from_text() -> None:
             {"feedforward": "down,up,wo"},
             "auto or endings of targets, got 'wo', which ends none: endings: down, odd, query, up",
         ),
+        ("ssf", {"k": 1}, "of ssf must be among none: it has no settings, got 'k'"),
         ("bitfit", {"k": 1}, "of bitfit must be among none: it has no settings, got 'k'"),
         ("head", {"rank": 1}, "of head must be among none: it has no settings, got 'rank'"),
         ("nola", {"k": "many"}, "nola's k must be of type int, got 'many'"),
@@ -871,7 +874,7 @@ def test_settings_that_make_no_sense(method: str, settings: dict[str, Any], word
 
 
 def test_an_unknown_method_lists_those_there_are() -> None:
-    listed = "nola, vera, fourierft, lora, ia3, bitfit, head"
+    listed = "nola, vera, fourierft, lora, ia3, ssf, bitfit, head"
     with pytest.raises(UsageError, match=f"method must be one of {listed}, got 'dora'"):
         get_trainable("dora")
     assert list(METHODS) == listed.split(", ")

@@ -130,6 +130,9 @@ def test_the_architectures_are_the_real_ones(model: str) -> None:
         ("ViT-B", "@qv", "lora", _lora(4), 147_456, "147K"),
         ("ViT-B", "@qv", "lora", _lora(8), 294_912, "295K"),
         ("RoBERTa-base", "@qv", "lora", _lora(8), 294_912, "0.3M"),
+        # SSF (arXiv 2210.08823): 12 x 2 (2 norms, query to output, MLP); its code adds the patches'
+        # embedding and the last norm
+        ("ViT-B", "@all", "ssf", {}, 12 * 2 * (2 * 768 + 4 * 768 + 3072 + 768), None),
         # BitFit (arXiv 2106.10199): every bias of the blocks, those of norms too
         ("RoBERTa-base", "@all", "bitfit", {}, 101_376, "0.1M"),
     ],

@@ -756,7 +756,7 @@ def test_accumulation_runs_the_model_on_pieces(shared: Backbone, data: Dataset) 
 
 
 _RATES = {"nola": 0.05, "lora": 0.02, "vera": 0.05, "fourierft": 0.03,
-          "ia3": 0.1, "bitfit": 0.05}  # fmt: skip
+          "ia3": 0.1, "ssf": 0.02, "bitfit": 0.05}  # fmt: skip
 
 # -- precision and devices ------------------------------------------------------------------------
 
@@ -773,7 +773,7 @@ def test_mixed_precision_runs_and_helps(shared: Backbone, dataset: Data, method:
 
     layer = "vit.encoder.layer.0.attention.attention.query"
     handle = shared.model.get_submodule(layer).register_forward_hook(note)
-    faint = method in ("ia3", "bitfit")  # they cannot turn light into dark
+    faint = method in ("ia3", "ssf", "bitfit")  # they cannot turn light into dark
     samples, held = (dataset(n, seed, inverted=not faint) for n, seed in ((48, 5), (30, 6)))
     if faint:
         samples, held = _faint(samples), _faint(held)

@@ -25,6 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fourierft": {"n": 20, "alpha": 64.0},
     "lora": {"rank": 2, "alpha": 2.0, "rslora": False},
     "ia3": {"feedforward": ["query"]},
+    "ssf": {},
     "bitfit": {},
     "head": {},
 }

@@ -11,6 +11,7 @@ from .head import HeadOnly
 from .ia3 import Ia3
 from .lora import Lora
 from .nola import Nola
+from .ssf import Ssf
 from .vera import Vera
 
 __all__ = ["METHODS", "get_trainable"]
@@ -23,6 +24,7 @@ METHODS: dict[str, TrainableMethod] = {
         Fourierft(),
         Lora(),
         Ia3(),
+        Ssf(),
         Bitfit(),
         HeadOnly(),
     )
