@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regrow_format.errors import UsageError
+from regrow_format.methods import get_method
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import (
     Dataset,
@@ -167,9 +168,9 @@ def _fitted(
 
 
 def _head(config: AdaptConfig, *, known: bool) -> str:
-    """What becomes of the head; method "head" trains one in any case."""
+    """What becomes of the head; a method without targets trains one in any case."""
     if config.head in ("new", "tune"):
         return config.head
-    if config.method == "head":
+    if not get_method(config.method).kinds:
         return "tune" if known else "new"
     return "keep" if known or config.head == "keep" else "new"

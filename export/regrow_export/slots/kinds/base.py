@@ -133,9 +133,13 @@ class TorchKind(ABC):
             whole: the slots are never empty.
         """
 
+    def dim_prefix(self, slot: Slot) -> str:
+        """What the names of its dynamic dimensions begin with: each slot has its own."""
+        return f"{slot.target}.{self.name}"
+
     def graph_shape(self, part: str, slot: Slot) -> tuple[int | str, ...]:
         """Of a graph input; dimensions that are not fixed have names, each slot its own."""
-        name = slot.target if self.name == "low_rank" else f"{slot.target}.{self.name}"
+        name = self.dim_prefix(slot)
         rank = slot.rank or f"{name}.rank"
         sizes: dict[int | str, int | str] = {
             1: 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from regrow_export.layers import LINEAR_TITLES, LayerType
+from regrow_format.manifest import Slot
 
 from .base import Tensors, TorchKind
 
@@ -22,6 +23,10 @@ class LowRankSlot(TorchKind):
         """Two small products."""
         change: Tensor = (x @ tensors["A"]) @ tensors["B"]
         return change
+
+    def dim_prefix(self, slot: Slot) -> str:
+        """The target's path alone."""
+        return slot.target
 
     def merged(self, layer: LayerType, module: nn.Module, tensors: Tensors) -> nn.Module | None:
         """A pair grows by the rank; a weight takes the product."""
