@@ -166,7 +166,7 @@ def test_a_bias_merges_into_every_layer_that_can_have_one(layer):
     [
         (
             {"delta": {"D": np.ones((3, 3))}},
-            "must be Conv1D, Linear or a pair",
+            "must be Conv1D, Linear, ",
         ),
         (
             {"bias": {"b": np.ones(3)}},
