@@ -55,7 +55,7 @@ def test_the_life_of_an_adapter(regrow, files, bundle_folder, tmp_path):
     assert regrow("store", "rollback", store, "ana")[1] == ["ana, version 2 is active again"]
     code, out, _ = regrow("store", "list", store)
     assert [line.split()[1] for line in out[2:4]] == ["1", "2*"]
-    assert out[-1].startswith("2 adapters of 1 users: 2 files of ")
+    assert out[-1].startswith("2 adapters of 1 user: 2 files of ")
     listed = _json(regrow("store", "list", store, "--user", "ana", "--json"))
     assert [entry["label"] for entry in listed["adapters"]] == ["first", ""]
     assert regrow("store", "verify", store)[1] == ["2 adapters in 2 files: whole"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from regrow_toolchain.tasks import in_percent
 
-__all__ = ["cost", "giga", "percent", "score", "size"]
+__all__ = ["cost", "counted", "giga", "percent", "score", "size"]
 
 
 def size(count: float) -> str:
@@ -18,6 +18,11 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def counted(count: int, thing: str) -> str:
+    """1 adapter, 2 adapters."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 def percent(share: float) -> str:

@@ -113,6 +113,7 @@ def _bundle(manifest: Manifest) -> dict[str, Any]:
         "kind": "bundle",
         "mode": manifest.mode,
         "variant": manifest.variant,
+        "rounding": asdict(manifest.rounding) if manifest.rounding else None,
         "task": manifest.task,
         "backbone_id": manifest.backbone_id,
         "adapter": manifest.adapter,

@@ -11,7 +11,7 @@ import click
 from regrow_toolchain.pages import table
 
 from ..options import emit, json_option, path_argument
-from ..tables import size
+from ..tables import counted, size
 
 if TYPE_CHECKING:
     from regrow_runtime import Bundle
@@ -125,7 +125,8 @@ def listing(store: Path, user: str | None = None) -> tuple[dict[str, Any], list[
         for e in entries
     ]
     total = (
-        f"{usage['adapters']} adapters of {usage['users']} users: {usage['files']} files of "
+        f"{counted(usage['adapters'], 'adapter')} of {counted(usage['users'], 'user')}: "
+        f"{counted(usage['files'], 'file')} of "
         f"{size(usage['file_bytes'])}, index {size(usage['index_bytes'])}"
     )
     lines = [*table(["user", "version", "method", "size", "content", "label"], rows), total]
