@@ -9,7 +9,7 @@ import pytest
 
 from regrow_export import ExportConfig, ExportRequest, check_settings, setting
 from regrow_export.modes import MODES
-from regrow_export.quantization.schemes import PRECISIONS
+from regrow_export.quantization import PRECISIONS
 from regrow_format.errors import SettingError, UsageError
 from regrow_format.manifest import MODES as MANIFEST_MODES
 

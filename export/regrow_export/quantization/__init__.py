@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from .graph_weights import check_slot_inputs as check_slot_inputs
     from .graph_weights import store_weights as store_weights
     from .schemes import INT8_ROUNDING as INT8_ROUNDING
+    from .schemes import PRECISIONS as PRECISIONS
+    from .schemes import round_weight as round_weight
 else:
     __all__, __getattr__, __dir__ = load_on_use(
         __name__,
         {
             ".fake_quantization": ("rounded_weights",),
             ".graph_weights": ("check_slot_inputs", "store_weights"),
-            ".schemes": ("INT8_ROUNDING",),
+            ".schemes": ("INT8_ROUNDING", "PRECISIONS", "round_weight"),
         },
     )

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
 from regrow_export.layers import find_biased, find_linears, layer_type
-from regrow_export.modes.merging import merged_model
-from regrow_export.slots import KINDS, TARGET_KINDS, slot_targets
-from regrow_export.slots.modules import TargetSlot, set_slots, with_slots
+from regrow_export.modes import merged_model
+from regrow_export.slots import KINDS, TARGET_KINDS, TargetSlot, set_slots, slot_targets, with_slots
 from regrow_format.slot_kinds import SLOT_KINDS
 from regrow_runtime import Bundle
 

@@ -9,7 +9,7 @@ from expansions import expanded
 
 from regrow_export import ExportConfig, ExportRequest, export_bundle
 from regrow_export.layers import LowRankLinear
-from regrow_export.modes.merging import merged_model
+from regrow_export.modes import merged_model
 from regrow_format.adapter import Target
 from regrow_format.basis import BasisCache
 from regrow_format.errors import MismatchError, UsageError

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
 from regrow_export.methods import adapter_inputs
-from regrow_export.modes.merging import merged_model
+from regrow_export.modes import merged_model
 from regrow_format.adapter import Coefficients
 from regrow_format.basis import BasisCache, BasisSpec
 from regrow_format.errors import MismatchError, UsageError

@@ -9,7 +9,7 @@ import torch
 from expansions import flat
 
 from regrow_export import ExportConfig, ExportRequest, export_bundle, slot_targets
-from regrow_export.modes.merging import merged_model
+from regrow_export.modes import merged_model
 from regrow_format.basis import BasisCache
 from regrow_format.errors import UsageError
 from regrow_format.manifest import Manifest

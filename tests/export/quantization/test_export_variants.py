@@ -15,7 +15,7 @@ from torch import nn
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, find_linears
 from regrow_export.layers import block_weights
-from regrow_export.modes.merging import merged_model
+from regrow_export.modes import merged_model
 from regrow_export.quantization import check_slot_inputs, rounded_weights
 from regrow_export.quantization.schemes import round_weight
 from regrow_export.tracing import run_torch

@@ -14,7 +14,7 @@ import torch
 
 import regrow_export.validation.parity
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
-from regrow_export.validation.mobile import partitions
+from regrow_export.validation import partitions
 from regrow_format.adapter import Target
 from regrow_format.errors import MismatchError, RegrowError, UsageError
 

@@ -26,9 +26,14 @@ from regrow_toolchain.adapters.acceptance import EXACT_BELOW, Evidence, judge, s
 from regrow_toolchain.config import AdaptConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.models import Backbone
-from regrow_toolchain.tasks import Classification, Distillation, Regression, Task
-from regrow_toolchain.tasks.causal_lm import CausalLm
-from regrow_toolchain.tasks.metric_learning import MetricLearning
+from regrow_toolchain.tasks import (
+    CausalLm,
+    Classification,
+    Distillation,
+    MetricLearning,
+    Regression,
+    Task,
+)
 
 # -- the test ------------------------------------------------------------------------------------
 

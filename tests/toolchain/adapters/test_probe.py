@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle, slot_targets
-from regrow_export.validation import fingerprint, standard_inputs
-from regrow_export.validation.probe_inputs import completed
+from regrow_export.validation import completed, fingerprint, standard_inputs
 from regrow_format.adapter import Adapter
 from regrow_format.methods import get_method
 from regrow_format.philox import philox4x32

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regrow_export.quantization.schemes import round_weight
+from regrow_export.quantization import round_weight
 from regrow_format.errors import UsageError
 from regrow_toolchain.adapters import (
     Adapted,

@@ -25,8 +25,7 @@ from regrow_toolchain.compress.rank_allocation import allocate
 from regrow_toolchain.config import CompressConfig, ExportConfig
 from regrow_toolchain.data import Dataset
 from regrow_toolchain.interop import export_backbone
-from regrow_toolchain.models import Backbone, apply_plan
-from regrow_toolchain.models.low_rank import factorize
+from regrow_toolchain.models import Backbone, apply_plan, factorize
 
 
 @pytest.fixture

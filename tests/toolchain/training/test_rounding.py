@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow_export.quantization import rounded_weights
-from regrow_export.quantization.schemes import round_weight
+from regrow_export.quantization import round_weight, rounded_weights
 from regrow_format.errors import RegrowError, UsageError
 from regrow_toolchain.compress import Compressed
 from regrow_toolchain.models import Backbone, load_backbone

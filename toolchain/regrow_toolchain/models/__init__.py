@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .low_rank import Plan as Plan
     from .low_rank import apply_plan as apply_plan
     from .low_rank import empty_pair as empty_pair
+    from .low_rank import factorize as factorize
     from .low_rank import finite_weight as finite_weight
     from .low_rank import pair_of as pair_of
     from .low_rank import rank_for as rank_for
@@ -50,6 +51,7 @@ else:
                 "finite_weight",
                 "pair_of",
                 "rank_for",
+                "factorize",
             ),
             ".macs": ("count_macs", "example_inputs"),
             ".module_factory": ("function_called",),

@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from .base import Fitted as Fitted
     from .base import Task as Task
     from .base import TaskSettings as TaskSettings
+    from .causal_lm import CausalLm as CausalLm
     from .choice import choose_task as choose_task
     from .classification import Classification as Classification
     from .custom import Loss as Loss
     from .distillation import Distillation as Distillation
     from .distillation import self_distillation as self_distillation
+    from .metric_learning import MetricLearning as MetricLearning
     from .registry import AUTO as AUTO
     from .registry import TASK_CHOICES as TASK_CHOICES
     from .registry import TASKS as TASKS
@@ -24,6 +26,8 @@ else:
     __all__, __getattr__, __dir__ = load_on_use(
         __name__,
         {
+            ".metric_learning": ("MetricLearning",),
+            ".causal_lm": ("CausalLm",),
             ".base": ("FEATURES", "Fitted", "Task", "TaskSettings"),
             ".choice": ("choose_task",),
             ".classification": ("Classification",),
