@@ -170,9 +170,8 @@ def compare(args: argparse.Namespace, room: Path) -> list[tuple[dict[str, Any], 
 
 def factored(dense: Backbone, folder: Path, ratio: float, ranks: str) -> Backbone:
     if not folder.exists():
-        config = CompressConfig(ratio=ratio, ranks=ranks)
-        if ranks == "mlp":
-            config = CompressConfig(ratio=ratio, keep_dense=("@attention",))
+        mlp = {"keep_dense": ("@attention",)}
+        config = CompressConfig(ratio=ratio, **(mlp if ranks == "mlp" else {"ranks": ranks}))
         save_backbone(compress(dense, config=config).backbone, folder)
     return load_backbone(folder)
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from regrow_toolchain.adapters import get_trainable
+from regrow_toolchain.adapters import Hooks, get_trainable
 from regrow_toolchain.models import find_targets
 from regrow_toolchain.profiling import read_environment
 
@@ -89,25 +89,14 @@ class Step:
         self.y = torch.arange(size.batch) % 10
 
     def __call__(self) -> None:
-        changes = self.trained.changes()
-        handles = [
-            self.model.get_submodule(t.name).register_forward_hook(_adding(changes[t.name]))
-            for t in self.targets
-        ]
+        hooks = Hooks(self.model)
+        hooks.changes = self.trained.changes()
+        hooks.attach([target.name for target in self.targets])
         loss = nn.functional.cross_entropy(self.model(self.x).logits, self.y)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        for handle in handles:
-            handle.remove()
-
-
-def _adding(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
-        flat = args[0].reshape(1, -1, args[0].shape[-1])  # (users, rows, in)
-        return output + change(flat).view(output.shape)
-
-    return hook
+        hooks.detach()
 
 
 def measure(size: Size, repeat: int, clock: Callable[[], float]) -> dict[str, dict[str, float]]:

@@ -61,7 +61,7 @@ def make_adapter(backbone: Any, k: int, seed: int) -> Adapter:
             )
             for name, shape in method.layout(config, targets).items()
         },
-        coefficient_dtype="int4",
+        storage="int4",
     )
 
 
