@@ -78,7 +78,7 @@ def cases(args: Namespace, room: Path) -> Iterator[Case]:
     for name, make in (("fashion-vit", images), ("kwt1", digits)):
         if any(fnmatchcase(name, pattern) for pattern in args.only):
             backbone, eval_data = make(args, room)
-            yield Case(name, backbone, eval_data.take(np.arange(len(eval_data))[: args.eval_data]))
+            yield Case(name, backbone, eval_data.take(np.arange(len(eval_data))[: args.samples]))
 
 
 def images(args: Namespace, room: Path) -> tuple[Backbone, Dataset]:
@@ -206,10 +206,10 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=30)
     options.add_argument("--repeat", type=int, default=10, help="runs of a turn")
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--held", type=int, help="the first so many samples measure")
+    options.add_argument("--samples", type=int, help="the first so many samples measure")
     args = options.parse_args()
     if args.small:
-        args.turns, args.repeat, args.steps, args.eval_data = 2, 2, 3, 40
+        args.turns, args.repeat, args.steps, args.samples = 2, 2, 3, 40
     logging.getLogger().setLevel(logging.ERROR)  # of quantize_dynamic, about preprocessing
     print("| | accuracy % | as fp32 % | ms | to stock | to fp32 |\n|---|---|---|---|---|---|")
     rows = []

@@ -72,12 +72,18 @@ def _check_linear(used: Sequence[Slot]) -> None:
     for slot in used:
         by_target.setdefault(slot.target, []).append(SLOT_KINDS[slot.kind])
     for target, kinds in by_target.items():
-        weighing = [kind for kind in kinds if kind.multiplies or kind.adds_to_weight]
-        if len(weighing) > 1 and any(kind.multiplies for kind in weighing):
+        if any(_multiply(kind, other) for kind in kinds for other in kinds if kind is not other):
             raise UsageError(
                 f"changes to blend or scale must add up, got {' and '.join(k.name for k in kinds)} "
                 f"of {target}, which multiply each other: merge them, or swap"
             )
+
+
+def _multiply(kind: SlotKind, other: SlotKind) -> bool:
+    """Whether `kind` multiplies what `other` changes: what comes before it, or the weight."""
+    order = list(SLOT_KINDS)
+    before = order.index(other.name) < order.index(kind.name)
+    return kind.multiplies and (before or other.multiplies or other.adds_to_weight)
 
 
 def _blended(slot: Slot, parts: Parts, base_head: Feeds) -> Feeds:

@@ -50,8 +50,13 @@ def with_extra(model: nn.Module, extra: Mapping[str, NDArray[np.floating]]) -> n
 
 
 def _merged(name: str, module: nn.Module, changes: Changes) -> nn.Module:
-    """The layer with all changes in it, in the order in which slots apply them."""
-    for kind in (KINDS[kind] for kind in KINDS if kind in changes):
+    """The layer with all changes in it, in the order in which slots apply them to the weight.
+
+    What scales the inputs of a layer scales those of added changes too: (W + D) (1 + t), so it is
+    folded in after them.
+    """
+    kinds = [KINDS[kind] for kind in KINDS if kind in changes]
+    for kind in sorted(kinds, key=lambda kind: "on_input" in kind.steps):
         tensors = {part: _tensor(value) for part, value in changes[kind.name].items()}
         layer = layer_type(module)
         found = kind.merged(layer, module, tensors) if layer else None

@@ -119,7 +119,8 @@ def user_lines(result: dict[str, Any]) -> list[str]:
     return [
         *table(("user", f"{metric} before", "after", "samples", "test", "file"), rows[:_SHOWN]),
         *hidden,
-        f"mean {named_score(result['before'], metric)} before, "
+        f"{'' if metric.startswith('mean ') else 'mean '}"
+        f"{named_score(result['before'], metric)} before, "
         f"{named_score(result['after'], metric)} after ({result['users']} users)",
         *([wrote] if result["written"] else []),
     ]

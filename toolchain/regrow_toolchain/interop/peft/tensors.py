@@ -21,9 +21,10 @@ _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
-    """(rows, columns) of a matrix, or of the kernel of a 1 x 1 convolution; None for others."""
-    first, rest = shape[:2], tuple(shape[2:])
-    return (first[0], first[1]) if len(first) == 2 and rest in ((), (1, 1)) else None
+    """(rows, columns) of a matrix, or of the kernel of a convolution of size 1; None for others."""
+    first, rest = shape[:2], shape[2:]
+    whole = len(first) == 2 and all(size == 1 for size in rest)
+    return (first[0], first[1]) if whole else None
 
 
 def check_stored(tensor: StoredTensor) -> None:
