@@ -40,7 +40,7 @@ WEB = ROOT / "examples" / "web"
 VECTORS = ROOT / "tests" / "vectors"
 BACKBONE = "sha256:" + "ab" * 32
 TOLERANCE = 1e-6
-KINDS = ("low_rank", "delta", "scale", "bias", "scale", "input_scale")
+KINDS = ("low_rank", "delta", "scale", "bias", "input_scale")
 OTHER = "nola-other"  # with the config that is built into the seeded bundle
 PIXELS = np.random.default_rng(7).standard_normal((3, 1, 8, 8)).astype(np.float32)
 

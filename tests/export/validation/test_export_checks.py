@@ -15,7 +15,8 @@ from torch import nn
 
 from regrow_export import ExportConfig, ExportRequest, ExportSource, export_bundle
 from regrow_export.slots import set_slots, with_slots
-from regrow_export.validation import parity, partitions, required_operators
+from regrow_export.validation import parity
+from regrow_export.validation.mobile import partitions, required_operators
 from regrow_format.errors import RegrowError
 from regrow_format.manifest import Manifest
 from regrow_runtime import Bundle
