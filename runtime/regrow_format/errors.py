@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from string import Formatter
 
 __all__ = ["FormatError", "MismatchError", "RegrowError", "SettingError", "UsageError"]
 
@@ -46,6 +45,8 @@ class SettingError(UsageError):
 
     def named(self, names: Mapping[str, str]) -> str:
         """The message, settings called by `names`; those that are not there as they are."""
+        from string import Formatter
+
         found = (name for _, name, _, _ in Formatter().parse(self.text) if name)
         own = {name: names.get(name, name) for name in found if not name.isdigit()}
         return self.text.format(*self.values, **own)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 
 from regrow_format.adapter import Adapter
@@ -11,7 +13,6 @@ from regrow_format.basis import BasisCache
 from regrow_format.errors import UsageError
 from regrow_format.manifest import Manifest
 
-from .blend import as_weight, blend
 from .fit import check_fit
 from .health import SwapStats
 from .loaded_adapters import LoadedAdapters
@@ -47,9 +48,9 @@ class AdapterLoader:
         self, source: Source, name: str | None, *, any_backbone: bool = False, scale: float = 1.0
     ) -> tuple[LoadedAdapter, SwapStats]:
         """The adapter, and what it cost; arguments and errors are those of `Bundle.load`."""
-        start, scale = time.perf_counter(), as_weight(scale, "scale")
+        start, scale = time.perf_counter(), _as_weight(scale, "scale")
         if isinstance(source, Mapping):
-            weights = {key: as_weight(w, f"weight of {key}") for key, w in source.items()}
+            weights = {key: _as_weight(w, f"weight of {key}") for key, w in source.items()}
             return self._blend({key: scale * w for key, w in weights.items()}, name, start)
         adapter, name = _read(source, name)
         read = time.perf_counter()
@@ -74,6 +75,8 @@ class AdapterLoader:
         loaded = LoadedAdapter(name, feeds, labels, probe=adapter.probe)
         if scale == 1:
             return loaded
+        from .blend import blend  # few programs need it
+
         return blend(name, [(loaded, scale)], self._manifest, {})
 
     def _blend(
@@ -85,6 +88,8 @@ class AdapterLoader:
             raise UsageError(f"name of a blend must not be that of one of its adapters, got {name}")
         parts = [(self._loaded.get(key), weight) for key, weight in weights.items()]
         head = self._base_head.feeds([part for part, _ in parts])
+        from .blend import blend
+
         loaded = blend(name, parts, self._manifest, head)
         total = (time.perf_counter() - start) * 1e3
         return loaded, SwapStats("blend", name, total, resident_bytes=loaded.nbytes)
@@ -96,3 +101,10 @@ def _read(source: str | Path | Adapter, name: str | None) -> tuple[Adapter, str]
             raise UsageError("name must be given with an adapter in memory, got None")
         return source, name
     return Adapter.load(source), name or Path(source).stem
+
+
+def _as_weight(weight: object, what: str) -> float:
+    """The weight as a float; `UsageError` if it is no finite number."""
+    if not isinstance(weight, Real) or not math.isfinite(weight):
+        raise UsageError(f"{what} must be a finite number, got {weight!r:.40}")
+    return float(weight)

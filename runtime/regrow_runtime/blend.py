@@ -7,9 +7,7 @@ alone stays as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 
 import numpy as np
 
@@ -19,16 +17,9 @@ from regrow_format.slot_kinds import SLOT_KINDS, Feed, SlotKind
 
 from .slots import Feeds, LoadedAdapter
 
-__all__ = ["as_weight", "blend"]
+__all__ = ["blend"]
 
 Parts = Sequence[tuple[LoadedAdapter, float]]
-
-
-def as_weight(weight: object, what: str) -> float:
-    """The weight as a float; `UsageError` if it is no finite number."""
-    if not isinstance(weight, Real) or not math.isfinite(weight):
-        raise UsageError(f"{what} must be a finite number, got {weight!r:.40}")
-    return float(weight)
 
 
 def blend(name: str, parts: Parts, manifest: Manifest, base_head: Feeds) -> LoadedAdapter:

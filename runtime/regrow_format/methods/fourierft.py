@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ..basis import locations
 from ..errors import FormatError
 from ..fields import Fields
-from ..mt19937 import permutation_head
 from .base import Expansion, Layout, Method, check_bytes
 
 if TYPE_CHECKING:
@@ -107,10 +106,16 @@ def _indices(adapter: AdapterContents, target: Target, basis: BasisCache) -> NDA
         return adapter.stored_basis[_indices_name(target)].astype(np.int64)
     draw = {
         "philox-sign": lambda: (locations(seed, count, high, wide),),
-        "peft-mt19937": lambda: (permutation_head(seed, count, high * wide),),
+        "peft-mt19937": lambda: (_as_peft(seed, count, high * wide),),
     }[kind]
     indices: NDArray[np.int64] = basis.keep((kind, "fourierft", seed, count, high, wide), draw)[0]
     return indices
+
+
+def _as_peft(seed: int, count: int, size: int) -> NDArray[np.int64]:
+    from ..mt19937 import permutation_head  # for adapters of PEFT alone
+
+    return permutation_head(seed, count, size)
 
 
 def inverse_transform(

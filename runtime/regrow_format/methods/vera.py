@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from ..basis import Role, plus_minus
 from ..errors import FormatError
 from ..fields import Fields
-from ..mt19937 import DTYPES, uniform_kaiming
 from ..target_rows import MAX_FEATURES
 from .base import (
     MAX_RANK,
@@ -79,6 +78,8 @@ class Vera(Method):
         """Of PEFT's: the widest in and out that it was made for, and the dtype it has there."""
         if kind != "peft-mt19937":
             return {}
+        from ..mt19937 import DTYPES  # for adapters of PEFT alone
+
         return {
             "in": fields.number("in", 1, MAX_FEATURES),
             "out": fields.number("out", 1, MAX_FEATURES),
@@ -135,6 +136,8 @@ def _matrices(adapter: AdapterContents, basis: BasisCache) -> tuple[Iterable[NDA
     check_basis(rank, 32 * max(wide, high))
     # B is drawn row by row, after A: the rows that no target reads need not be.
     key = (kind, "vera", seed, rank, wide, high, dtype)
+    from ..mt19937 import uniform_kaiming
+
     a_b = basis.keep(key, lambda: uniform_kaiming(seed, rank, wide, high, dtype))
     return tuple(map(_rows, a_b))
 
