@@ -216,9 +216,9 @@ def test_one_sample_is_no_calibration(backbone: Backbone, dataset: Callable[...,
 
 
 def test_what_needs_samples_says_so(backbone: Backbone) -> None:
-    with pytest.raises(UsageError, match="data must be given for start outputs"):
+    with pytest.raises(UsageError, match="data must be given for init outputs"):
         compress(backbone, config=CompressConfig(init="outputs"))
-    with pytest.raises(UsageError, match="must be paper or kernels for start svd, got global"):
+    with pytest.raises(UsageError, match="must be paper or kernels for init svd, got global"):
         compress(backbone, config=CompressConfig(ranks="global"))
 
 

@@ -121,10 +121,10 @@ def _start(config: CompressConfig, data: Dataset | None) -> str:
     if start == "auto":
         start = "svd" if data is None else "outputs"
     if start != "svd" and data is None:
-        raise UsageError(f"data must be given for start {start}, got none")
+        raise UsageError(f"data must be given for init {start}, got none")
     if start == "svd" and config.ranks == "global":
         raise UsageError(
-            "ranks must be paper or kernels for start svd, got global: for one budget, give --data "
+            "ranks must be paper or kernels for init svd, got global: for one budget, give --data "
             "and --init outputs or activations"
         )
     return start

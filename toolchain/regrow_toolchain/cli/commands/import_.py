@@ -30,7 +30,7 @@ from ..tables import size
 def import_command(
     peft_dir: Path, out: Path, config: ImportConfig, backbone: Path, force: bool, as_json: bool
 ) -> None:
-    """Make an adapter of PEFT_DIR, as PEFT saves it: LoRA, VeRA, FourierFT or IA3.
+    """Make an adapter of PEFT_DIR, as PEFT saves it: LoRA, DoRA, VeRA, FourierFT or IA3.
 
     Its layers are compared to the backbone's, and nothing is left out in silence: what regrow
     cannot compute is refused. A classifier in modules_to_save becomes the adapter's head.
