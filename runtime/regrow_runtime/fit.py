@@ -71,13 +71,17 @@ def _check_kinds(
         raise MismatchError(
             f"adapter does not fit this bundle: its method, {adapter.method}, needs "
             f"{' and '.join(used)} slots, got {', '.join(sorted(there)) or 'none'}; export it with "
-            f"--for {adapter.method}",
+            f"--for {adapter.method}, or where kinds are named, with {_as_options(used)}",
             findings,
             show=0,
         )
     for slot in (manifest.slot_of(t.name, kind) for t in adapter.targets for kind in used):
         if slot is not None and (reason := SLOT_KINDS[slot.kind].misfit(slot, adapter)):
             raise MismatchError(reason, findings, show=0)
+
+
+def _as_options(kinds: Sequence[str]) -> str:
+    return " ".join(f"--slots {kind}" for kind in kinds)
 
 
 def _short(backbone_id: str) -> str:
